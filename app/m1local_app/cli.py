@@ -1,0 +1,218 @@
+"""The command `m1`.
+
+What it is: Typer commands, each only wiring. torch, gradio and bitsandbytes are imported inside
+functions, since `m1 --help` must answer at once. What it is not: where anything is decided.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m1local import __version__
+from m1local_app import library, options
+from m1local_app.boundary import M1Group, usage_error, use_utf8
+from m1local_app.options import ChatOptions, Chosen
+
+if TYPE_CHECKING:
+    from m1local.engine import Engine
+
+cli = typer.Typer(
+    cls=M1Group,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,  # locals would print what a user wrote
+    add_completion=False,
+    help="Run Baichuan-M1, a medical language model, privately on this machine.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"m1local {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def _main(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    use_utf8()
+
+
+@cli.command()
+def run(
+    model: options.Model = None,
+    recipe: options.RecipeName = "int4",
+    ui: Annotated[bool, typer.Option("--ui", help="Chat in the browser instead.")] = False,
+    prompt: options.Prompt = None,
+    system: options.System = "",
+    ctx_size: options.ContextSize = None,
+    predict: options.MaxTokens = None,
+    temp: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
+    stats: options.Stats = None,
+    raw: options.RawText = False,
+) -> None:
+    """Quantize a model if that was not done before, then chat with it.
+
+    Examples:  m1 run  ·  m1 run ./Baichuan-M1-14B-Instruct  ·  m1 run -p "What is glaucoma?"
+    """
+    chosen = _quantized(library.find(model), recipe, announce_demo=model is None)
+    wanted = ChatOptions(
+        prompt=prompt, system=system, context_tokens=ctx_size, max_new_tokens=predict,
+        temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repeat_penalty,
+        seed=seed, threads=threads, stats=stats, raw=raw,
+    )  # fmt: skip
+    _serve_page(chosen, wanted) if ui else _converse(chosen, wanted)
+
+
+@cli.command()
+def chat(
+    model: options.Model = None,
+    prompt: options.Prompt = None,
+    system: options.System = "",
+    ctx_size: options.ContextSize = None,
+    predict: options.MaxTokens = None,
+    temp: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
+    stats: options.Stats = None,
+    raw: options.RawText = False,
+) -> None:
+    """Chat with a checkpoint as it is, quantized or not.
+
+    Examples:  m1 chat ./m1-int4  ·  cat note.txt | m1 chat ./m1-int4 -p "Summarise this report."
+    """
+    wanted = ChatOptions(
+        prompt=prompt, system=system, context_tokens=ctx_size, max_new_tokens=predict,
+        temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repeat_penalty,
+        seed=seed, threads=threads, stats=stats, raw=raw,
+    )  # fmt: skip
+    _converse(library.find(model), wanted)
+
+
+@cli.command()
+def ui(
+    model: options.Model = None,
+    recipe: options.RecipeName = "int4",
+    system: options.System = "",
+    ctx_size: options.ContextSize = None,
+    threads: options.Threads = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 7860,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+) -> None:
+    """Chat in the browser, on this machine only.
+
+    Example:  m1 ui ./Baichuan-M1-14B-Instruct
+    """
+    chosen = _quantized(library.find(model), recipe, announce_demo=model is None)
+    wanted = ChatOptions(system=system, context_tokens=ctx_size, threads=threads)
+    _serve_page(chosen, wanted, port=port, browser=browser)
+
+
+@cli.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Folder of the original 16-bit checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="New folder for the quantized one.")],
+    recipe: options.RecipeName = "int4",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")
+    ] = False,
+) -> None:
+    """Turn a 16-bit checkpoint into a 4- or 8-bit one.
+
+    Example:  m1 quantize ./Baichuan-M1-14B-Instruct ./m1-int4 --recipe int4
+    """
+    from m1local_app.progress import quantize_with_progress
+
+    try:
+        quantize_with_progress(source, target, recipe, overwrite=overwrite)
+    except KeyboardInterrupt:
+        typer.echo(f"{target} is unfinished; the same command starts it over.", err=True)
+        raise
+    typer.echo(f"Wrote {target}. Chat with it: m1 chat {target}", err=True)
+
+
+@cli.command()
+def show(model: options.Model = None) -> None:
+    """Say what a checkpoint is: origin, formats, size, context, licence.
+
+    Example:  m1 show ./m1-int4
+    """
+    from m1local_app.describe import describe
+
+    typer.echo(describe(library.find(model).folder))
+
+
+def _quantized(chosen: Chosen, recipe: str, *, announce_demo: bool) -> Chosen:
+    """The quantized form of `chosen`, made now if need be."""
+    from m1local.checkpoint import is_quantized
+    from m1local_app.progress import quantize_with_progress
+
+    if announce_demo:
+        typer.echo(
+            f"No model named: this is the built-in demo, {library.DEMO_NAME}, small and often "
+            f"wrong. For the real one: m1 run FOLDER, with the files of {library.ORIGINAL}.",
+            err=True,
+        )
+    if is_quantized(chosen.folder):
+        return chosen
+    target = library.kept_folder(chosen, recipe)
+    if not (target / "m1local.json").is_file():
+        quantize_with_progress(chosen.folder, target, recipe, overwrite=False)
+    return Chosen(target, f"{chosen.label} ({Path(recipe).stem})")
+
+
+def _load(chosen: Chosen, wanted: ChatOptions) -> "Engine":
+    import torch
+
+    from m1local.engine import Engine
+
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    return Engine.load(chosen.folder, context_tokens=wanted.context_tokens)
+
+
+def _converse(chosen: Chosen, wanted: ChatOptions) -> None:
+    from m1local_app.terminal import Terminal, note, piped_text, print_answer
+
+    piped = piped_text()
+    question = "\n\n".join(part for part in (wanted.prompt, piped) if part and part.strip())
+    one_shot = wanted.prompt is not None or piped is not None
+    if one_shot and not question:
+        raise usage_error("there is no question: neither --prompt nor the pipe holds any text.")
+    from m1local.chat import ChatSession
+
+    engine = _load(chosen, wanted)
+    settings = engine.settings(**wanted.changes())
+    session = ChatSession(engine, system=wanted.system, settings=settings)
+    raw = wanted.raw or not engine.generation.is_chat
+    stats = sys.stderr.isatty() if wanted.stats is None else wanted.stats
+    if one_shot:
+        answer = engine.complete(question, settings) if raw else session.send(question)
+        print_answer(answer, stats=stats and wanted.stats is True)
+        return
+    note(f"{chosen.label}: {'continues your text' if raw else 'chat'}; not medical advice.")
+    Terminal(session, raw=raw, stats=stats).run()
+
+
+def _serve_page(
+    chosen: Chosen, wanted: ChatOptions, *, port: int = 7860, browser: bool = True
+) -> None:
+    from m1local_app.web import serve
+
+    engine = _load(chosen, wanted)
+    settings = engine.settings(**wanted.changes())
+    serve(engine, settings, chosen.label, system=wanted.system, port=port, browser=browser)

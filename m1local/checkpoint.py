@@ -1,0 +1,188 @@
+"""Loading a checkpoint folder into a model.
+
+What it is: two ways in, a quantized checkpoint (with m1local.json) and an original one in 16 or 32
+bits. Both are strict: every tensor the model needs must be there with its shape, and none besides.
+Weights stay mapped where their format can use them as stored, so the model is never in memory
+twice. What it is not: a downloader or a converter.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from m1local.config import M1Config
+from m1local.errors import CheckpointError
+from m1local.folder import read_json_object
+from m1local.formats import LinearSpec, format_class
+from m1local.formats.base import QuantizedEmbedding, Stored
+from m1local.manifest import NAME as MANIFEST
+from m1local.manifest import CheckpointManifest
+from m1local.model import M1Model, normalize_head
+from m1local.shards import TensorFiles
+
+CONFIG = "config.json"
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+FLOAT = LinearSpec("float")
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+IGNORED_SUFFIX = "rotary_emb.inv_freq"  # some checkpoints store it; it follows from rope_theta
+
+
+def parameter_shapes(config: M1Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of an unquantized checkpoint."""
+    with torch.device("meta"):
+        model = M1Model(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def matrix_names(config: M1Config) -> list[str]:
+    """The modules whose weight is a matrix: what can be quantized, embedding and head included."""
+    return [
+        name.removesuffix(".weight")
+        for name, shape in parameter_shapes(config).items()
+        if len(shape) == 2
+    ]
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether `folder` holds a finished checkpoint of this project; raises for an unfinished one.
+
+    A config.json that names a quantization without a manifest beside it is never taken for whole.
+    """
+    if (folder / MANIFEST).is_file():
+        return True
+    if "quantization_config" in read_json_object(folder / CONFIG):
+        raise CheckpointError(
+            f"{folder} is quantized but has no {MANIFEST}: it is unfinished, or made by another "
+            "tool. Start from the original 16-bit checkpoint with `m1 quantize SRC OUT`."
+        )
+    return False
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The type activations have on `device`: bfloat16 where it is native, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32  # bfloat16 products are ten times slower than float32 with AVX2
+
+
+def load_model(
+    folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> M1Model:
+    """Load the checkpoint in `folder`, quantized or original, ready for inference.
+
+    `dtype` is the type of activations and of unquantized matrices; by default what suits the
+    device. Raises CheckpointError naming the file or tensor that is wrong.
+    """
+    device = device or torch.device("cpu")
+    dtype = dtype or compute_dtype(device)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; give the folder of a checkpoint.")
+    config = M1Config.from_file(folder / CONFIG)
+    if is_quantized(folder):
+        manifest = CheckpointManifest.read(folder)
+        manifest.check_files(folder)
+        shards = [name for name in manifest.files if name.endswith(".safetensors")]
+        files, specs = TensorFiles(folder, shards), manifest.linears
+    else:
+        files, specs = TensorFiles.from_folder(folder), {}
+    with torch.device("meta"):
+        model = M1Model(config)
+    expected = expected_tensors(config, specs)
+    check_tensors(files, expected, tied=config.tie_word_embeddings and not specs)
+    for name in matrix_names(config):
+        install(model, name, specs.get(name, FLOAT), files, dtype=dtype, device=device)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            tensor = files.tensor(name).to(device=device, dtype=dtype)
+            set_parameter(model, name, tensor)
+    return model.eval()
+
+
+def expected_tensors(
+    config: M1Config, specs: Mapping[str, LinearSpec]
+) -> dict[str, Stored | tuple[int, ...]]:
+    """What the files must hold: full descriptions of quantized tensors, shapes of float ones."""
+    expected: dict[str, Stored | tuple[int, ...]] = {}
+    for name, shape in parameter_shapes(config).items():
+        module = name.removesuffix(".weight")
+        spec = specs.get(module, FLOAT)
+        if spec.format == FLOAT.format:
+            expected[name] = shape
+            continue
+        stored = format_class(spec.format).stored(shape[0], shape[1], spec)
+        expected |= {f"{module}.{suffix}": found for suffix, found in stored.items()}
+    return expected
+
+
+def check_tensors(
+    files: TensorFiles, expected: Mapping[str, Stored | tuple[int, ...]], *, tied: bool
+) -> None:
+    """Raise CheckpointError unless `files` hold exactly the `expected` tensors."""
+    names = {name for name in files.names if not name.endswith(IGNORED_SUFFIX)}
+    wanted = set(expected)
+    if tied and f"{HEAD}.weight" not in names:
+        wanted.discard(f"{HEAD}.weight")
+    for problem, which in (("lacks", wanted - names), ("has the foreign", names - wanted)):
+        if which:
+            more = f" and {len(which) - 1} more" if len(which) > 1 else ""
+            raise CheckpointError(
+                f"{files.folder} {problem} tensor {min(which)}{more}; the files do not belong to "
+                f"its {CONFIG}. Fetch the model again."
+            )
+    for name in sorted(wanted):
+        where = f"{files.folder / files.file_of(name)}: {name}"
+        shape, dtype, found = files.shape(name), files.dtype(name), expected[name]
+        wanted_shape = found.shape if isinstance(found, Stored) else found
+        if shape != wanted_shape:
+            raise CheckpointError(
+                f"{where} has shape {list(shape)}, {CONFIG} implies {list(wanted_shape)}; the "
+                "files do not belong together."
+            )
+        allowed = (found.dtype,) if isinstance(found, Stored) else FLOAT_DTYPES
+        if dtype not in allowed:
+            raise CheckpointError(
+                f"{where} is stored as {dtype}, expected {' or '.join(map(str, allowed))}."
+            )
+
+
+def install(
+    model: M1Model,
+    name: str,
+    spec: LinearSpec,
+    files: TensorFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Put the matrix `name` into `model`, in the format its `spec` says."""
+    if spec.format == FLOAT.format:
+        stored_name = f"{name}.weight"
+        if name == HEAD and stored_name not in files.names:  # tied: the embedding serves as head
+            stored_name = f"{EMBEDDING}.weight"
+        tensor = files.tensor(stored_name)
+        if name == HEAD:
+            tensor = normalize_head(tensor)
+        set_parameter(model, f"{name}.weight", tensor.to(device=device, dtype=dtype))
+        return
+    shape = tuple(model.get_submodule(name).get_parameter("weight").shape)
+    chosen = format_class(spec.format)
+    tensors = {
+        suffix: files.tensor(f"{name}.{suffix}").to(device)
+        for suffix in chosen.stored(shape[0], shape[1], spec)
+    }
+    matrix = chosen.from_tensors(tensors, (shape[0], shape[1]), spec)
+    module = QuantizedEmbedding(matrix, dtype) if name == EMBEDDING else matrix
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def set_parameter(model: M1Model, name: str, tensor: Tensor) -> None:
+    """Replace the parameter `name` by `tensor`, which may be mapped from a file."""
+    module, _, attribute = name.rpartition(".")
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    setattr(model.get_submodule(module), attribute, parameter)

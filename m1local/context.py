@@ -1,0 +1,68 @@
+"""A model's context: the tokens it has read, and the cache that remembers them.
+
+What it is: the only one who feeds tokens to the model during a conversation, so it knows what the
+cache holds and can keep the common beginning of two prompts. What it is not: about text or turns.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from m1local.cache import KVCache
+from m1local.errors import ContextLengthError
+from m1local.model import M1Model
+
+
+class Context:
+    """A cache together with the ids it holds."""
+
+    def __init__(self, model: M1Model, cache: KVCache) -> None:
+        """Feed `model` through `cache`, from wherever it stands empty."""
+        self.model = model
+        self.cache = cache
+        self.token_ids: list[int] = []
+        self._device = next(model.parameters()).device
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens fit."""
+        return self.cache.capacity
+
+    @property
+    def room(self) -> int:
+        """How many more tokens fit."""
+        return self.cache.capacity - self.cache.position
+
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raise ContextLengthError unless `prompt` and one new token fit."""
+        if len(prompt) >= self.capacity:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt)} tokens; with the answer at most {self.capacity} "
+                "fit. Shorten it, start afresh with /clear, or choose a larger --ctx-size."
+            )
+
+    def keep_common(self, prompt: Sequence[int]) -> int:
+        """Cut back to what `prompt` begins with; returns how many of its tokens are held.
+
+        At least its last token is left to be fed, since its logits are wanted. Also mends what an
+        interrupted forward pass left half written.
+        """
+        held = min(len(self.token_ids), self.cache.position, len(prompt) - 1)
+        common = next(
+            (i for i in range(held) if self.token_ids[i] != prompt[i]),
+            held,
+        )
+        kept = self.cache.nearest_boundary(common)
+        self.cache.rollback(kept)
+        del self.token_ids[kept:]
+        return kept
+
+    @torch.inference_mode()
+    def feed(self, token_ids: Sequence[int]) -> Tensor:
+        """Append ids, at most `cache.max_chunk` of them; returns the last one's logits (V,)."""
+        batch = torch.tensor([token_ids], device=self._device)
+        logits = self.model(batch, self.cache, last_only=True)
+        self.token_ids += token_ids
+        last: Tensor = logits[0, -1]
+        return last

@@ -1,0 +1,86 @@
+"""A loaded checkpoint, ready to answer.
+
+What it is: model, tokenizer, the checkpoint's own defaults and a context, loaded together and
+checked against each other. What it is not: a conversation; several may share one engine, and each
+then re-reads what the others pushed out of the context.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from m1local.cache import KVCache
+from m1local.checkpoint import compute_dtype, load_model
+from m1local.config import M1Config
+from m1local.context import Context
+from m1local.errors import TokenizerError
+from m1local.generate import Event, GenerationSettings, generate
+from m1local.generation_config import GenerationConfig
+from m1local.model import M1Model
+from m1local.tokenizer import M1Tokenizer
+
+DEFAULT_CONTEXT_TOKENS = 8192
+
+
+class Engine:
+    """Answers prompts with one model and one context."""
+
+    def __init__(
+        self, model: M1Model, tokenizer: M1Tokenizer, generation: GenerationConfig, context: Context
+    ) -> None:
+        """Join what was loaded; raises TokenizerError when vocabulary and model differ."""
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise TokenizerError(
+                f"The tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                f"{model.config.vocab_size}; their files belong to different models."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.generation = generation
+        self.context = context
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, context_tokens: int | None = None, device: torch.device | None = None
+    ) -> "Engine":
+        """Load the checkpoint in `folder` with room for `context_tokens`."""
+        device = device or torch.device("cpu")
+        config = M1Config.from_file(folder / "config.json")
+        # The small files first: their mistakes show before gigabytes are read.
+        tokenizer = M1Tokenizer.from_folder(folder)
+        generation = GenerationConfig.from_folder(folder)
+        dtype = compute_dtype(device)
+        cache = KVCache.allocate(
+            config,
+            context_tokens or min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings),
+            dtype=dtype,
+            device=str(device),
+        )
+        model = load_model(folder, device=device, dtype=dtype)
+        return cls(model, tokenizer, generation, Context(model, cache))
+
+    @property
+    def defaults(self) -> GenerationSettings:
+        """The checkpoint's own settings, stopping at its end token and at any new turn."""
+        tokenizer, generation = self.tokenizer, self.generation
+        turns = tokenizer.turn_token_ids if generation.is_chat else frozenset()
+        return GenerationSettings(
+            sampling=generation.sampling,
+            max_new_tokens=generation.max_new_tokens,
+            stop_token_ids=generation.stop_token_ids | turns | {self.model.config.eos_token_id},
+        )
+
+    def complete(self, text: str, settings: GenerationSettings | None = None) -> Iterator[Event]:
+        """Continue raw text, as a Base model does; without a template."""
+        prompt = self.tokenizer.encode(text) or [self.model.config.bos_token_id]
+        return generate(self.context, self.tokenizer, prompt, settings or self.defaults)
+
+    def settings(self, **changes: object) -> GenerationSettings:
+        """The defaults with some sampling parameters or limits changed; None changes nothing."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        own = {name: given.pop(name) for name in ("max_new_tokens", "stop") if name in given}
+        defaults = self.defaults
+        sampling = replace(defaults.sampling, **given)  # type: ignore[arg-type]  # checked by replace
+        return replace(defaults, sampling=sampling, **own)  # type: ignore[arg-type]  # as above

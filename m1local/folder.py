@@ -1,0 +1,38 @@
+"""A checkpoint's folder: its small JSON files, and names that must not lead out of it.
+
+What it is: the two things everything that reads a folder needs, without torch. What it is not: a
+reader of weights (m1local/shards.py).
+"""
+
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from m1local.errors import CheckpointError, ConfigError
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a checkpoint's file; raises `ConfigError` when it is none."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path.parent} has no {path.name}; is it the folder of a Baichuan-M1 checkpoint?"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: endless numbers
+        raise ConfigError(f"{path} is no valid JSON ({error}); fetch the file again.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, expected a JSON object.")
+    return raw
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of the file `name` in `folder`; raises CheckpointError when it leads elsewhere."""
+    parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
+    if not name or len(PureWindowsPath(name).parts) != 1 or ".." in parts or ":" in name:
+        raise CheckpointError(
+            f"{folder} names the file {name!r}, which does not lie in it; do not use this folder."
+        )
+    return folder / name

@@ -1,0 +1,131 @@
+"""What every storage format of a matrix must offer.
+
+What it is: the contract, and what formats share: multiplying by a matrix that is never whole in
+memory. What it is not: an abstraction over devices; each format decides in `forward` which
+operators serve it.
+
+Words: a matrix W is (N, K), N output rows and K input columns. `tensors` are what the checkpoint
+stores of one matrix, keyed by what follows the module's name ("weight", "scales", …).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from m1local.formats import LinearSpec
+
+ROWS_PER_SLICE = 256  # of W: slices that stay in the cache are five times faster than the whole
+
+
+class Stored(NamedTuple):
+    """Shape and dtype of one tensor in the checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class QuantizedLinear(nn.Module):
+    """A matrix in one storage format, multiplied as `x @ W.T`; takes the place of nn.Linear."""
+
+    format: ClassVar[str]
+    # Stored tensors that are the same for any slice of rows; all others grow with the rows.
+    shared: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, out_features: int, in_features: int, spec: LinearSpec) -> None:
+        """Hold a matrix of (N, K) = (out_features, in_features)."""
+        super().__init__()
+        self.out_features = out_features
+        self.in_features = in_features
+        self.spec = spec
+
+    @classmethod
+    def check(cls, out_features: int, in_features: int, spec: LinearSpec) -> str | None:
+        """Why a matrix of this shape cannot be stored by `spec`; None when it can."""
+        return None
+
+    @classmethod
+    def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:
+        """The tensors of one matrix in the checkpoint."""
+        raise NotImplementedError
+
+    @classmethod
+    def quantize(cls, rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
+        """Round rows (n, K) to nearest; row slices of a matrix may be quantized one by one."""
+        raise NotImplementedError
+
+    @classmethod
+    def quantize_matrix(
+        cls, rows: Callable[[int, int], Tensor], shape: tuple[int, int], spec: LinearSpec
+    ) -> dict[str, Tensor]:
+        """Quantize a whole (N, K) matrix slice by slice; `rows(start, stop)` hands out a slice."""
+        out_features = shape[0]
+        whole = {
+            name: torch.empty(stored.shape, dtype=stored.dtype)
+            for name, stored in cls.stored(*shape, spec).items()
+            if name not in cls.shared
+        }
+        for start in range(0, out_features, ROWS_PER_SLICE):
+            stop = min(start + ROWS_PER_SLICE, out_features)
+            for name, part in cls.quantize(rows(start, stop), spec).items():
+                if name in whole:
+                    per_row = whole[name].shape[0] // out_features
+                    whole[name][start * per_row : stop * per_row] = part
+        return whole | cls.shared_tensors(shape, spec)
+
+    @classmethod
+    def shared_tensors(cls, shape: tuple[int, int], spec: LinearSpec) -> dict[str, Tensor]:
+        """The tensors named in `shared`, for a matrix of `shape` (N, K)."""
+        return {}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], spec: LinearSpec
+    ) -> Self:
+        """Build the module of a matrix of `shape` (N, K) from what the checkpoint stores."""
+        raise NotImplementedError
+
+    def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows `start` to `stop` of the matrix that forward multiplies by: (n, K)."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The whole matrix in float32: (N, K). The oracle of `forward`."""
+        return self.slice_rows(0, self.out_features, torch.float32)
+
+    def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Single rows, as an embedding needs them: (...) ids -> (..., K)."""
+        raise NotImplementedError
+
+    def multiply_sliced(self, x: Tensor) -> Tensor:
+        """`x @ W.T` slice by slice of W, so that W is never whole in memory."""
+        output = x.new_empty((*x.shape[:-1], self.out_features))
+        for start in range(0, self.out_features, ROWS_PER_SLICE):
+            stop = min(start + ROWS_PER_SLICE, self.out_features)
+            output[..., start:stop] = x @ self.slice_rows(start, stop, x.dtype).T
+        return output
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.in_features} -> {self.out_features}, {self.spec.format}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """A token embedding (V, C) in a format whose rows can be read one by one."""
+
+    def __init__(self, table: QuantizedLinear, dtype: torch.dtype) -> None:
+        """Look rows of `table` up, as `dtype`."""
+        super().__init__()
+        self.table = table
+        self.dtype = dtype
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C)."""
+        rows: Tensor = self.table.gather_rows(token_ids, self.dtype)
+        return rows

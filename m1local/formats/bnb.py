@@ -1,0 +1,183 @@
+"""bnb-nf4 and bnb-int8: the formats of bitsandbytes, stored as bitsandbytes stores them.
+
+What it is: the one file that imports bitsandbytes. Tensor names and bytes are those of its own
+`Linear4bit` and `Linear8bitLt`, which do the multiplying, so a plain one loads each matrix bit for
+bit. What it is not: fast on the CPU; bitsandbytes dequantizes whole matrices there.
+Source: bitsandbytes 0.50, nn/modules.py and functional.py.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from m1local.errors import DependencyError
+from m1local.formats import LinearSpec
+from m1local.formats.base import QuantizedLinear, Stored
+
+BLOCK = 64  # weights that share one absmax; along a row, since rows are multiples of it
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+@cache
+def bitsandbytes() -> ModuleType:
+    """Import bitsandbytes without letting it fetch kernels from the hub or complain about it.
+
+    On CPUs with AVX512-BF16 it looks for the package `kernels`, downloads through it where it is
+    installed, and warns where it is not.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    hidden = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail
+    try:
+        module: ModuleType = import_module("bitsandbytes")
+    except ImportError as error:
+        raise DependencyError(
+            "This checkpoint needs bitsandbytes: `pip install bitsandbytes`."
+        ) from error
+    finally:
+        del sys.modules["kernels"]
+        if hidden is not None:
+            sys.modules["kernels"] = hidden
+    return module
+
+
+class BnbNf4Linear(QuantizedLinear):
+    """`x @ W.T` by bitsandbytes' Linear4bit, NormalFloat 4 in blocks of 64."""
+
+    format = "bnb-nf4"
+    shared: ClassVar[frozenset[str]] = frozenset({"weight.quant_map", NF4_STATE})
+    inner: Any
+
+    @classmethod
+    def check(cls, out_features: int, in_features: int, spec: LinearSpec) -> str | None:
+        """Blocks must not cross rows, so that row slices quantize independently."""
+        if in_features % BLOCK:
+            return f"blocks of {BLOCK} do not divide its {in_features} columns"
+        return None
+
+    @classmethod
+    def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:
+        """The tensors of a saved Linear4bit."""
+        size = out_features * in_features
+        shared = cls.shared_tensors((out_features, in_features), spec)
+        return {
+            "weight": Stored((size // 2, 1), torch.uint8),
+            "weight.absmax": Stored((size // BLOCK,), torch.float32),
+        } | {name: Stored(tuple(tensor.shape), tensor.dtype) for name, tensor in shared.items()}
+
+    @classmethod
+    def quantize(cls, rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
+        """bitsandbytes' quantize_4bit on rows (n, K), in bfloat16 as Linear4bit would see them."""
+        weight, state = bitsandbytes().functional.quantize_4bit(
+            rows.to(torch.bfloat16).contiguous(), blocksize=BLOCK, quant_type="nf4"
+        )
+        return {"weight": weight, "weight.absmax": state.absmax}
+
+    @classmethod
+    def shared_tensors(cls, shape: tuple[int, int], spec: LinearSpec) -> dict[str, Tensor]:
+        """The 16 levels, and the packed description of the matrix."""
+        functional = bitsandbytes().functional
+        state = functional.QuantState(
+            absmax=torch.empty(0),
+            shape=torch.Size(shape),
+            code=functional.get_4bit_type("nf4", device="cpu", blocksize=BLOCK),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=torch.bfloat16,
+        )
+        tensors: dict[str, Tensor] = state.as_dict(packed=True)
+        return {f"weight.{name}": tensors[name] for name in tensors if name != "absmax"}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], spec: LinearSpec
+    ) -> Self:
+        """Wrap a Linear4bit around the stored tensors."""
+        nn = bitsandbytes().nn
+        module = cls(*shape, spec)
+        inner = nn.Linear4bit(shape[1], shape[0], bias=False, quant_type="nf4", device="meta")
+        statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
+        inner.weight = nn.Params4bit.from_prequantized(
+            tensors["weight"], statistics, device=tensors["weight"].device, module=inner
+        )
+        module.inner = inner.eval()
+        return module
+
+    def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Dequantized rows (n, K)."""
+        self.inner.state_dict()  # undoes the rearrangement for AVX512-BF16, where there was one
+        weight = self.inner.weight
+        whole: Tensor = bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+        return whole[start:stop].to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N) in x's dtype."""
+        output: Tensor = self.inner(x)
+        return output
+
+
+class BnbInt8Linear(QuantizedLinear):
+    """`x @ W.T` by bitsandbytes' Linear8bitLt without outlier decomposition.
+
+    Activations are rounded to int8 per row as well, which int8 of this project does not do.
+    """
+
+    format = "bnb-int8"
+    shared: ClassVar[frozenset[str]] = frozenset({"weight_format"})
+    inner: Any
+
+    @classmethod
+    def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:
+        """The tensors of a saved Linear8bitLt."""
+        return {
+            "weight": Stored((out_features, in_features), torch.int8),
+            "SCB": Stored((out_features,), torch.float32),
+            "weight_format": Stored((), torch.uint8),
+        }
+
+    @classmethod
+    def quantize(cls, rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
+        """bitsandbytes' int8_vectorwise_quant on rows (n, K), in float16 as Linear8bitLt does."""
+        codes, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(rows.to(torch.float16))
+        return {"weight": codes, "SCB": scales}
+
+    @classmethod
+    def shared_tensors(cls, shape: tuple[int, int], spec: LinearSpec) -> dict[str, Tensor]:
+        """The row-major marker."""
+        return {"weight_format": torch.tensor(0, dtype=torch.uint8)}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], spec: LinearSpec
+    ) -> Self:
+        """Wrap a Linear8bitLt around the stored tensors."""
+        nn = bitsandbytes().nn
+        module = cls(*shape, spec)
+        inner = nn.Linear8bitLt(
+            shape[1], shape[0], bias=False, has_fp16_weights=False, device="meta"
+        )
+        weight = tensors["weight"]
+        inner.weight = nn.Int8Params(
+            weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=tensors["SCB"]
+        )
+        module.inner = inner.eval()
+        return module
+
+    def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Dequantized rows (n, K)."""
+        weight, state = self.inner.weight, self.inner.state
+        scales: Tensor = (weight.SCB if weight.SCB is not None else state.SCB)[start:stop, None]
+        codes: Tensor = weight.data[start:stop]
+        return (codes.float() * scales / 127).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N) in x's dtype."""
+        output: Tensor = self.inner(x)
+        return output

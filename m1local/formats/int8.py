@@ -1,0 +1,72 @@
+"""int8: one signed byte per weight, one float32 scale per row. Symmetric: w = q * scale.
+
+What it is: the format of embedding and lm_head in every recipe, and of whole models at 8 bits.
+On the CPU a few rows of activations go through torch's `_weight_int8pack_mm`, which is fast only
+with bfloat16 activations; more rows through slices of the dequantized matrix.
+"""
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from m1local.formats import LinearSpec
+from m1local.formats.base import QuantizedLinear, Stored
+
+FEW_ROWS = 8  # up to here the low-bit operator wins (measured with AVX2 and AVX512)
+
+
+class Int8Linear(QuantizedLinear):
+    """`x @ W.T` with W as int8 rows."""
+
+    format = "int8"
+    weight: Tensor  # (N, K) int8
+    scales: Tensor  # (N,) float32
+
+    @classmethod
+    def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:
+        """weight (N, K) int8 and scales (N,) float32."""
+        return {
+            "weight": Stored((out_features, in_features), torch.int8),
+            "scales": Stored((out_features,), torch.float32),
+        }
+
+    @classmethod
+    def quantize(cls, rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
+        """Scale each row (n, K) so that its largest magnitude becomes 127."""
+        wide = rows.float()
+        scales = wide.abs().amax(dim=1) / 127
+        inverse = torch.where(scales > 0, 1 / scales, 0)
+        codes = (wide * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        return {"weight": codes, "scales": scales}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], spec: LinearSpec
+    ) -> Self:
+        """Use the stored tensors as they are, mapped files included."""
+        module = cls(*shape, spec)
+        module.register_buffer("weight", tensors["weight"])
+        module.register_buffer("scales", tensors["scales"])
+        return module
+
+    def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Dequantized rows (n, K)."""
+        scales = self.scales[start:stop, None]
+        return (self.weight[start:stop].float() * scales).to(dtype)
+
+    def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of an embedding: (...) ids -> (..., K)."""
+        return (self.weight[token_ids].float() * self.scales[token_ids][..., None]).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N) in x's dtype."""
+        if x.device.type != "cpu" or x.numel() > FEW_ROWS * self.in_features:
+            return self.multiply_sliced(x)
+        # The operator wants scales in bfloat16; applying ours afterwards keeps them exact.
+        ones = torch.ones(self.out_features, dtype=torch.bfloat16)
+        flat = x.reshape(-1, self.in_features).to(torch.bfloat16)
+        product = torch.ops.aten._weight_int8pack_mm(flat, self.weight, ones)
+        scaled: Tensor = (product.float() * self.scales).to(x.dtype)
+        return scaled.view(*x.shape[:-1], self.out_features)

@@ -1,0 +1,23 @@
+"""Where a user's things are kept: M1_HOME, or the platform's data directory.
+
+What it is: paths, without torch. What it is not: a configuration; M1_HOME is the only environment
+variable of this project.
+"""
+
+import os
+from pathlib import Path
+
+from platformdirs import user_data_path
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def home() -> Path:
+    """The folder of everything kept for the user; not created here."""
+    chosen = os.environ.get("M1_HOME")
+    return Path(chosen).expanduser() if chosen else user_data_path("m1local", appauthor=False)
+
+
+def models() -> Path:
+    """Where checkpoints made by `m1 run` are kept."""
+    return home() / "models"

@@ -1,0 +1,181 @@
+"""quantize_checkpoint(): from an original checkpoint to a quantized one, tensor by tensor.
+
+What it is: a generator of events; whoever consumes it draws the progress, and closing it leaves an
+unfinished folder that no loader takes for a checkpoint. One matrix is in memory at a time, and only
+its quantized form; the source stays mapped and untouched. What it is not: the arithmetic of a
+format (m1local.formats) or the choice of formats (recipe.py).
+
+Stages: open the source, plan, prepare the target, write the shards, write the small files, and last
+of all the manifest.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from m1local import __version__
+from m1local.checkpoint import CONFIG
+from m1local.errors import CheckpointError
+from m1local.folder import read_json_object
+from m1local.formats import format_class
+from m1local.generation_config import NAME as GENERATION_CONFIG
+from m1local.manifest import CheckpointManifest, FileRecord
+from m1local.tokenizer import FILES as TOKENIZER_FILES
+from m1local_quantize.notice import NAME as NOTICE
+from m1local_quantize.notice import notice
+from m1local_quantize.plan import DEFAULT_SHARD_BYTES, Plan, Step
+from m1local_quantize.recipe import Recipe
+from m1local_quantize.shard_writer import ShardWriter, disk_error
+from m1local_quantize.source import Source
+from m1local_quantize.target import MARKER, check_space, prepare_target, write_index
+
+COPIED = (*TOKENIZER_FILES, "special_tokens_map.json", GENERATION_CONFIG)
+LICENCES = ("*icen[cs]e*", "LICENSE*", "LICENCE*")
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What is going to be written; nothing has been yet."""
+
+    plan: Plan
+    target: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TensorWritten:
+    """One tensor of the source is done."""
+
+    name: str
+    done_bytes: int  # of the source
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWritten:
+    """The checkpoint is whole."""
+
+    folder: Path
+    manifest: CheckpointManifest
+
+
+Stage = Planned | TensorWritten | CheckpointWritten
+
+
+def quantize_checkpoint(
+    source_folder: Path,
+    target: Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Iterator[Stage]:
+    """Quantize the checkpoint in `source_folder` into the new folder `target`.
+
+    Raises CheckpointError for a bad source, RecipeError for a recipe that does not fit it, and
+    StorageError for a target that is occupied, unwritable or full.
+    """
+    source = Source.open(source_folder)
+    plan = Plan.of(source, recipe, shard_bytes=shard_bytes)
+    prepare_target(target, source_folder, overwrite=overwrite)
+    check_space(target, plan.target_bytes)
+    yield Planned(plan, target)
+    try:
+        yield from _write_shards(source, target, plan)
+        write_small_files(source_folder, target, plan, recipe)
+        manifest = _manifest(source, target, plan, recipe)
+        (target / MARKER).unlink()
+        manifest.write(target)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    yield CheckpointWritten(target, manifest)
+
+
+def _write_shards(source: Source, target: Path, plan: Plan) -> Iterator[TensorWritten]:
+    done = 0
+    for file_name, steps in plan.shards.items():
+        layout = {name: stored for step in steps for name, stored in step.tensors.items()}
+        with ShardWriter(target / file_name, layout) as writer:
+            for step in steps:
+                for name, tensor in _convert(source, step).items():
+                    writer.write(name, tensor)
+                whole = source.tensor(step.name)
+                done += whole.numel() * whole.element_size()
+                yield TensorWritten(step.name, done, plan.source_bytes)
+
+
+def _convert(source: Source, step: Step) -> dict[str, Tensor]:
+    """What is stored of one source tensor."""
+    whole = source.tensor(step.name)
+    if not step.is_quantized:
+        return {step.name: source.rows(step.name, whole, 0, whole.shape[0]).to(whole.dtype)}
+    module = step.name.removesuffix(".weight")
+    tensors = format_class(step.spec.format).quantize_matrix(
+        lambda start, stop: source.rows(step.name, whole, start, stop),
+        (step.shape[0], step.shape[1]),
+        step.spec,
+    )
+    return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+def write_small_files(source: Path, target: Path, plan: Plan, recipe: Recipe) -> None:
+    """Copy tokenizer, generation defaults and licences; write config.json, the index, NOTICE."""
+    copied = {source / name for name in COPIED if (source / name).is_file()}
+    copied |= {path for pattern in LICENCES for path in source.glob(pattern) if path.is_file()}
+    for path in sorted(copied):
+        shutil.copyfile(path, target / path.name)
+    config = read_json_object(source / CONFIG)
+    config["quantization_config"] = quantization_config(plan, recipe)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (target / CONFIG).write_text(text, encoding="utf-8", newline="\n")
+    weight_map = {
+        name: file for file, steps in plan.shards.items() for step in steps for name in step.tensors
+    }
+    write_index(target, weight_map, plan.target_bytes)
+    text = notice(source=source.resolve().name, recipe=recipe.name)
+    (target / NOTICE).write_text(text, encoding="utf-8", newline="\n")
+
+
+def quantization_config(plan: Plan, recipe: Recipe) -> dict[str, object]:
+    """What config.json says; for bitsandbytes formats in its own words."""
+    formats = {spec.format for spec in plan.linears.values()}
+    others = sorted(name for name, s in plan.linears.items() if not s.format.startswith("bnb-"))
+    if "bnb-nf4" in formats:
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "llm_int8_skip_modules": others,
+            "m1local_recipe": recipe.name,
+        }
+    if "bnb-int8" in formats:
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "llm_int8_threshold": 0.0,
+            "llm_int8_skip_modules": others,
+            "m1local_recipe": recipe.name,
+        }
+    return {"quant_method": "m1local", "m1local_recipe": recipe.name}
+
+
+def _manifest(source: Source, target: Path, plan: Plan, recipe: Recipe) -> CheckpointManifest:
+    unfinished = sorted(path.name for path in target.glob("*.part"))
+    if unfinished:
+        raise CheckpointError(f"{target} still holds {', '.join(unfinished)}.")
+    names = sorted(path.name for path in target.iterdir() if path.name != MARKER)
+    return CheckpointManifest(
+        m1local_version=__version__,
+        source=source.folder.resolve().name,
+        source_revision=None,
+        source_files={name: FileRecord.of(source.folder / name) for name in source.files.files},
+        recipe=recipe.name,
+        method=recipe.method,
+        linears=plan.linears,
+        files={name: FileRecord.of(target / name) for name in names},
+    )

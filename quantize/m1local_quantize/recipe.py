@@ -1,0 +1,108 @@
+"""Recipes: which matrix is stored how, and by which method its values are chosen.
+
+What it is: a TOML file read strictly; the shipped ones are data in recipes/. What it is not: code;
+a recipe cannot compute anything.
+
+    method = "rtn"            # round to nearest
+    [[rules]]                 # the first rule that matches a module's name decides
+    match = "lm_head"         # as in fnmatch: * stands for anything
+    format = "int8"           # see m1local.formats; "float" keeps a matrix as it is
+    [[rules]]
+    match = "*"
+    format = "int4"
+    group_size = 64
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Self
+
+from m1local.errors import RecipeError
+from m1local.formats import FORMATS, LinearSpec
+
+FOLDER = Path(__file__).parent / "recipes"
+METHODS = ("rtn",)
+RULE_KEYS = {"match", "format", "group_size"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Matrices whose name fits `pattern` are stored as `spec`."""
+
+    pattern: str
+    spec: LinearSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What to do with each matrix of a model."""
+
+    name: str
+    method: str
+    rules: tuple[Rule, ...]
+
+    def spec_of(self, module_name: str) -> LinearSpec:
+        """How the matrix `module_name` is stored; raises RecipeError when no rule matches."""
+        for rule in self.rules:
+            if fnmatchcase(module_name, rule.pattern):
+                return rule.spec
+        raise RecipeError(
+            f"The recipe {self.name} has no rule for {module_name}; end it with a rule that "
+            'matches "*".'
+        )
+
+    @classmethod
+    def find(cls, name_or_path: str) -> Self:
+        """A shipped recipe by name, or one of your own by the path of its .toml file."""
+        path = Path(name_or_path) if name_or_path.endswith(".toml") else FOLDER / "none"
+        if not name_or_path.endswith(".toml") and name_or_path in shipped_recipes():
+            path = FOLDER / f"{name_or_path}.toml"
+        if not path.is_file():
+            raise RecipeError(
+                f"There is no recipe {name_or_path!r}. Shipped: {', '.join(shipped_recipes())}; "
+                "or give the path of a .toml file."
+            )
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"{path} is no valid TOML: {error}.") from error
+        return cls._from_dict(path.stem, raw, str(path))
+
+    @classmethod
+    def _from_dict(cls, name: str, raw: Mapping[str, Any], where: str) -> Self:
+        unknown = raw.keys() - {"method", "rules"}
+        if unknown:
+            raise RecipeError(f"{where}: unknown key {min(unknown)!r}; a recipe has method, rules.")
+        method = raw.get("method")
+        if method not in METHODS:
+            raise RecipeError(f"{where}: method is {method!r}; known: {', '.join(METHODS)}.")
+        rules = raw.get("rules")
+        if not isinstance(rules, list) or not rules:
+            raise RecipeError(f"{where} has no [[rules]].")
+        return cls(name=name, method=method, rules=tuple(_rule(rule, where) for rule in rules))
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def _rule(raw: Any, where: str) -> Rule:
+    if not isinstance(raw, dict) or not isinstance(raw.get("match"), str):
+        raise RecipeError(f'{where}: every rule needs match = "pattern".')
+    unknown = raw.keys() - RULE_KEYS
+    if unknown:
+        raise RecipeError(f"{where}: unknown key {min(unknown)!r} in the rule {raw['match']!r}.")
+    known = ["float", *FORMATS]
+    if raw.get("format") not in known:
+        raise RecipeError(
+            f"{where}: the rule {raw['match']!r} has format {raw.get('format')!r}; known: "
+            f"{', '.join(known)}."
+        )
+    group_size = raw.get("group_size")
+    if group_size is not None and not isinstance(group_size, int):
+        raise RecipeError(f"{where}: group_size is {group_size!r}, expected an integer.")
+    return Rule(raw["match"], LinearSpec(raw["format"], group_size))

@@ -1,0 +1,98 @@
+"""Writes a safetensors file tensor by tensor, so that it is never whole in memory.
+
+What it is: the header first (every shape is known from the recipe), then each tensor at its place.
+The file has another name until it is whole. What it is not: a general writer; safetensors' own
+needs all tensors of a file at once.
+Format: https://github.com/huggingface/safetensors#format; tensors lie in order of falling element
+size, so that each is aligned when mapped. Checked by reading back with safetensors itself.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from m1local.errors import StorageError
+from m1local.formats.base import Stored
+from m1local.shards import DTYPES
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+PARTIAL = ".part"
+
+
+class ShardWriter:
+    """One safetensors file being written; rename and sync happen on leaving `with` unharmed."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Stored]) -> None:
+        """Lay out `tensors` and write the header."""
+        self.path = path
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._missing = dict(tensors)
+        self._offsets: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):
+            stored = tensors[name]
+            end = offset + stored.nbytes
+            header[name] = {
+                "dtype": CODES[stored.dtype],
+                "shape": list(stored.shape),
+                "data_offsets": [offset, end],
+            }
+            self._offsets[name] = offset
+            offset = end
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._start = 8 + len(encoded)
+        self._file: BinaryIO = self._partial.open("wb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._file.truncate(self._start + offset)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; raises StorageError when the disk is full."""
+        stored = self._missing.pop(name)
+        if (tuple(tensor.shape), tensor.dtype) != (stored.shape, stored.dtype):
+            raise ValueError(f"{name} is {tensor.shape} {tensor.dtype}, laid out as {stored}")
+        self._file.seek(self._start + self._offsets[name])
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        self._file.write(flat.view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> Self:
+        """Begin writing tensors."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Put the file in place when every tensor was written; else leave it unfinished."""
+        if kind is not None:
+            self._file.close()
+            return
+        if self._missing:
+            raise ValueError(f"never written: {sorted(self._missing)}")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self.path)
+
+
+def disk_error(error: OSError, target: Path) -> StorageError:
+    """The user's words for what went wrong while writing to `target`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            f"The disk that holds {target} is full. Free some space and run the same command "
+            "again; the source is untouched."
+        )
+    return StorageError(
+        f"{target} cannot be written ({error.strerror or error}). Choose another folder, or mend "
+        "its permissions, and run the same command again."
+    )

@@ -1,0 +1,71 @@
+"""The checkpoint to be quantized: opened, checked against its config, never written to.
+
+What it is: strict reading of a 16- or 32-bit Baichuan-M1 folder. What it is not: a download
+(a repository of the hub is fetched first).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from m1local.checkpoint import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    check_tensors,
+    expected_tensors,
+    is_quantized,
+)
+from m1local.config import M1Config
+from m1local.errors import CheckpointError
+from m1local.model import normalize_head
+from m1local.shards import TensorFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An opened source checkpoint."""
+
+    folder: Path
+    config: M1Config
+    files: TensorFiles
+
+    @classmethod
+    def open(cls, folder: Path) -> "Source":
+        """Open `folder`; raises CheckpointError naming what is missing, foreign or damaged."""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is no folder; give the folder of a checkpoint.")
+        config = M1Config.from_file(folder / CONFIG)
+        if is_quantized(folder):
+            raise CheckpointError(
+                f"{folder} is quantized already; give the original 16-bit checkpoint."
+            )
+        files = TensorFiles.from_folder(folder)
+        check_tensors(files, expected_tensors(config, {}), tied=config.tie_word_embeddings)
+        return cls(folder, config, files)
+
+    def stored_name(self, name: str) -> str:
+        """Where the tensor `name` lies: a tied head is the embedding."""
+        if name == f"{HEAD}.weight" and name not in self.files.names:
+            return f"{EMBEDDING}.weight"
+        return name
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of the tensor `name`."""
+        return self.files.dtype(self.stored_name(name))
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, mapped from its file."""
+        return self.files.tensor(self.stored_name(name))
+
+    def rows(self, name: str, whole: Tensor, start: int, stop: int) -> Tensor:
+        """Rows of a matrix, checked to be numbers; the head's are normalized (NormHead)."""
+        part = whole[start:stop]
+        if not bool(torch.isfinite(part.float().sum())) and not bool(torch.isfinite(part).all()):
+            raise CheckpointError(
+                f"{self.folder / self.files.file_of(self.stored_name(name))}: {name} holds values "
+                f"that are no numbers in the rows {start} to {stop - 1}; fetch that file again."
+            )
+        return normalize_head(part.float()) if name == f"{HEAD}.weight" else part

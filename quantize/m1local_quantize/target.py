@@ -1,0 +1,75 @@
+"""The folder a checkpoint is written to: when it may be used, and when it is whole.
+
+What it is: the rules that nothing of the user's is lost and no half checkpoint is taken for a whole
+one. A marker lies in the folder until the manifest replaces it. What it is not: a lock between two
+runs.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from m1local.errors import StorageError
+from m1local.manifest import NAME as MANIFEST
+from m1local_quantize.shard_writer import disk_error
+
+MARKER = "m1local.unfinished"
+SPARE_BYTES = 64 << 20  # for the small files, and for the disk not to be full to the last byte
+
+
+def prepare_target(target: Path, source: Path, *, overwrite: bool) -> None:
+    """Make `target` an empty folder with the marker in it; raises StorageError if it may not be.
+
+    A folder of an unfinished run is cleared; a finished checkpoint only with `overwrite`; a folder
+    with anything else in it never.
+    """
+    inner, outer = target.resolve(), source.resolve()
+    if inner == outer or outer.is_relative_to(inner) or inner.is_relative_to(outer):
+        raise StorageError(
+            f"{target} is, contains or lies in the source folder {source}; choose another folder."
+        )
+    try:
+        _clear(target, overwrite=overwrite)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MARKER).write_text("This folder is being written by m1local.\n")
+    except OSError as error:
+        raise disk_error(error, target) from error
+
+
+def check_space(target: Path, nbytes: int) -> None:
+    """Raise StorageError unless `nbytes` more fit on the disk of the folder `target`."""
+    free = shutil.disk_usage(target).free
+    if free < nbytes + SPARE_BYTES:
+        raise StorageError(
+            f"The checkpoint takes {nbytes / 2**30:.2f} GiB, but the disk that holds {target} has "
+            f"only {free / 2**30:.2f} GiB left. Free some space, or choose another folder."
+        )
+
+
+def write_index(target: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """Write the index of the tensors that are really there."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    text = json.dumps(index, indent=1, sort_keys=True) + "\n"
+    (target / "model.safetensors.index.json").write_text(text, encoding="utf-8", newline="\n")
+
+
+def _clear(target: Path, *, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise StorageError(f"{target} is a file; choose another folder.")
+    finished, unfinished = (target / MANIFEST).exists(), (target / MARKER).exists()
+    if finished and not overwrite:
+        raise StorageError(
+            f"{target} already holds a checkpoint. Add --overwrite to replace it, or choose "
+            "another folder."
+        )
+    if not finished and not unfinished and any(target.iterdir()):
+        raise StorageError(f"{target} already exists and holds other files; choose another folder.")
+    # Unfinished first: cut off in the middle of this, the folder must not look whole.
+    (target / MANIFEST).unlink(missing_ok=True)
+    for path in target.iterdir():
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+        else:
+            raise StorageError(f"{path} is a folder, which m1local does not write; remove it.")

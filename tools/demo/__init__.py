@@ -1,0 +1,1 @@
+"""How the built-in demo model is made: text, tokenizer, training. Not part of the package."""
