@@ -42,6 +42,7 @@ class LayerCache:
         self.window = layout.window
         self.slots = slots
         self.written = 0  # one past the highest position ever stored: says what was overwritten
+        self.raw_start = 0  # the raw tail holds the positions from here to the sequence's end
         shape = (batch_size, layout.num_kv_heads, slots, layout.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
@@ -63,6 +64,7 @@ class LayerCache:
         before = RawState(*(tensor.clone() for tensor in self.raw_before(position)))
         end = position + k.shape[2]
         self.written = max(self.written, end)  # first, so that an aborted pass is noticed
+        self.raw_start = max(self.raw_start, end - RAW_TOKENS)
         kept = min(k.shape[2], RAW_TOKENS)
         slots = torch.arange(end - kept, end, device=k.device) % RAW_TOKENS
         self.raw_k[:, :, slots] = k[:, :, -kept:]
@@ -94,15 +96,16 @@ class LayerCache:
         slots = torch.arange(self.slots, device=self.k.device)
         return end - 1 - (end - 1 - slots) % self.slots
 
+    def holds_raw(self, position: int) -> bool:
+        """Whether the raw key and value of the token before `position` are known."""
+        remembered = position == 0 or position in self.boundaries
+        return remembered or self.raw_start < position <= self.written
+
     def can_end_at(self, position: int) -> bool:
         """Whether the sequence may be cut to `position` tokens and go on from there exactly."""
-        if position == 0:
-            return True
-        raw_held = position in self.boundaries or (
-            position <= self.written and position - 1 >= self.written - RAW_TOKENS
-        )
         oldest_needed = 0 if self.window is None else max(0, position - self.window + 1)
-        return raw_held and oldest_needed >= self.written - self.slots
+        overwritten = oldest_needed < self.written - self.slots
+        return position == 0 or (self.holds_raw(position) and not overwritten)
 
     def remember(self, position: int) -> None:
         """Keep the raw state at `position`, so that a later rollback may end there."""
@@ -110,7 +113,8 @@ class LayerCache:
         self.boundaries[position] = RawState(raw.k.clone(), raw.v.clone())
 
     def forget_after(self, position: int) -> None:
-        """Drop the boundaries of tokens that are no longer part of the sequence."""
+        """Drop what belongs to tokens that are no longer part of the sequence."""
+        self.raw_start = min(self.raw_start, position)
         self.boundaries = {at: raw for at, raw in self.boundaries.items() if at <= position}
 
     @property
@@ -180,7 +184,7 @@ class KVCache:
 
     def remember(self, position: int) -> None:
         """Make `position`, one of the last few, a boundary that `rollback` can return to."""
-        if not self.position - RAW_TOKENS < position <= self.position:
+        if position > self.position or not all(layer.holds_raw(position) for layer in self.layers):
             raise ValueError(f"{position} is not among the last positions of {self.position}")
         for layer in self.layers:
             layer.remember(position)
@@ -213,7 +217,7 @@ class KVCache:
         self.position = 0
         for layer in self.layers:
             layer.boundaries.clear()
-            layer.written = 0
+            layer.written = layer.raw_start = 0
 
     @property
     def nbytes(self) -> int:

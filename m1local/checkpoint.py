@@ -107,6 +107,10 @@ def expected_tensors(
     config: M1Config, specs: Mapping[str, LinearSpec]
 ) -> dict[str, Stored | tuple[int, ...]]:
     """What the files must hold: full descriptions of quantized tensors, shapes of float ones."""
+    if unknown := specs.keys() - set(matrix_names(config)):
+        raise CheckpointError(
+            f"{MANIFEST} lists {min(unknown)}, which is no matrix of this model; quantize again."
+        )
     expected: dict[str, Stored | tuple[int, ...]] = {}
     for name, shape in parameter_shapes(config).items():
         module = name.removesuffix(".weight")
@@ -114,7 +118,13 @@ def expected_tensors(
         if spec.format == FLOAT.format:
             expected[name] = shape
             continue
-        stored = format_class(spec.format).stored(shape[0], shape[1], spec)
+        chosen = format_class(spec.format)
+        if reason := chosen.check(shape[0], shape[1], spec):
+            raise CheckpointError(
+                f"{MANIFEST} says that {module} is stored as {spec.format}, but {reason}; "
+                "quantize again."
+            )
+        stored = chosen.stored(shape[0], shape[1], spec)
         expected |= {f"{module}.{suffix}": found for suffix, found in stored.items()}
     return expected
 

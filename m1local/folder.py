@@ -5,7 +5,7 @@ reader of weights (m1local/shards.py).
 """
 
 import json
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from m1local.errors import CheckpointError, ConfigError
@@ -30,8 +30,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def inside(folder: Path, name: str) -> Path:
     """The path of the file `name` in `folder`; raises CheckpointError when it leads elsewhere."""
-    parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
-    if not name or len(PureWindowsPath(name).parts) != 1 or ".." in parts or ":" in name:
+    # A single name on every system: no folder, drive, network share or line break in it.
+    if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\:"):
         raise CheckpointError(
             f"{folder} names the file {name!r}, which does not lie in it; do not use this folder."
         )

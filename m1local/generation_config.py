@@ -35,9 +35,13 @@ class GenerationConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: str = NAME) -> Self:
         """Take over what is there; raises ConfigError for a value that cannot be."""
+        raw = {key: value for key, value in raw.items() if value is not None}
         stop = raw.get("eos_token_id", [])
         sampled = raw.get("do_sample", True)
         try:
+            max_new_tokens = int(raw.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS))
+            if max_new_tokens < 0:
+                raise ValueError(f"max_new_tokens is {max_new_tokens}")
             return cls(
                 sampling=SamplingParams(
                     temperature=float(raw.get("temperature", 1.0)) if sampled else 0.0,
@@ -46,9 +50,11 @@ class GenerationConfig:
                     min_p=float(raw.get("min_p", 0.0)),
                     repetition_penalty=float(raw.get("repetition_penalty", 1.0)),
                 ),
-                max_new_tokens=int(raw.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)),
-                stop_token_ids=frozenset(stop if isinstance(stop, list) else [int(stop)]),
+                max_new_tokens=max_new_tokens,
+                stop_token_ids=frozenset(map(int, stop if isinstance(stop, list) else [stop])),
                 is_chat="assistant_token_id" in raw,
             )
-        except (TypeError, ValueError, SamplingError) as error:
-            raise ConfigError(f"{where} is malformed: {error}") from error
+        except (TypeError, ValueError, OverflowError, SamplingError) as error:
+            raise ConfigError(
+                f"{where} is malformed ({error}); mend it, or fetch the file again."
+            ) from error

@@ -132,6 +132,12 @@ class CheckpointManifest:
             source_files={k: FileRecord(**v) for k, v in raw["source_files"].items()},
             recipe=raw["recipe"],
             method=raw["method"],
-            linears={name: LinearSpec(**spec) for name, spec in raw["linears"].items()},
+            linears={name: _spec(**spec) for name, spec in raw["linears"].items()},
             files={name: FileRecord(**record) for name, record in raw["files"].items()},
         )
+
+
+def _spec(format: str, group_size: int | None = None) -> LinearSpec:
+    if not isinstance(format, str) or not isinstance(group_size, int | None):
+        raise TypeError(f"format {format!r} with group_size {group_size!r}")
+    return LinearSpec(format, group_size)

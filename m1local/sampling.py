@@ -13,6 +13,8 @@ from torch import Tensor
 
 from m1local.errors import M1Error, SamplingError
 
+LEAST_TEMPERATURE = 1e-30  # a float32 that a division survives; colder is the most likely token
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -68,8 +70,9 @@ class Sampler:
         self._seen[torch.tensor(list(token_ids), dtype=torch.long)] = True
 
     def __call__(self, logits: Tensor) -> int:
-        """Choose a token id from logits (V,) in float32, and count it as seen."""
-        logits = logits.float().cpu()
+        """Choose a token id below `vocab_size` from logits (V,), and count it as seen."""
+        # A model may have more rows than the tokenizer has tokens; those mean nothing.
+        logits = logits[: self._seen.numel()].float().cpu()
         if not bool(torch.isfinite(logits).all()):
             raise M1Error(
                 "The model produced values that are no numbers; the checkpoint is damaged or its "
@@ -84,6 +87,7 @@ class Sampler:
         if penalty == 1.0:
             return logits
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+        penalized = penalized.clamp(max=torch.finfo(torch.float32).max)
         return torch.where(self._seen[: logits.numel()], penalized, logits)
 
     def _choose(self, logits: Tensor) -> int:
@@ -91,12 +95,14 @@ class Sampler:
         if params.temperature == 0:
             return int(logits.argmax())
         kept = min(params.top_k or logits.numel(), logits.numel())
-        scores, token_ids = torch.topk(logits / params.temperature, kept)
+        scores, token_ids = torch.topk(logits, kept)
+        # Relative to the greatest, and never by 0: the least temperature must not end in NaN.
+        scores = (scores - scores[0]) / max(params.temperature, LEAST_TEMPERATURE)
         probabilities = scores.softmax(-1)
-        # Keep the fewest tokens that reach top_p together: all before which less has gathered.
-        gathered = probabilities.cumsum(-1) - probabilities
-        keep = gathered < params.top_p
-        keep &= probabilities >= params.min_p * probabilities[0]
+        keep = probabilities >= params.min_p * probabilities[0]
+        if params.top_p < 1:  # 1 is "off", whatever the sum of many roundings is
+            # Keep the fewest tokens that reach top_p together: all before which less has gathered.
+            keep &= probabilities.cumsum(-1) - probabilities < params.top_p
         keep[0] = True
         drawn = torch.multinomial(probabilities * keep, 1, generator=self._generator)
         return int(token_ids[drawn])

@@ -111,7 +111,8 @@ class M1Tokenizer:
         probe = "a b\n 1"
         if self.decode(self.encode(probe)) != probe:
             raise TokenizerError(
-                "tokenizer.model changes the text it encodes; it is no M1 one. Fetch the model's own."
+                "tokenizer.model changes the text it encodes; it is no M1 one. "
+                "Fetch the model's own."
             )
 
     @classmethod

@@ -15,6 +15,8 @@ from m1local.config import M1Config
 from m1local.model import M1Model
 from m1local.tokenizer import M1Tokenizer
 
+torch.set_num_threads(1)  # matrices this small are slower with more
+
 ROOT = Path(__file__).parent.parent
 # Material that may not be redistributed (see docs/architecture.md); tests skip where it is absent.
 REFERENCE = ROOT.parent / "shared"
@@ -100,6 +102,22 @@ def tiny_model(tiny_config: M1Config) -> M1Model:
     return random_model(tiny_config)
 
 
+def make_endless(model: M1Model) -> None:
+    """Let `model` never draw one of the first ids, the markers that end an answer.
+
+    Column 0 of the residual stream stays at a constant that only those ids' head rows look at.
+    """
+    backbone = model.model
+    backbone.embed_tokens.weight.data[:, 0] = 5
+    for layer in backbone.layers:
+        layer.get_parameter("self_attn.o_proj.weight").data[0] = 0
+        layer.get_parameter("mlp.down_proj.weight").data[0] = 0
+    backbone.norm.weight.data[0] = 20
+    model.lm_head.weight.data[:, 0] = 0
+    model.lm_head.weight.data[: len(OVERLAY)] = 0
+    model.lm_head.weight.data[: len(OVERLAY), 0] = -1
+
+
 def write_tokenizer(folder: Path) -> None:
     """A SentencePiece model of the real kind, with byte fallback and overlaid reserved pieces."""
     model = io.BytesIO()
@@ -121,11 +139,15 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
 
 
-def write_checkpoint(folder: Path, raw: dict[str, Any] | None = None, *, seed: int = 0) -> None:
+def write_checkpoint(
+    folder: Path, raw: dict[str, Any] | None = None, *, seed: int = 0, endless: bool = False
+) -> None:
     """An original bf16 checkpoint in two shards with an index, and lm_head not normalized."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = TINY if raw is None else raw
     model = random_model(M1Config.from_dict(raw), seed)
+    if endless:
+        make_endless(model)
     model.lm_head.weight.data *= 3
     tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
     names = sorted(tensors)

@@ -27,7 +27,8 @@ def released(pieces: Sequence[str], stop: Sequence[str]) -> list[str]:
 
 def by_brute_force(pieces: Sequence[str], stop: Sequence[str]) -> list[str]:
     """The same, looking at the whole text after every token."""
-    whole, done, shown = "", 0, []
+    whole, done = "", 0
+    shown: list[str] = []
     for number, piece in enumerate(pieces):
         whole += piece
         starts = [at for at in range(len(whole)) if any(whole.startswith(s, at) for s in stop)]

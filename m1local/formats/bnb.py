@@ -22,6 +22,7 @@ from m1local.formats import LinearSpec
 from m1local.formats.base import QuantizedLinear, Stored
 
 BLOCK = 64  # weights that share one absmax; along a row, since rows are multiples of it
+ROWS_REARRANGED = 32  # bitsandbytes' AVX512-BF16 operator asserts whole blocks of so many rows
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
@@ -103,6 +104,8 @@ class BnbNf4Linear(QuantizedLinear):
         nn = bitsandbytes().nn
         module = cls(*shape, spec)
         inner = nn.Linear4bit(shape[1], shape[0], bias=False, quant_type="nf4", device="meta")
+        if shape[0] % ROWS_REARRANGED:
+            inner.support_avx512bf16_for_cpu = False
         statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
         inner.weight = nn.Params4bit.from_prequantized(
             tensors["weight"], statistics, device=tensors["weight"].device, module=inner

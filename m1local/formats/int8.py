@@ -15,6 +15,7 @@ from m1local.formats import LinearSpec
 from m1local.formats.base import QuantizedLinear, Stored
 
 FEW_ROWS = 8  # up to here the low-bit operator wins (measured with AVX2 and AVX512)
+WHOLE_VECTOR = 16  # columns the operator loads at a time; it has no tail, so others crash it
 
 
 class Int8Linear(QuantizedLinear):
@@ -62,7 +63,8 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
-        if x.device.type != "cpu" or x.numel() > FEW_ROWS * self.in_features:
+        many = x.numel() > FEW_ROWS * self.in_features
+        if x.device.type != "cpu" or many or self.in_features % WHOLE_VECTOR:
             return self.multiply_sliced(x)
         # The operator wants scales in bfloat16; applying ours afterwards keeps them exact.
         ones = torch.ones(self.out_features, dtype=torch.bfloat16)

@@ -87,8 +87,8 @@ def quantize_checkpoint(
         yield from _write_shards(source, target, plan)
         write_small_files(source_folder, target, plan, recipe)
         manifest = _manifest(source, target, plan, recipe)
-        (target / MARKER).unlink()
         manifest.write(target)
+        (target / MARKER).unlink()  # last: without either, the next run would not touch the folder
     except OSError as error:
         raise disk_error(error, target) from error
     yield CheckpointWritten(target, manifest)

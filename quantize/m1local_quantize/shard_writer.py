@@ -51,8 +51,12 @@ class ShardWriter:
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
         self._file: BinaryIO = self._partial.open("wb")
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-        self._file.truncate(self._start + offset)
+        try:
+            self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+            self._file.truncate(self._start + offset)
+        except OSError:
+            self._file.close()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor; raises StorageError when the disk is full."""
@@ -74,15 +78,16 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         """Put the file in place when every tensor was written; else leave it unfinished."""
-        if kind is not None:
+        try:
+            if kind is None:
+                if self._missing:
+                    raise ValueError(f"never written: {sorted(self._missing)}")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
             self._file.close()
-            return
-        if self._missing:
-            raise ValueError(f"never written: {sorted(self._missing)}")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self.path)
+        if kind is None:
+            os.replace(self._partial, self.path)
 
 
 def disk_error(error: OSError, target: Path) -> StorageError:

@@ -7,13 +7,22 @@ runs.
 
 import json
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from m1local.errors import StorageError
+from m1local.generation_config import NAME as GENERATION_CONFIG
 from m1local.manifest import NAME as MANIFEST
+from m1local.shards import INDEX
+from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.shard_writer import disk_error
 
 MARKER = "m1local.unfinished"
+# What a run writes, so what the next may delete; anything else is the user's.
+OWN_FILES = (
+    *(MARKER, MANIFEST, "*.part", "*.safetensors", INDEX, "NOTICE", "*icen[cs]e*", "*ICEN[CS]E*"),
+    *("config.json", GENERATION_CONFIG, "special_tokens_map.json", *TOKENIZER_FILES),
+)
 SPARE_BYTES = 64 << 20  # for the small files, and for the disk not to be full to the last byte
 
 
@@ -21,7 +30,7 @@ def prepare_target(target: Path, source: Path, *, overwrite: bool) -> None:
     """Make `target` an empty folder with the marker in it; raises StorageError if it may not be.
 
     A folder of an unfinished run is cleared; a finished checkpoint only with `overwrite`; a folder
-    with anything else in it never.
+    with anything else in it never. Refusing leaves everything as it is.
     """
     inner, outer = target.resolve(), source.resolve()
     if inner == outer or outer.is_relative_to(inner) or inner.is_relative_to(outer):
@@ -29,9 +38,14 @@ def prepare_target(target: Path, source: Path, *, overwrite: bool) -> None:
             f"{target} is, contains or lies in the source folder {source}; choose another folder."
         )
     try:
-        _clear(target, overwrite=overwrite)
+        _check_contents(target, overwrite=overwrite)
         target.mkdir(parents=True, exist_ok=True)
+        # In this order the folder is never taken for whole, nor for somebody else's.
         (target / MARKER).write_text("This folder is being written by m1local.\n")
+        (target / MANIFEST).unlink(missing_ok=True)
+        for path in list(target.iterdir()):
+            if path.name != MARKER:
+                path.unlink()
     except OSError as error:
         raise disk_error(error, target) from error
 
@@ -50,10 +64,10 @@ def write_index(target: Path, weight_map: dict[str, str], total_bytes: int) -> N
     """Write the index of the tensors that are really there."""
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     text = json.dumps(index, indent=1, sort_keys=True) + "\n"
-    (target / "model.safetensors.index.json").write_text(text, encoding="utf-8", newline="\n")
+    (target / INDEX).write_text(text, encoding="utf-8", newline="\n")
 
 
-def _clear(target: Path, *, overwrite: bool) -> None:
+def _check_contents(target: Path, *, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -64,12 +78,14 @@ def _clear(target: Path, *, overwrite: bool) -> None:
             f"{target} already holds a checkpoint. Add --overwrite to replace it, or choose "
             "another folder."
         )
-    if not finished and not unfinished and any(target.iterdir()):
-        raise StorageError(f"{target} already exists and holds other files; choose another folder.")
-    # Unfinished first: cut off in the middle of this, the folder must not look whole.
-    (target / MANIFEST).unlink(missing_ok=True)
-    for path in target.iterdir():
-        if path.is_file() or path.is_symlink():
-            path.unlink()
-        else:
-            raise StorageError(f"{path} is a folder, which m1local does not write; remove it.")
+    ours = OWN_FILES if finished or unfinished else ()
+    foreign = sorted(
+        path.name
+        for path in target.iterdir()
+        if path.is_dir() or not any(fnmatchcase(path.name, pattern) for pattern in ours)
+    )
+    if foreign:
+        raise StorageError(
+            f"{target} already exists and holds other files ({foreign[0]!r}), which would be lost; "
+            "move them, or choose another folder."
+        )

@@ -1,0 +1,114 @@
+"""Puts the measured figures into README.md: `python -m bench.readme`.
+
+What it is: bench/results/*.json as Markdown tables between the README's markers. What it is not:
+a measurement. A test fails when the README differs from what this would write.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench/results"
+
+
+def machine_line(result: dict[str, Any]) -> str:
+    """Where and how it was measured."""
+    machine = result["machine"]
+    return (
+        f"`{result['command']}` on {machine['cores']} cores of {machine['processor']} "
+        f"({machine['torch_cpu_capability']}), {machine['memory_gib']} GiB, "
+        f"{machine['system']}, torch {machine['torch']}."
+    )
+
+
+def table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def quality(result: dict[str, Any]) -> str:
+    """Perplexity, divergence and agreement of each recipe."""
+    header = (
+        "recipe",
+        "bits per weight",
+        "MiB",
+        "perplexity",
+        "KL divergence",
+        "99 % KL",
+        "same top token",
+        "KL while answering",
+    )
+    rows: list[tuple[object, ...]] = [
+        (
+            f"`{row['recipe']}`",
+            row["bits_per_weight"],
+            row["mib"],
+            f"{row['perplexity']:.3f}",
+            f"{row['mean_kl']:.4f}",
+            f"{row['p99_kl']:.3f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['mean_kl_decoding']:.4f}",
+        )
+        for row in result["rows"]
+    ]
+    reference = result["rows"][0]
+    rows.insert(
+        0, ("original, bf16", 16, "", f"{reference['reference_perplexity']:.3f}", 0, 0, "100 %", "")
+    )
+    return (
+        f"{table(header, rows)}\n\nOn {result['text']} ({reference['tokens']:,} tokens), held out "
+        "from training. Reading a prompt and answering use different operators, hence the last "
+        f"column (its first {result['decoded_rows']} answers). {machine_line(result)}"
+    )
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Peak memory of quantizing and of answering."""
+    header = (
+        "recipe",
+        "checkpoint",
+        "quantizing: memory held",
+        "mapped files",
+        "answering: memory held",
+        "mapped files",
+    )
+    rows: list[tuple[object, ...]] = [
+        (
+            f"`{row['recipe']}`",
+            f"{row['checkpoint_gib']} GiB",
+            f"{row['quantize']['anonymous_and_shared_gib']} GiB",
+            f"{row['quantize']['mapped_files_gib']} GiB",
+            f"{row['load_and_16_tokens']['anonymous_and_shared_gib']} GiB",
+            f"{row['load_and_16_tokens']['mapped_files_gib']} GiB",
+        )
+        for row in result["rows"]
+    ]
+    return (
+        f"{table(header, rows)}\n\nSource: {result['source']}, {result['source_gib']} GiB. Memory "
+        "held is anonymous and shared pages at their peak; mapped file pages can be dropped at any "
+        f"time. {machine_line(result)}"
+    )
+
+
+def render(text: str) -> str:
+    """README text with every block filled from its results."""
+    for name, block in (("quality", quality), ("memory", memory)):
+        path = RESULTS / f"{name}.json"
+        filled = block(json.loads(path.read_text(encoding="utf-8")))
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+        text = pattern.sub(lambda _, f=filled, b=begin, e=end: f"{b}\n{f}\n{e}", text)
+    return text
+
+
+def main() -> None:
+    """Rewrite README.md."""
+    path = ROOT / "README.md"
+    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""How much a quantized model differs from the original it was made of.
+
+What it is: perplexity of both, the Kullback-Leibler divergence of their next-token distributions
+and how often they agree on the most likely token, over given token sequences, one sequence in
+memory at a time. What it is not: an exam; it says how far two models are apart, not how good
+either is.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from m1local.cache import KVCache
+from m1local.model import M1Model
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Token ids, and from which position on the next token is judged."""
+
+    token_ids: tuple[int, ...]
+    first_judged: int = 1  # the token at this position is the first that is predicted and judged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """A model against its reference over a text; the divergence is in nats."""
+
+    tokens: int
+    reference_perplexity: float
+    perplexity: float
+    mean_kl: float
+    p99_kl: float
+    top1_agreement: float
+
+
+@torch.inference_mode()
+def compare(
+    reference: M1Model, model: M1Model, samples: Iterable[Sample], *, decode: bool = False
+) -> Divergence:
+    """Compare `model` with `reference` on `samples`; raises ValueError when nothing is judged.
+
+    With `decode` the model reads token by token through its cache, as it does while answering;
+    its few-row operators round differently from those that read a prompt.
+    """
+    kls: list[Tensor] = []
+    agreed = count = 0
+    reference_loss = loss = 0.0
+    for sample in samples:
+        ids = torch.tensor([sample.token_ids])
+        judged = slice(sample.first_judged - 1, -1)
+        targets = ids[0, sample.first_judged :]
+        wanted = reference(ids)[0, judged].log_softmax(-1)
+        logits = _decode(model, ids) if decode else model(ids)
+        found = logits[0, judged].log_softmax(-1)
+        kls.append(functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1))
+        agreed += int((found.argmax(-1) == wanted.argmax(-1)).sum())
+        reference_loss += float(functional.nll_loss(wanted, targets, reduction="sum"))
+        loss += float(functional.nll_loss(found, targets, reduction="sum"))
+        count += targets.numel()
+    if not count:
+        raise ValueError("the text is too short: no token to judge")
+    divergences = torch.cat(kls)
+    return Divergence(
+        tokens=count,
+        reference_perplexity=math.exp(reference_loss / count),
+        perplexity=math.exp(loss / count),
+        mean_kl=float(divergences.mean()),
+        p99_kl=float(divergences.quantile(0.99)),
+        top1_agreement=agreed / count,
+    )
+
+
+def _decode(model: M1Model, token_ids: Tensor) -> Tensor:
+    """Logits (1, T, V) of token-by-token reading."""
+    dtype = next(model.parameters()).dtype
+    cache = KVCache.allocate(model.config, token_ids.shape[1], dtype=dtype)
+    steps = [model(token_ids[:, i : i + 1], cache) for i in range(token_ids.shape[1])]
+    return torch.cat(steps, dim=1)

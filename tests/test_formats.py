@@ -1,0 +1,403 @@
+"""Proves that every storage format stores what it says and multiplies by what it stores.
+
+The textbook formulas are written here a second time, in plain torch; `dequantize` is then the
+oracle of `forward`. For the formats of bitsandbytes the package itself is the oracle.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from m1local.errors import CheckpointError, DependencyError
+from m1local.formats import LinearSpec, bnb, format_class, int4pack
+from m1local.formats.base import ROWS_PER_SLICE, QuantizedEmbedding, QuantizedLinear
+from m1local.formats.int4 import Int4Linear, unpack_nibbles
+
+INT8, NF4, BNB_INT8 = LinearSpec("int8"), LinearSpec("bnb-nf4"), LinearSpec("bnb-int8")
+INT4 = [LinearSpec("int4", group_size) for group_size in (32, 64, 128)]
+SPECS = [INT8, *INT4, NF4, BNB_INT8]
+# Whole blocks of torch's packed operator; none; a single row; more than one slice of rows.
+SHAPES = [(192, 256), (70, 256), (1, 128), (ROWS_PER_SLICE + 44, 128)]
+
+every_spec = pytest.mark.parametrize(
+    "spec", SPECS, ids=lambda spec: f"{spec.format}-{spec.group_size}"
+)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+needs_int4_operator = pytest.mark.skipif(
+    int4pack.layout() is None, reason="this torch has no packed int4 operator for this processor"
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Matrices this small gain nothing from a second thread, and lose much beside a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def matrix(shape: tuple[int, int], seed: int = 0) -> Tensor:
+    """A bfloat16 matrix (N, K) as a checkpoint holds it, its rows of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 10 ** torch.empty(shape[0], 1).uniform_(-3, 1, generator=generator)
+    return (torch.randn(shape, generator=generator) * sizes).to(torch.bfloat16)
+
+
+def activations(*shape: int) -> Tensor:
+    """Random float32 activations (…, K)."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def store(weight: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
+    """What the checkpoint would hold of `weight`."""
+    rows, columns = weight.shape
+    chosen = format_class(spec.format)
+    return chosen.quantize_matrix(lambda start, stop: weight[start:stop], (rows, columns), spec)
+
+
+def build(weight: Tensor, spec: LinearSpec) -> QuantizedLinear:
+    """The module of `weight`, rounded to nearest."""
+    rows, columns = weight.shape
+    return format_class(spec.format).from_tensors(store(weight, spec), (rows, columns), spec)
+
+
+def assert_bit_equal(actual: Tensor, expected: Tensor) -> None:
+    """The same bits and dtype."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@every_spec
+@every_shape
+def test_stored_describes_exactly_what_is_written(spec: LinearSpec, shape: tuple[int, int]) -> None:
+    tensors = store(matrix(shape), spec)
+    described = format_class(spec.format).stored(*shape, spec)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == described
+    assert sum(stored.nbytes for stored in described.values()) == sum(
+        tensor.nbytes for tensor in tensors.values()
+    )
+
+
+@every_spec
+def test_a_matrix_quantized_in_slices_equals_one_quantized_whole(spec: LinearSpec) -> None:
+    weight = matrix((2 * ROWS_PER_SLICE + 20, 128))
+    sliced = store(weight, spec)
+    for name, tensor in format_class(spec.format).quantize(weight, spec).items():
+        assert_bit_equal(sliced[name], tensor)
+
+
+@every_spec
+@every_shape
+def test_slices_of_rows_equal_the_dequantized_whole(
+    spec: LinearSpec, shape: tuple[int, int]
+) -> None:
+    module = build(matrix(shape), spec)
+    whole = module.dequantize()
+    draw = random.Random(0)
+    for _ in range(10):
+        start = draw.randrange(shape[0])
+        stop = draw.randint(start + 1, shape[0])
+        assert_bit_equal(module.slice_rows(start, stop, torch.float32), whole[start:stop])
+
+
+def test_int8_takes_the_nearest_of_255_levels_up_to_the_rows_greatest() -> None:
+    weight = matrix((70, 96)).float()
+    tensors = store(weight, INT8)
+    greatest = torch.stack([row.abs().max() for row in weight])
+    torch.testing.assert_close(tensors["scales"], greatest / 127)
+    levels = torch.arange(-127, 128) * (greatest / 127)[:, None]  # (N, 255)
+    least_error = (weight[:, :, None] - levels[:, None, :]).abs().amin(dim=2)
+    error = (weight - build(weight, INT8).dequantize()).abs()
+    # A tie may go either way: then both levels are as near, but for float32 rounding.
+    assert (error <= least_error + 1e-6 * greatest[:, None]).all()
+
+
+@pytest.mark.parametrize("spec", INT4, ids=str)
+def test_int4_takes_the_nearest_of_16_levels_between_the_groups_least_and_greatest(
+    spec: LinearSpec,
+) -> None:
+    assert spec.group_size is not None
+    weight = matrix((70, 256)).float()
+    tensors = store(weight, spec)
+    groups = weight.view(70, -1, spec.group_size)
+    scales = ((groups.max(dim=2).values - groups.min(dim=2).values) / 15).bfloat16()
+    zeros = (groups.min(dim=2).values + 8 * scales.float()).bfloat16()
+    assert_bit_equal(tensors["scales"], scales)
+    assert_bit_equal(tensors["zeros"], zeros)
+    levels = torch.arange(-8, 8) * scales.float()[..., None] + zeros.float()[..., None]
+    distances = (groups[..., None] - levels[:, :, None, :]).abs()  # (N, groups, group, 16)
+    error = (weight - build(weight, spec).dequantize()).abs().view_as(groups)
+    # A tie may go either way: then both levels are as near, but for float32 rounding.
+    assert (error <= distances.amin(dim=3) + 1e-6 * groups.abs().amax(dim=2, keepdim=True)).all()
+
+
+@every_spec
+def test_a_zero_row_stays_zero(spec: LinearSpec) -> None:
+    weight = matrix((64, 128))
+    weight[[0, 63]] = 0
+    module = build(weight, spec)
+    assert_bit_equal(module.dequantize()[[0, 63]], torch.zeros(2, 128))
+    assert module(torch.ones(1, 128))[0, [0, 63]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("spec", INT4, ids=str)
+def test_a_constant_int4_group_is_exact(spec: LinearSpec) -> None:
+    weight = matrix((64, 256))
+    weight[5, 128:] = 0.7109375  # a bfloat16
+    assert_bit_equal(build(weight, spec).dequantize()[5, 128:], weight[5, 128:].float())
+
+
+def assert_products(module: QuantizedLinear, x: Tensor, *, tolerance: float) -> None:
+    """`module(x)` is `x @ dequantize().T`, within `tolerance` of a product's usual size."""
+    product = module(x)
+    assert product.dtype == x.dtype
+    exact_x, weight = x.double(), module.dequantize().double()
+    usual_size = (exact_x.square() @ weight.square().T).sqrt()  # of a sum of random signs
+    error = (product.double() - exact_x @ weight.T) / usual_size
+    assert error.square().mean().sqrt() <= tolerance
+    assert error.abs().max() <= 6 * tolerance  # a sum four times the usual, rounded as a whole
+
+
+# bfloat16 is off by 2^-8 at most, 2^-9.3 on average over a product's few roundings; float32 by
+# 2^-24, some ten times. int8 activations come in steps of 1/127 of the greatest of their row,
+# itself three to four times the usual: 3.5 / 127 / sqrt(12) on average.
+BFLOAT16, FLOAT32, INT8_ACTIVATIONS = 5e-3, 1e-6, 1.2e-2
+
+
+@every_spec
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 33])
+def test_forward_multiplies_by_the_dequantized_matrix(
+    spec: LinearSpec, shape: tuple[int, int], dtype: torch.dtype, rows: int
+) -> None:
+    module = build(matrix(shape), spec)
+    x = activations(rows, shape[1]).to(dtype)
+    few = rows <= 8 and not (isinstance(module, Int4Linear) and not module.packed)
+    exact = spec in (INT8, *INT4) and dtype == torch.float32 and not few
+    rounded = INT8_ACTIVATIONS if spec == BNB_INT8 else BFLOAT16
+    assert_products(module, x, tolerance=FLOAT32 if exact else rounded)
+
+
+@pytest.mark.parametrize("spec", [INT8, BNB_INT8], ids=str)
+@pytest.mark.parametrize("columns", [33, 40])
+def test_rows_of_int8_may_have_any_length(spec: LinearSpec, columns: int) -> None:
+    # torch's operator loads whole vectors of 8 or 16: past the end of such rows, or off alignment.
+    module = build(matrix((37, columns)), spec)
+    assert_products(module, activations(3, columns), tolerance=INT8_ACTIVATIONS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"), [*((spec, 1e30) for spec in (INT8, *INT4, NF4)), (BNB_INT8, 1e3)], ids=str
+)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_tiny_and_huge_rows_keep_their_precision(spec: LinearSpec, size: float, rows: int) -> None:
+    weight = activations(192, 128)
+    weight[0::3] *= size
+    weight[1::3] /= size
+    weight = weight.bfloat16()
+    module = build(weight, spec)
+    error = (module.dequantize() - weight.float()).abs().amax(dim=1)
+    # A 4-bit step is a fifth of the greatest of a row at most, an 8-bit one 1/127.
+    assert (error <= 0.2 * weight.float().abs().amax(dim=1)).all()
+    tolerance = INT8_ACTIVATIONS if spec == BNB_INT8 else BFLOAT16
+    assert_products(module, activations(rows, 128), tolerance=tolerance)
+
+
+@every_spec
+def test_a_batch_of_sequences_keeps_its_shape(spec: LinearSpec) -> None:
+    module = build(matrix((64, 128)), spec)
+    x = activations(2, 3, 128)
+    product = module(x)
+    assert product.shape == (2, 3, 64)
+    torch.testing.assert_close(product.flatten(0, 1), module(x.flatten(0, 1)))
+
+
+@every_spec
+def test_a_module_dequantizes_the_same_before_and_after_use(spec: LinearSpec) -> None:
+    module = build(matrix((64, 128)), spec)
+    before = module.dequantize()
+    module(torch.ones(1, 128))
+    # With AVX512-BF16 bitsandbytes rounds its scales to bfloat16 on the first use.
+    torch.testing.assert_close(
+        module.dequantize(), before, rtol=2**-7 if spec == NF4 else 0, atol=0
+    )
+
+
+def test_an_int8_embedding_reads_the_rows_it_is_asked_for() -> None:
+    table = build(matrix((70, 128)), INT8)
+    token_ids = torch.tensor([[3, 69, 3], [0, 1, 2]])
+    embedded = QuantizedEmbedding(table, torch.bfloat16)(token_ids)
+    assert_bit_equal(embedded, table.dequantize()[token_ids].bfloat16())
+
+
+@needs_int4_operator
+@pytest.mark.parametrize("rows", [64, 192, int4pack.ROWS_PER_PACK + 64])
+def test_packed_codes_read_back_as_they_were_at_any_row(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    nibbles = torch.randint(0, 256, (rows, 48), generator=generator, dtype=torch.uint8)
+    packed, codes = int4pack.pack(nibbles), unpack_nibbles(nibbles)
+    assert packed.nbytes == nibbles.nbytes
+    assert_bit_equal(int4pack.unpack(packed, 0, rows), codes)
+    draw = random.Random(rows)
+    for _ in range(60):  # most of them begin and end inside a block
+        start = draw.randrange(rows)
+        stop = draw.randint(start + 1, min(rows, start + 100))
+        assert_bit_equal(int4pack.unpack(packed, start, stop), codes[start:stop])
+
+
+@pytest.mark.parametrize("spec", INT4, ids=str)
+def test_without_the_operator_int4_stays_as_stored_and_says_the_same(
+    spec: LinearSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = matrix((192, 256))
+    expected = build(weight, spec).dequantize()
+    monkeypatch.setattr(int4pack, "layout", lambda: None)
+    tensors = store(weight, spec)
+    module = Int4Linear.from_tensors(tensors, (192, 256), spec)
+    assert module.codes is tensors["weight"]
+    assert_bit_equal(module.dequantize(), expected)
+    assert_products(module, activations(1, 256), tolerance=FLOAT32)
+
+
+def raise_runtime_error(codes: Tensor) -> Tensor:
+    raise RuntimeError("not implemented for this device")
+
+
+@pytest.mark.parametrize("broken", [raise_runtime_error, lambda codes: codes[:, ::2].byte()])
+def test_an_operator_that_fails_or_packs_in_an_unknown_way_is_not_used(
+    broken: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int4pack, "_pack_codes", broken)
+    assert int4pack.layout.__wrapped__() is None
+
+
+def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names, dtypes and bits."""
+    assert sorted(actual) == sorted(expected)
+    for name, tensor in expected.items():
+        assert_bit_equal(actual[name], tensor)
+
+
+def test_a_plain_linear4bit_stores_and_loads_the_same_bits() -> None:
+    nn = bnb.bitsandbytes().nn
+    weight = matrix((96, 192))
+    stored = store(weight, NF4)
+    plain = nn.Linear4bit(192, 96, bias=False, quant_type="nf4", compress_statistics=False)
+    plain.weight = nn.Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=plain
+    )
+    assert_same_tensors(plain.to("cpu").state_dict(), stored)
+    loaded = nn.Linear4bit(192, 96, bias=False, quant_type="nf4", device="meta")
+    statistics = {name: tensor for name, tensor in stored.items() if name != "weight"}
+    loaded.weight = nn.Params4bit.from_prequantized(
+        stored["weight"], statistics, device="cpu", module=loaded
+    )
+    x = activations(3, 192)
+    assert_bit_equal(build(weight, NF4)(x), loaded.eval()(x))
+    assert_bit_equal(build(weight, NF4)(x), plain.eval()(x))
+
+
+def test_rows_that_fill_no_block_are_not_rearranged_for_avx512(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)  # it takes blocks of 32 rows
+    assert_products(build(matrix((70, 192)), NF4), activations(1, 192), tolerance=BFLOAT16)
+
+
+def test_a_plain_linear8bitlt_stores_and_loads_the_same_bits() -> None:
+    nn = bnb.bitsandbytes().nn
+    weight = matrix((70, 192))
+    stored = store(weight, BNB_INT8)
+    plain = nn.Linear8bitLt(192, 70, bias=False, has_fp16_weights=False)
+    plain.weight.data = weight.clone()
+    assert_same_tensors(plain.to("cpu").state_dict(), stored)
+    loaded = nn.Linear8bitLt(192, 70, bias=False, has_fp16_weights=False).to("cpu")
+    loaded.load_state_dict(stored)
+    x = activations(3, 192)
+    assert_bit_equal(build(weight, BNB_INT8)(x), loaded.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns", "complaint"),
+    [
+        (LinearSpec("int4"), 128, "group size is None"),
+        (LinearSpec("int4", 16), 128, "int4 takes 32, 64 or 128"),
+        (LinearSpec("int4", 128), 192, "groups of 128 do not divide its 192 columns"),
+        (NF4, 96, "blocks of 64 do not divide its 96 columns"),
+        (NF4, 128, None),
+        (LinearSpec("int4", 64), 192, None),
+        (INT8, 33, None),
+        (BNB_INT8, 33, None),
+    ],
+)
+def test_a_matrix_that_a_format_cannot_hold_is_refused_by_name(
+    spec: LinearSpec, columns: int, complaint: str | None
+) -> None:
+    found = format_class(spec.format).check(70, columns, spec)
+    assert found == complaint if complaint is None else complaint in (found or "")
+
+
+def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(CheckpointError, match="int8, int4, bnb-nf4, bnb-int8"):
+        format_class("int3")
+
+
+# Makes any processor look like one with AVX512-BF16, where bitsandbytes asks for `kernels`.
+IMPORT_BNB = """
+import sys
+import m1local.formats.bnb as bnb
+assert "bitsandbytes" not in sys.modules, "importing the format must not import the package"
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "bitsandbytes.backends.cpu.ops":
+            import bitsandbytes.functional as functional
+            functional.has_avx512bf16 = lambda: print("asked") or True
+
+sys.meta_path.insert(0, Finder())
+bnb.bitsandbytes()
+assert "kernels" not in sys.modules
+import kernels
+"""
+
+
+def test_importing_bitsandbytes_never_imports_kernels_and_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text("print('kernels was imported')")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_BNB],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    # Asked for at import once, and let through again afterwards.
+    assert done.stdout.split("\n", 1) == ["asked", "kernels was imported\n"]
+
+
+def test_a_kernels_package_that_was_there_before_is_there_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels = ModuleType("kernels")
+    monkeypatch.setitem(sys.modules, "kernels", kernels)
+    bnb.bitsandbytes.__wrapped__()
+    assert sys.modules["kernels"] is kernels
+
+
+def test_a_missing_bitsandbytes_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(DependencyError, match="pip install bitsandbytes"):
+        bnb.bitsandbytes.__wrapped__()

@@ -1,0 +1,86 @@
+"""The shard writer against safetensors itself: every dtype, every size, nothing half written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from m1local.formats.base import Stored
+from m1local.shards import DTYPES
+from m1local_quantize.shard_writer import ShardWriter
+
+SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (3,), (5, 7), (0, 4), (1, 1, 2, 1, 2)]
+
+
+def every_kind() -> dict[str, Tensor]:
+    """A tensor of every dtype and of odd sizes, with every bit pattern allowed."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for code, dtype in DTYPES.items():
+        for shape in SHAPES:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            raw = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+            tensors[f"{code}.{'x'.join(map(str, shape))}.重"] = raw.view(dtype).view(shape)
+    return tensors
+
+
+def write_all(path: Path, tensors: dict[str, Tensor]) -> None:
+    layout = {name: Stored(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    with ShardWriter(path, layout) as writer:
+        assert not path.exists()  # it has another name until it is whole
+        for name in reversed(tensors):
+            writer.write(name, tensors[name])
+
+
+def test_safetensors_reads_back_every_dtype_and_size(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "x.safetensors", every_kind()
+    write_all(path, tensors)
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
+        # As bytes: NaNs are equal then, and 0.0 and -0.0 are not.
+        assert torch.equal(
+            found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_all(path, every_kind())
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    for entry in header.values():
+        start = 8 + length + entry["data_offsets"][0]
+        assert start % DTYPES[entry["dtype"]].itemsize == 0
+
+
+def test_a_tensor_that_is_not_contiguous_is_written_in_its_order(tmp_path: Path) -> None:
+    tensor = torch.arange(12.0).view(3, 4).T
+    write_all(tmp_path / "x.safetensors", {"x": tensor})
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], tensor)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(3), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int8)], ids=str
+)
+def test_a_tensor_that_was_laid_out_otherwise_is_refused(tmp_path: Path, tensor: Tensor) -> None:
+    path = tmp_path / "x.safetensors"
+    writer = ShardWriter(path, {"x": Stored((2,), torch.float32)})
+    with pytest.raises(ValueError, match=r"x is .* laid out as"), writer:
+        writer.write("x", tensor)
+    assert not path.exists()
+
+
+def test_a_file_in_which_a_tensor_is_missing_is_never_put_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    writer = ShardWriter(path, {"x": Stored((2,), torch.float32)})
+    with pytest.raises(ValueError, match=r"never written: \['x'\]"), writer:
+        pass
+    assert not path.exists()
