@@ -9,7 +9,7 @@ from pathlib import Path
 
 from platformdirs import user_data_path
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parent / "m1-tiny"  # the built-in demo model
 
 
 def home() -> Path:

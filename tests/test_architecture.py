@@ -167,9 +167,9 @@ def test_the_wheel_holds_the_packages_recipes_and_demo(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
     for needed in (
         "m1local/py.typed",
-        "m1local/demo/model.safetensors",
-        "m1local/demo/tokenizer.model",
-        "m1local/demo/MODEL_CARD.md",
+        "m1local/m1-tiny/model.safetensors",
+        "m1local/m1-tiny/tokenizer.model",
+        "m1local/m1-tiny/MODEL_CARD.md",
         "m1local_quantize/recipes/int4.toml",
     ):
         assert needed in names
@@ -177,7 +177,7 @@ def test_the_wheel_holds_the_packages_recipes_and_demo(wheel: Path) -> None:
 
 def test_the_wheel_stays_small(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        demo = sum(i.file_size for i in archive.infolist() if i.filename.startswith("m1local/demo"))
+        demo = sum(i.file_size for i in archive.infolist() if i.filename.startswith("m1local/m1-tiny"))
     assert demo <= 8_000_000
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from m1local.errors import CheckpointError, DependencyError
 from m1local.formats import LinearSpec, bnb, format_class, int4pack
 from m1local.formats.base import ROWS_PER_SLICE, QuantizedEmbedding, QuantizedLinear
 from m1local.formats.int4 import Int4Linear, unpack_nibbles
+from m1local.formats.int8 import Int8Linear
 
 INT8, NF4, BNB_INT8 = LinearSpec("int8"), LinearSpec("bnb-nf4"), LinearSpec("bnb-int8")
 INT4 = [LinearSpec("int4", group_size) for group_size in (32, 64, 128)]
@@ -27,9 +29,9 @@ SPECS = [INT8, *INT4, NF4, BNB_INT8]
 # Whole blocks of torch's packed operator; none; a single row; more than one slice of rows.
 SHAPES = [(192, 256), (70, 256), (1, 128), (ROWS_PER_SLICE + 44, 128)]
 
-every_spec = pytest.mark.parametrize(
-    "spec", SPECS, ids=lambda spec: f"{spec.format}-{spec.group_size}"
-)
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.format)
+every_int4 = pytest.mark.parametrize("spec", INT4, ids=lambda spec: str(spec.group_size))
+both_int8 = pytest.mark.parametrize("spec", [INT8, BNB_INT8], ids=lambda spec: spec.format)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 needs_int4_operator = pytest.mark.skipif(
     int4pack.layout() is None, reason="this torch has no packed int4 operator for this processor"
@@ -70,8 +72,10 @@ def build(weight: Tensor, spec: LinearSpec) -> QuantizedLinear:
     return format_class(spec.format).from_tensors(store(weight, spec), (rows, columns), spec)
 
 
-def assert_bit_equal(actual: Tensor, expected: Tensor) -> None:
-    """The same bits and dtype."""
+def assert_bit_equal(
+    actual: Tensor | Mapping[str, Tensor], expected: Tensor | Mapping[str, Tensor]
+) -> None:
+    """The same names where there are any, dtypes and bits."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -81,9 +85,7 @@ def test_stored_describes_exactly_what_is_written(spec: LinearSpec, shape: tuple
     tensors = store(matrix(shape), spec)
     described = format_class(spec.format).stored(*shape, spec)
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == described
-    assert sum(stored.nbytes for stored in described.values()) == sum(
-        tensor.nbytes for tensor in tensors.values()
-    )
+    assert all(tensor.nbytes == described[name].nbytes for name, tensor in tensors.items())
 
 
 @every_spec
@@ -108,19 +110,18 @@ def test_slices_of_rows_equal_the_dequantized_whole(
         assert_bit_equal(module.slice_rows(start, stop, torch.float32), whole[start:stop])
 
 
-def test_int8_takes_the_nearest_of_255_levels_up_to_the_rows_greatest() -> None:
-    weight = matrix((70, 96)).float()
-    tensors = store(weight, INT8)
-    greatest = torch.stack([row.abs().max() for row in weight])
-    torch.testing.assert_close(tensors["scales"], greatest / 127)
-    levels = torch.arange(-127, 128) * (greatest / 127)[:, None]  # (N, 255)
+@both_int8
+def test_int8_takes_the_nearest_of_255_levels_up_to_the_rows_greatest(spec: LinearSpec) -> None:
+    weight = matrix((70, 96)).half().float()  # bitsandbytes rounds from float16
+    steps = torch.stack([row.abs().max() for row in weight])[:, None] / 127
+    levels = torch.arange(-127, 128) * steps  # (N, 255)
     least_error = (weight[:, :, None] - levels[:, None, :]).abs().amin(dim=2)
-    error = (weight - build(weight, INT8).dequantize()).abs()
+    error = (weight - build(weight, spec).dequantize()).abs()
     # A tie may go either way: then both levels are as near, but for float32 rounding.
-    assert (error <= least_error + 1e-6 * greatest[:, None]).all()
+    assert (error <= least_error + 1e-4 * steps).all()
 
 
-@pytest.mark.parametrize("spec", INT4, ids=str)
+@every_int4
 def test_int4_takes_the_nearest_of_16_levels_between_the_groups_least_and_greatest(
     spec: LinearSpec,
 ) -> None:
@@ -148,7 +149,7 @@ def test_a_zero_row_stays_zero(spec: LinearSpec) -> None:
     assert module(torch.ones(1, 128))[0, [0, 63]].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("spec", INT4, ids=str)
+@every_int4
 def test_a_constant_int4_group_is_exact(spec: LinearSpec) -> None:
     weight = matrix((64, 256))
     weight[5, 128:] = 0.7109375  # a bfloat16
@@ -156,20 +157,20 @@ def test_a_constant_int4_group_is_exact(spec: LinearSpec) -> None:
 
 
 def assert_products(module: QuantizedLinear, x: Tensor, *, tolerance: float) -> None:
-    """`module(x)` is `x @ dequantize().T`, within `tolerance` of a product's usual size."""
+    """`module(x)` is `x @ dequantize().T`, within `tolerance` of its own and its usual size."""
     product = module(x)
     assert product.dtype == x.dtype
     exact_x, weight = x.double(), module.dequantize().double()
+    expected = exact_x @ weight.T
     usual_size = (exact_x.square() @ weight.square().T).sqrt()  # of a sum of random signs
-    error = (product.double() - exact_x @ weight.T) / usual_size
-    assert error.square().mean().sqrt() <= tolerance
-    assert error.abs().max() <= 6 * tolerance  # a sum four times the usual, rounded as a whole
+    worst = ((product.double() - expected).abs() / (usual_size + expected.abs())).max()
+    assert worst <= tolerance
 
 
-# bfloat16 is off by 2^-8 at most, 2^-9.3 on average over a product's few roundings; float32 by
-# 2^-24, some ten times. int8 activations come in steps of 1/127 of the greatest of their row,
-# itself three to four times the usual: 3.5 / 127 / sqrt(12) on average.
-BFLOAT16, FLOAT32, INT8_ACTIVATIONS = 5e-3, 1e-6, 1.2e-2
+# bfloat16 is off by 2^-8 at most: in activations and weights, where it averages out to 0.2 % of the
+# usual size, and once or twice in the result. float32 is off by 2^-24 some hundred times. int8
+# activations come in steps of 1/127 of the greatest of their row: 0.7 % of the usual size.
+BFLOAT16, FLOAT32, INT8_ACTIVATIONS = 1e-2, 1e-5, 4e-2
 
 
 @every_spec
@@ -187,7 +188,7 @@ def test_forward_multiplies_by_the_dequantized_matrix(
     assert_products(module, x, tolerance=FLOAT32 if exact else rounded)
 
 
-@pytest.mark.parametrize("spec", [INT8, BNB_INT8], ids=str)
+@both_int8
 @pytest.mark.parametrize("columns", [33, 40])
 def test_rows_of_int8_may_have_any_length(spec: LinearSpec, columns: int) -> None:
     # torch's operator loads whole vectors of 8 or 16: past the end of such rows, or off alignment.
@@ -195,11 +196,10 @@ def test_rows_of_int8_may_have_any_length(spec: LinearSpec, columns: int) -> Non
     assert_products(module, activations(3, columns), tolerance=INT8_ACTIVATIONS)
 
 
-@pytest.mark.parametrize(
-    ("spec", "size"), [*((spec, 1e30) for spec in (INT8, *INT4, NF4)), (BNB_INT8, 1e3)], ids=str
-)
+@every_spec
 @pytest.mark.parametrize("rows", [1, 9])
-def test_tiny_and_huge_rows_keep_their_precision(spec: LinearSpec, size: float, rows: int) -> None:
+def test_tiny_and_huge_rows_keep_their_precision(spec: LinearSpec, rows: int) -> None:
+    size = 1e3 if spec == BNB_INT8 else 1e30  # bitsandbytes quantizes to int8 from float16
     weight = activations(192, 128)
     weight[0::3] *= size
     weight[1::3] /= size
@@ -210,6 +210,17 @@ def test_tiny_and_huge_rows_keep_their_precision(spec: LinearSpec, size: float, 
     assert (error <= 0.2 * weight.float().abs().amax(dim=1)).all()
     tolerance = INT8_ACTIVATIONS if spec == BNB_INT8 else BFLOAT16
     assert_products(module, activations(rows, 128), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+def test_a_mapped_int8_weight_is_copied_only_where_the_operator_would_crash(offset: int) -> None:
+    stored = store(matrix((8, 32)), INT8)
+    file = torch.zeros(8 * 32 + 8, dtype=torch.int8)  # safetensors aligns to 8 bytes only
+    mapped = file[offset : offset + 8 * 32].view(8, 32).copy_(stored["weight"])
+    module = Int8Linear.from_tensors(stored | {"weight": mapped}, (8, 32), INT8)
+    assert module.weight.data_ptr() % 16 == 0  # as the AVX512 operator's aligned loads need it
+    assert (module.weight is mapped) == (offset == 0)
+    assert_bit_equal(module.weight, stored["weight"])
 
 
 @every_spec
@@ -227,9 +238,8 @@ def test_a_module_dequantizes_the_same_before_and_after_use(spec: LinearSpec) ->
     before = module.dequantize()
     module(torch.ones(1, 128))
     # With AVX512-BF16 bitsandbytes rounds its scales to bfloat16 on the first use.
-    torch.testing.assert_close(
-        module.dequantize(), before, rtol=2**-7 if spec == NF4 else 0, atol=0
-    )
+    rounding = 2**-7 if spec == NF4 else 0
+    torch.testing.assert_close(module.dequantize(), before, rtol=rounding, atol=0)
 
 
 def test_an_int8_embedding_reads_the_rows_it_is_asked_for() -> None:
@@ -254,37 +264,35 @@ def test_packed_codes_read_back_as_they_were_at_any_row(rows: int) -> None:
         assert_bit_equal(int4pack.unpack(packed, start, stop), codes[start:stop])
 
 
-@pytest.mark.parametrize("spec", INT4, ids=str)
+@every_int4
 def test_without_the_operator_int4_stays_as_stored_and_says_the_same(
     spec: LinearSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight = matrix((192, 256))
-    expected = build(weight, spec).dequantize()
+    tensors = store(matrix((192, 256)), spec)
+    usual = Int4Linear.from_tensors(tensors, (192, 256), spec)
+    assert usual.packed == (int4pack.layout() is not None)
+    expected = usual.dequantize()
     monkeypatch.setattr(int4pack, "layout", lambda: None)
-    tensors = store(weight, spec)
     module = Int4Linear.from_tensors(tensors, (192, 256), spec)
     assert module.codes is tensors["weight"]
     assert_bit_equal(module.dequantize(), expected)
     assert_products(module, activations(1, 256), tolerance=FLOAT32)
 
 
-def raise_runtime_error(codes: Tensor) -> Tensor:
-    raise RuntimeError("not implemented for this device")
+PACK = int4pack._pack_codes
+BROKEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "fails": Mock(side_effect=RuntimeError),
+    "mixes rows": lambda codes: codes[:, ::2].byte(),
+    "mixes columns": lambda codes: PACK(codes.flip(1)),
+}
 
 
-@pytest.mark.parametrize("broken", [raise_runtime_error, lambda codes: codes[:, ::2].byte()])
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
 def test_an_operator_that_fails_or_packs_in_an_unknown_way_is_not_used(
     broken: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int4pack, "_pack_codes", broken)
     assert int4pack.layout.__wrapped__() is None
-
-
-def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The same names, dtypes and bits."""
-    assert sorted(actual) == sorted(expected)
-    for name, tensor in expected.items():
-        assert_bit_equal(actual[name], tensor)
 
 
 def test_a_plain_linear4bit_stores_and_loads_the_same_bits() -> None:
@@ -295,7 +303,7 @@ def test_a_plain_linear4bit_stores_and_loads_the_same_bits() -> None:
     plain.weight = nn.Params4bit(
         weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=plain
     )
-    assert_same_tensors(plain.to("cpu").state_dict(), stored)
+    assert_bit_equal(plain.to("cpu").state_dict(), stored)
     loaded = nn.Linear4bit(192, 96, bias=False, quant_type="nf4", device="meta")
     statistics = {name: tensor for name, tensor in stored.items() if name != "weight"}
     loaded.weight = nn.Params4bit.from_prequantized(
@@ -306,11 +314,9 @@ def test_a_plain_linear4bit_stores_and_loads_the_same_bits() -> None:
     assert_bit_equal(build(weight, NF4)(x), plain.eval()(x))
 
 
-def test_rows_that_fill_no_block_are_not_rearranged_for_avx512(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    modules = pytest.importorskip("bitsandbytes.nn.modules")
-    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)  # it takes blocks of 32 rows
+def test_rows_that_fill_no_block_are_not_rearranged(monkeypatch: pytest.MonkeyPatch) -> None:
+    # bitsandbytes rearranges blocks of 32 rows, and asserts that there are no others.
+    monkeypatch.setattr(bnb.bitsandbytes().nn.modules, "has_avx512bf16", lambda: True)
     assert_products(build(matrix((70, 192)), NF4), activations(1, 192), tolerance=BFLOAT16)
 
 
@@ -320,7 +326,7 @@ def test_a_plain_linear8bitlt_stores_and_loads_the_same_bits() -> None:
     stored = store(weight, BNB_INT8)
     plain = nn.Linear8bitLt(192, 70, bias=False, has_fp16_weights=False)
     plain.weight.data = weight.clone()
-    assert_same_tensors(plain.to("cpu").state_dict(), stored)
+    assert_bit_equal(plain.to("cpu").state_dict(), stored)
     loaded = nn.Linear8bitLt(192, 70, bias=False, has_fp16_weights=False).to("cpu")
     loaded.load_state_dict(stored)
     x = activations(3, 192)
@@ -334,7 +340,6 @@ def test_a_plain_linear8bitlt_stores_and_loads_the_same_bits() -> None:
         (LinearSpec("int4", 16), 128, "int4 takes 32, 64 or 128"),
         (LinearSpec("int4", 128), 192, "groups of 128 do not divide its 192 columns"),
         (NF4, 96, "blocks of 64 do not divide its 96 columns"),
-        (NF4, 128, None),
         (LinearSpec("int4", 64), 192, None),
         (INT8, 33, None),
         (BNB_INT8, 33, None),
@@ -373,31 +378,22 @@ import kernels
 
 def test_importing_bitsandbytes_never_imports_kernels_and_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text("print('kernels was imported')")
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_BNB],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    folders = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
+    command, env = [sys.executable, "-c", IMPORT_BNB], os.environ | {"PYTHONPATH": folders}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.stderr == ""
     # Asked for at import once, and let through again afterwards.
     assert done.stdout.split("\n", 1) == ["asked", "kernels was imported\n"]
 
 
-def test_a_kernels_package_that_was_there_before_is_there_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_loaded_kernels_package_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = ModuleType("kernels")
     monkeypatch.setitem(sys.modules, "kernels", kernels)
     bnb.bitsandbytes.__wrapped__()
     assert sys.modules["kernels"] is kernels
 
 
-def test_a_missing_bitsandbytes_is_named_with_the_command_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_missing_bitsandbytes_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(DependencyError, match="pip install bitsandbytes"):
         bnb.bitsandbytes.__wrapped__()

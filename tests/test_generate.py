@@ -6,7 +6,6 @@ and in float32, where the same tokens fed in other chunks differ by about 1e-6 o
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,10 +16,9 @@ from torch import Tensor
 from m1local.cache import KVCache
 from m1local.chat import ChatSession
 from m1local.checkpoint import load_model
-from m1local.config import M1Config
 from m1local.context import Context
 from m1local.engine import Engine
-from m1local.errors import ContextLengthError, TokenizerError
+from m1local.errors import ContextLengthError
 from m1local.generate import (
     Event,
     Finished,
@@ -33,7 +31,6 @@ from m1local.generate import (
 from m1local.generation_config import GenerationConfig
 from m1local.sampling import SamplingParams
 from m1local.tokenizer import M1Tokenizer, Message
-from tests.conftest import TINY, random_model
 
 GREEDY = SamplingParams(temperature=0)
 PROMPT = "What is glaucoma? It is a disease of the eye."
@@ -56,9 +53,9 @@ def new_engine(tiny_checkpoint: Path) -> Callable[..., Engine]:
     tokenizer = M1Tokenizer.from_folder(tiny_checkpoint)
     generation = GenerationConfig.from_folder(tiny_checkpoint)
 
-    def make(context_tokens: int = 256) -> Engine:
+    def make(context_tokens: int = 256, max_chunk: int = MAX_CHUNK) -> Engine:
         cache = KVCache.allocate(
-            model.config, context_tokens, dtype=torch.float32, max_chunk=MAX_CHUNK
+            model.config, context_tokens, dtype=torch.float32, max_chunk=max_chunk
         )
         return Engine(model, tokenizer, generation, Context(model, cache))
 
@@ -126,6 +123,20 @@ def test_the_end_counts_what_was_read_and_written(engine: Engine) -> None:
     assert end.prefill_seconds > 0
     assert end.decode_seconds > 0
     assert end.tokens_per_second == pytest.approx(15 / end.decode_seconds)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_tokens_are_those_of_whole_passes_one_by_one(engine: Engine, penalty: float) -> None:
+    token_ids = engine.tokenizer.encode(PROMPT)
+    expected: list[int] = []
+    for _ in range(16):
+        seen = [*token_ids, *expected]
+        logits = engine.model(torch.tensor([seen]))[0, -1].tolist()[: engine.tokenizer.vocab_size]
+        for i in set(seen):  # prompt and answer
+            logits[i] = logits[i] / penalty if logits[i] > 0 else logits[i] * penalty
+        expected.append(logits.index(max(logits)))
+    sampling = SamplingParams(temperature=0, repetition_penalty=penalty)
+    assert ids_of(engine.complete(PROMPT, settings(16, sampling=sampling))) == expected
 
 
 @pytest.mark.parametrize("max_new_tokens", [0, 1, 2, 7])
@@ -212,9 +223,9 @@ def test_after_a_stream_was_closed_the_next_answer_is_that_of_a_fresh_engine(
     assert again == ids_of(other_engine.complete(next_prompt, settings(24)))
 
 
-@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("module", ["model.layers.0.mlp", "model.layers.3.mlp", "lm_head"])
 def test_after_a_pass_that_broke_off_half_way_the_next_answer_is_that_of_a_fresh_engine(
-    engine: Engine, other_engine: Engine, monkeypatch: pytest.MonkeyPatch, layer: int
+    engine: Engine, other_engine: Engine, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     stream = engine.complete(PROMPT, settings(16))
     list(islice(stream, 10))
@@ -223,16 +234,19 @@ def test_after_a_pass_that_broke_off_half_way_the_next_answer_is_that_of_a_fresh
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model.model.layers[layer].mlp, "forward", interrupted)
+        patch.setattr(engine.model.get_submodule(module), "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(stream)
     again = ids_of(engine.complete(PROMPT, settings(24)))
     assert again == ids_of(other_engine.complete(PROMPT, settings(24)))
 
 
-def test_a_prompt_asked_again_is_read_but_for_its_last_token(engine: Engine) -> None:
-    first = list(engine.complete(PROMPT, settings(3)))
-    second = list(engine.complete(PROMPT, settings(3)))
+def test_a_prompt_asked_again_is_read_but_for_its_last_token(
+    new_engine: Callable[..., Engine],
+) -> None:
+    engine = new_engine(max_chunk=64)  # so that the answer pushes nothing out of the window
+    first = list(engine.complete(PROMPT, settings(30)))
+    second = list(engine.complete(PROMPT, settings(30)))
     assert finished(second).cached_tokens == finished(first).prompt_tokens - 1
     assert ids_of(second) == ids_of(first)
 
@@ -276,33 +290,6 @@ def test_an_empty_text_is_continued_from_the_beginning_token(engine: Engine) -> 
     assert finished(events).prompt_tokens == 1
     assert finished(events).new_tokens == 3
     assert engine.context.token_ids[0] == engine.model.config.bos_token_id
-
-
-def test_the_defaults_stop_at_the_end_token_and_at_a_new_turn(engine: Engine) -> None:
-    defaults = engine.defaults
-    assert defaults.stop_token_ids == {2} | {4, 6, 7}
-    assert defaults.max_new_tokens == 32
-    assert defaults.sampling.top_k == 20
-
-
-def test_a_model_that_does_not_chat_stops_at_the_end_token_only(engine: Engine) -> None:
-    defaults = GenerationConfig(sampling=GREEDY)
-    base = Engine(engine.model, engine.tokenizer, defaults, engine.context)
-    assert base.defaults.stop_token_ids == {2}
-
-
-def test_settings_change_what_is_given_and_nothing_else(engine: Engine) -> None:
-    changed = engine.settings(temperature=0.0, max_new_tokens=3, stop=("x",), top_k=None)
-    assert changed.sampling == replace(engine.defaults.sampling, temperature=0.0)
-    assert (changed.max_new_tokens, changed.stop) == (3, ("x",))
-    assert changed.stop_token_ids == engine.defaults.stop_token_ids
-    assert engine.settings() == engine.defaults
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(engine: Engine) -> None:
-    small = random_model(M1Config.from_dict(TINY | {"vocab_size": 399}))
-    with pytest.raises(TokenizerError, match=r"has 400 tokens, the model only 399; .*belong to"):
-        Engine(small, engine.tokenizer, engine.generation, engine.context)
 
 
 def twin(session: ChatSession, engine: Engine) -> ChatSession:

@@ -260,6 +260,15 @@ def test_many_small_shards_hold_what_one_does(
     torch.testing.assert_close(logits_of(target), logits_of(quantized("int4")), rtol=0, atol=0)
 
 
+def test_a_tensor_that_is_larger_than_a_shard_has_one_of_its_own(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    list(quantize_checkpoint(tiny_checkpoint, target, Recipe.find("int8"), shard_bytes=1))
+    assert len(list(target.glob("*.safetensors"))) == len(tensors_of(tiny_checkpoint))
+    load_model(target)
+
+
 def test_rows_of_the_head_are_of_unit_length(quantized: Quantized, tiny_checkpoint: Path) -> None:
     source = tensors_of(tiny_checkpoint)["lm_head.weight"].float()
     tensors = tensors_of(quantized("int8"))

@@ -12,7 +12,7 @@ from m1local.formats.base import Stored
 from m1local.shards import DTYPES
 from m1local_quantize.shard_writer import ShardWriter
 
-SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (3,), (5, 7), (0, 4), (1, 1, 2, 1, 2)]
+SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (3,), (9,), (5, 7), (0, 4), (1, 1, 2, 1, 2)]
 
 
 def every_kind() -> dict[str, Tensor]:
@@ -23,7 +23,10 @@ def every_kind() -> dict[str, Tensor]:
         for shape in SHAPES:
             size = torch.Size(shape).numel() * dtype.itemsize
             raw = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
-            tensors[f"{code}.{'x'.join(map(str, shape))}.重"] = raw.view(dtype).view(shape)
+            # Named so that in the order of names small elements would come first.
+            tensors[f"{dtype.itemsize}.{code}.{'x'.join(map(str, shape))}.重"] = raw.view(
+                dtype
+            ).view(shape)
     return tensors
 
 

@@ -13,6 +13,7 @@ from m1local_app.options import Chosen
 
 ORIGINAL = "baichuan-inc/Baichuan-M1-14B-Instruct"
 DEMO_NAME = "m1-tiny"
+SMALL_BYTES = 64 << 20
 
 
 def find(model: str | None) -> Chosen:
@@ -43,14 +44,16 @@ def find(model: str | None) -> Chosen:
 def kept_folder(chosen: Chosen, recipe: str) -> Path:
     """Where the checkpoint made from `chosen` by `recipe` is kept under M1_HOME.
 
-    The name ends in a fingerprint of the source's files, so that a changed source or another of the
-    same name is never mistaken for it.
+    The name ends in a fingerprint of the source's files (their content where they are small, else
+    size and time), so that a changed source or another of the same name is never mistaken for it.
     """
     digest = hashlib.sha256()
     for path in sorted(chosen.folder.iterdir()):
         if path.is_file():
             status = path.stat()
-            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(f"{path.name} {status.st_size}\n".encode())
+            small = status.st_size <= SMALL_BYTES
+            digest.update(path.read_bytes() if small else f"{status.st_mtime_ns}\n".encode())
     recipe_path = Path(recipe)
     if recipe_path.is_file():
         digest.update(recipe_path.read_bytes())

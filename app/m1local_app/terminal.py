@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PROMPT = ">>> "
 CONTINUED = "... "
 QUOTES = '"""'
+LONG_PROMPT_TOKENS = 512
 HELP = f"""\
 /help            this list
 /clear           forget the conversation, keep the system prompt
@@ -37,11 +38,13 @@ def note(text: str) -> None:
 
 def print_answer(events: Iterator["Event"], *, stats: bool) -> None:
     """Print an answer as it comes; then, if wanted, how fast it came."""
-    from m1local.generate import Finished, FinishReason, TextDelta  # loads torch
+    from m1local.generate import Finished, FinishReason, PrefillProgress, TextDelta  # loads torch
 
     finished = None
     for event in events:
-        if isinstance(event, TextDelta):
+        if isinstance(event, PrefillProgress):
+            show_reading(event.done_tokens, event.total_tokens)
+        elif isinstance(event, TextDelta):
             sys.stdout.write(event.text)
             sys.stdout.flush()
         elif isinstance(event, Finished):
@@ -56,6 +59,14 @@ def print_answer(events: Iterator["Event"], *, stats: bool) -> None:
         note("[the context is full; /clear starts afresh, --ctx-size allows more]")
     if stats:
         note(speed_line(finished))
+
+
+def show_reading(done: int, total: int) -> None:
+    """How much of a long prompt has been read, on a line that is wiped at the end."""
+    if total >= LONG_PROMPT_TOKENS and sys.stderr.isatty():
+        text = f"reading {done:,} of {total:,} tokens" if done < total else ""
+        sys.stderr.write(f"\r{text:<40}\r")
+        sys.stderr.flush()
 
 
 def speed_line(finished: "Finished") -> str:

@@ -15,6 +15,7 @@ from m1local.formats import LinearSpec
 from m1local.formats.base import QuantizedLinear, Stored
 
 FEW_ROWS = 8  # up to here the low-bit operator wins (measured with AVX2 and AVX512)
+ALIGNMENT_BYTES = 16  # with AVX512 the operator crashes on less; safetensors promises only 8
 WHOLE_VECTOR = 16  # columns the operator loads at a time; it has no tail, so others crash it
 
 
@@ -48,7 +49,10 @@ class Int8Linear(QuantizedLinear):
     ) -> Self:
         """Use the stored tensors as they are, mapped files included."""
         module = cls(*shape, spec)
-        module.register_buffer("weight", tensors["weight"])
+        weight = tensors["weight"]
+        if weight.device.type == "cpu" and weight.data_ptr() % ALIGNMENT_BYTES:
+            weight = weight.clone()
+        module.register_buffer("weight", weight)
         module.register_buffer("scales", tensors["scales"])
         return module
 
