@@ -22,7 +22,7 @@ from m1local.config import HeadLayout, M1Config
 from m1local.errors import ContextLengthError
 
 DEFAULT_MAX_CHUNK = 512
-RAW_TOKENS = 16  # positions that can be taken back one by one without a remembered boundary
+RAW_TOKENS = 16  # so 15 positions can be taken back without a remembered boundary
 
 
 class RawState(NamedTuple):
@@ -211,13 +211,6 @@ class KVCache:
             layer.forget_after(position)
             if position == 0:
                 layer.written = 0
-
-    def reset(self) -> None:
-        """Forget everything; the buffers stay."""
-        self.position = 0
-        for layer in self.layers:
-            layer.boundaries.clear()
-            layer.written = layer.raw_start = 0
 
     @property
     def nbytes(self) -> int:

@@ -176,7 +176,7 @@ def install(
             stored_name = f"{EMBEDDING}.weight"
         tensor = files.tensor(stored_name)
         if name == HEAD:
-            tensor = normalize_head(tensor)
+            tensor = normalize_head(tensor.to(dtype))
         set_parameter(model, f"{name}.weight", tensor.to(device=device, dtype=dtype))
         return
     shape = tuple(model.get_submodule(name).get_parameter("weight").shape)

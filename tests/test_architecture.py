@@ -177,7 +177,9 @@ def test_the_wheel_holds_the_packages_recipes_and_demo(wheel: Path) -> None:
 
 def test_the_wheel_stays_small(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        demo = sum(i.file_size for i in archive.infolist() if i.filename.startswith("m1local/m1-tiny"))
+        demo = sum(
+            i.file_size for i in archive.infolist() if i.filename.startswith("m1local/m1-tiny")
+        )
     assert demo <= 8_000_000
 
 

@@ -26,15 +26,6 @@ VOCABULARY = 64
 CAPACITY = 90  # more than ten of the windows below
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Matrices this small gain nothing from a second thread, and lose much beside a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_model(window: int = 8) -> M1Model:
     """A global layer between two sliding ones."""
     raw = TINY | {
@@ -169,16 +160,6 @@ def test_a_position_whose_raw_state_is_gone_cannot_be_remembered() -> None:
     with pytest.raises(ValueError, match="-3"):
         cache.remember(-3)
     cache.remember(20)
-
-
-def test_a_reset_cache_starts_a_new_sequence() -> None:
-    model, cache = started(50)
-    cache.remember(50)
-    cache.reset()
-    assert cache.position == 0
-    assert_goes_on_as_fresh(model, cache, [])
-    assert cache.can_rollback(cache.position)
-    assert not cache.can_rollback(50)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import Mock
@@ -36,15 +36,6 @@ every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 needs_int4_operator = pytest.mark.skipif(
     int4pack.layout() is None, reason="this torch has no packed int4 operator for this processor"
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Matrices this small gain nothing from a second thread, and lose much beside a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def matrix(shape: tuple[int, int], seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ tests/reference.py (loops in NumPy) on many shapes, and by breaking the code in 
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,15 +42,6 @@ MISSING = {
 }
 PROMPT: list[int] = GOLDEN["prompt_ids"]
 CONTINUATION: list[int] = GOLDEN["greedy_continuation"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Matrices this small gain nothing from a second thread, and lose much beside a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
