@@ -80,6 +80,7 @@ class M1Config:
     def from_dict(cls, raw: Mapping[str, Any], *, where: str = "config.json") -> Self:
         """Read the configuration, or raise `ConfigError` naming the key that is wrong."""
         _refuse_foreign_model(raw, where)
+        _value(raw, "hidden_act", where)
         for key, allowed in ONLY_SUPPORTED.items():
             if raw.get(key, allowed[0]) not in allowed:
                 raise ConfigError(
@@ -89,7 +90,7 @@ class M1Config:
         values |= {key: _integer(raw, key, 0, where) for key in TOKEN_IDS}
         values |= {key: _number(raw, key, where) for key in POSITIVE_NUMBERS}
         values["sliding_window_layers"] = _layers(raw, values["num_hidden_layers"], where)
-        values["tie_word_embeddings"] = raw.get("tie_word_embeddings", False) is True
+        values["tie_word_embeddings"] = _flag(raw, "tie_word_embeddings", where)
         config = cls(**values)
         config._check_shape(where)
         return config
@@ -133,11 +134,12 @@ class M1Config:
 
 
 def _refuse_foreign_model(raw: Mapping[str, Any], where: str) -> None:
-    architectures = raw.get("architectures") or []
+    architectures = raw.get("architectures")
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     model_type = raw.get("model_type")
-    if model_type == MODEL_TYPE or (model_type is None and ARCHITECTURE in architectures):
+    if model_type == MODEL_TYPE or (model_type is None and ARCHITECTURE in names):
         return
-    found = model_type or ", ".join(map(str, architectures)) or "no model_type"
+    found = model_type or ", ".join(names) or "no model_type"
     raise ConfigError(f"{where}: this is {found}; m1local runs {MODEL_TYPE} (Baichuan-M1) only.")
 
 
@@ -159,6 +161,13 @@ def _number(raw: Mapping[str, Any], key: str, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
         raise ConfigError(f"{where}: {key} is {value!r}, expected a positive number.")
     return float(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str, where: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where}: {key} is {value!r}, expected true or false.")
+    return value
 
 
 def _layers(raw: Mapping[str, Any], num_layers: int, where: str) -> frozenset[int]:

@@ -117,6 +117,8 @@ def generate(
         logits = context.feed([token_id])
     if (tail := text.flush()) or unseen:
         yield TextDelta(tail, tuple(unseen))
+    if text.stopped:  # a stop string may become whole only with the last, broken character
+        reason = FinishReason.STOP
     yield Finished(
         reason=reason,
         prompt_tokens=len(prompt),

@@ -5,7 +5,7 @@ and in float32, where the same tokens fed in other chunks differ by about 1e-6 o
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -35,15 +35,6 @@ from m1local.tokenizer import M1Tokenizer, Message
 GREEDY = SamplingParams(temperature=0)
 PROMPT = "What is glaucoma? It is a disease of the eye."
 MAX_CHUNK = 8  # so that prompts take several
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small is ten times slower with more threads where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def test_the_text_of_any_piece_comes_back_exactly(
         assert_harmless(tokenizer, piece)
 
 
-@settings(deadline=None, database=None, derandomize=True, max_examples=1000)
+@settings(deadline=None, database=None, derandomize=True, max_examples=500)
 @given(text=ANY_TEXT)
 def test_any_text_comes_back_exactly_and_without_an_added_token(
     module_tokenizer: M1Tokenizer, text: str

@@ -105,4 +105,9 @@ def _rule(raw: Any, where: str) -> Rule:
     group_size = raw.get("group_size")
     if group_size is not None and not isinstance(group_size, int):
         raise RecipeError(f"{where}: group_size is {group_size!r}, expected an integer.")
+    if group_size is not None and raw["format"] != "int4":
+        raise RecipeError(
+            f"{where}: the rule {raw['match']!r} has a group_size, but {raw['format']} has no "
+            "groups; remove it."
+        )
     return Rule(raw["match"], LinearSpec(raw["format"], group_size))

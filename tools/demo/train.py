@@ -280,6 +280,7 @@ def export(trainer: Trainer, work: Path, arguments: argparse.Namespace) -> None:
         "batch_rows": arguments.batch,
         "row_tokens": ROW_TOKENS,
         "peak_rate": arguments.rate,
+        "cores": os.cpu_count(),
         "torch": torch.__version__,
         "curve": trainer.curve,
     }
