@@ -5,7 +5,6 @@ a measurement. A test fails when the README differs from what this would write.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +98,8 @@ def render(text: str) -> str:
         path = RESULTS / f"{name}.json"
         filled = block(json.loads(path.read_text(encoding="utf-8")))
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
-        text = pattern.sub(lambda _, f=filled, b=begin, e=end: f"{b}\n{f}\n{e}", text)
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{filled}\n{end}{rest.partition(end)[2]}"
     return text
 
 

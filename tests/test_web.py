@@ -95,7 +95,7 @@ def test_a_prompt_that_is_too_long_is_one_clear_error(page: Page, client: Any) -
 
 
 def test_history_is_read_as_text_or_as_parts() -> None:
-    history = [
+    history: list[dict[str, Any]] = [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
     ]
