@@ -33,6 +33,31 @@ PATIENT_SOURCES = ("4_MPlus", "7_Senior", "8_NHLBI", "5_NIDDK", "9_CDC", "6_NIND
 
 RARE_SHARE = 0.15  # of the diseases that only the other sources describe, in each epoch
 
+# What a visitor asks first; the last part of the training dwells on these.
+WELL_KNOWN = frozenset(
+    re.split(
+        r",\s+",
+        """acne, age-related macular degeneration, allergy, alzheimer's disease, anemia, angina,
+        anxiety, appendicitis, arrhythmia, arthritis, asthma, atherosclerosis, atrial fibrillation,
+        autism, back pain, breast cancer, bronchitis, burns, cancer, cataract, celiac disease,
+        chickenpox, cholera, cholesterol, cirrhosis, colorectal cancer, common cold, concussion,
+        constipation, copd, coronary heart disease, cough, crohn's disease, cystic fibrosis, deep
+        vein thrombosis, dehydration, dementia, dengue, depression, diabetes, diabetic retinopathy,
+        diarrhea, down syndrome, dry eye, eczema, endometriosis, epilepsy, fever, fibromyalgia, flu,
+        food poisoning, fractures, gallstones, gerd, glaucoma, gout, hay fever, headache, hearing
+        loss, heart attack, heart disease, heart failure, heartburn, hemophilia, hepatitis,
+        hepatitis c, high blood cholesterol, high blood pressure, hiv/aids, hives, hyperthyroidism,
+        hypothyroidism, infertility, insomnia, irritable bowel syndrome, kidney failure, kidney
+        stones, leukemia, low blood pressure, lung cancer, lupus, lyme disease, malaria,
+        malnutrition, measles, meningitis, menopause, migraine, multiple sclerosis, mumps, obesity,
+        osteoarthritis, osteoporosis, pancreatitis, parkinson's disease, peptic ulcer, pinkeye,
+        pneumonia, pregnancy, prostate cancer, psoriasis, rabies, rheumatoid arthritis, rosacea,
+        rubella, schizophrenia, sciatica, sepsis, shingles, sickle cell disease, sleep apnea,
+        stroke, sunburn, tetanus, thalassemia, thyroid diseases, tinnitus, tuberculosis, ulcerative
+        colitis, urinary tract infections, varicose veins, vertigo""",
+    )
+)
+
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "information": (
         "What is {}?",
@@ -180,12 +205,29 @@ def cut_documents(texts: Iterable[str], *, length: int = 1500) -> list[str]:
     return documents
 
 
+def well_known(entries: Iterable[Entry]) -> list[Entry]:
+    """One entry of each kind for each well-known disease: what a model this small can keep."""
+    chosen: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        name = entry.focus.split("(")[0].strip().lower()
+        if name in WELL_KNOWN and (entry.kind != "information" or entry.defines_its_focus):
+            chosen.setdefault((name, entry.kind), entry)
+    return list(chosen.values())
+
+
 class Conversations:
     """Draws conversations from the pairs; another seed gives other phrasings and follow-ups."""
 
-    def __init__(self, entries: Sequence[Entry], *, seed: int) -> None:
-        """Group the pairs by what they are about."""
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        *,
+        seed: int,
+        sentence_counts: Sequence[int] = (2, 2, 3, 3, 4),
+    ) -> None:
+        """Group the pairs by what they are about; answers have one of `sentence_counts`."""
         self._random = random.Random(seed)
+        self._sentence_counts = sentence_counts
         self._by_focus: dict[str, list[Entry]] = defaultdict(list)
         for entry in entries:
             usable = entry.kind != "information" or entry.defines_its_focus
@@ -236,8 +278,8 @@ class Conversations:
         return pick.choice(PHRASINGS[entry.kind]).format(focus)
 
     def _beginning(self, entry: Entry) -> tuple[str, str]:
-        """The first two to four sentences, and the few after them."""
-        count = self._random.choice((2, 2, 3, 3, 4))
+        """The first few sentences, and the few after them."""
+        count = self._random.choice(self._sentence_counts)
         while count > 1 and len(" ".join(entry.sentences[:count])) > 600:
             count -= 1
         rest = " ".join(entry.sentences[count : count + 4])

@@ -27,11 +27,19 @@ from torch.nn import functional
 from m1local.config import M1Config
 from m1local.model import M1Model
 from m1local.tokenizer import M1Tokenizer, Message
-from tools.demo.corpus import Conversations, HeldOut, cut_documents, read_medquad, read_texts
+from tools.demo.corpus import (
+    Conversations,
+    HeldOut,
+    cut_documents,
+    read_medquad,
+    read_texts,
+    well_known,
+)
 from tools.demo.vocabulary import train_tokenizer
 
 ROW_TOKENS = 768
 DOCUMENT_SHARE = 0.2  # of the tokens of an epoch; the rest is conversations
+LAST_PART = 0.84  # of the time; from here on the well-known diseases
 SAVE_SECONDS = 180
 
 CONFIG: dict[str, Any] = {
@@ -112,6 +120,16 @@ class Rows:
             budget -= len(ids)
             if budget < 0:
                 break
+        order.shuffle(items)
+        return list(self._pack(items))
+
+    def last_epoch(self, seed: int) -> list[tuple[list[int], list[bool]]]:
+        """Rows for the end of training: well-known diseases, and a fifth of anything else."""
+        order = random.Random(seed)
+        known = Conversations(well_known(self._entries), seed=seed, sentence_counts=(2,))
+        items = [self._conversation(c) for _ in range(4) for c in known.epoch()]
+        others = [self._conversation(c) for c in Conversations(self._entries, seed=seed).epoch()]
+        items += order.sample(others, min(len(others), len(items) // 4))
         order.shuffle(items)
         return list(self._pack(items))
 
@@ -309,7 +327,10 @@ def train(arguments: argparse.Namespace) -> None:
     progress, seconds = trainer.progress, arguments.minutes * 60
     saved_at = time.monotonic()
     while progress.seconds < seconds:
-        for ids, learned in batches(rows, arguments.seed * 1000 + progress.steps, arguments.batch):
+        seed = arguments.seed * 1000 + progress.steps
+        last = progress.seconds > LAST_PART * seconds
+        epoch = rows.last_epoch(seed) if last else rows.epoch(seed)
+        for ids, learned in batches(epoch, arguments.batch):
             trainer.set_rate(progress.seconds / seconds)
             trainer.step(ids.to(device), learned.to(device))
             if progress.steps % 25 == 0:
@@ -325,9 +346,10 @@ def train(arguments: argparse.Namespace) -> None:
     export(trainer, arguments.work, arguments)
 
 
-def batches(rows: Rows, seed: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in batches: ids (B, T + 1) and which of them are learned."""
-    epoch = rows.epoch(seed)
+def batches(
+    epoch: list[tuple[list[int], list[bool]]], size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows in batches: ids (B, T + 1) and which of them are learned."""
     for first in range(0, len(epoch) - size + 1, size):
         chosen = epoch[first : first + size]
         yield (
