@@ -34,29 +34,26 @@ PATIENT_SOURCES = ("4_MPlus", "7_Senior", "8_NHLBI", "5_NIDDK", "9_CDC", "6_NIND
 RARE_SHARE = 0.15  # of the diseases that only the other sources describe, in each epoch
 
 # What a visitor asks first; the last part of the training dwells on these.
-WELL_KNOWN = frozenset(
-    re.split(
-        r",\s+",
-        """acne, age-related macular degeneration, allergy, alzheimer's disease, anemia, angina,
-        anxiety, appendicitis, arrhythmia, arthritis, asthma, atherosclerosis, atrial fibrillation,
-        autism, back pain, breast cancer, bronchitis, burns, cancer, cataract, celiac disease,
-        chickenpox, cholera, cholesterol, cirrhosis, colorectal cancer, common cold, concussion,
-        constipation, copd, coronary heart disease, cough, crohn's disease, cystic fibrosis, deep
-        vein thrombosis, dehydration, dementia, dengue, depression, diabetes, diabetic retinopathy,
-        diarrhea, down syndrome, dry eye, eczema, endometriosis, epilepsy, fever, fibromyalgia, flu,
-        food poisoning, fractures, gallstones, gerd, glaucoma, gout, hay fever, headache, hearing
-        loss, heart attack, heart disease, heart failure, heartburn, hemophilia, hepatitis,
-        hepatitis c, high blood cholesterol, high blood pressure, hiv/aids, hives, hyperthyroidism,
-        hypothyroidism, infertility, insomnia, irritable bowel syndrome, kidney failure, kidney
-        stones, leukemia, low blood pressure, lung cancer, lupus, lyme disease, malaria,
-        malnutrition, measles, meningitis, menopause, migraine, multiple sclerosis, mumps, obesity,
-        osteoarthritis, osteoporosis, pancreatitis, parkinson's disease, peptic ulcer, pinkeye,
-        pneumonia, pregnancy, prostate cancer, psoriasis, rabies, rheumatoid arthritis, rosacea,
-        rubella, schizophrenia, sciatica, sepsis, shingles, sickle cell disease, sleep apnea,
-        stroke, sunburn, tetanus, thalassemia, thyroid diseases, tinnitus, tuberculosis, ulcerative
-        colitis, urinary tract infections, varicose veins, vertigo""",
-    )
-)
+NAMES = """
+acne, age-related macular degeneration, allergy, alzheimer's disease, anemia, angina, anxiety,
+appendicitis, arrhythmia, arthritis, asthma, atherosclerosis, atrial fibrillation, autism, back
+pain, breast cancer, bronchitis, burns, cancer, cataract, celiac disease, chickenpox, cholera,
+cholesterol, cirrhosis, colorectal cancer, common cold, concussion, constipation, copd, coronary
+heart disease, cough, crohn's disease, cystic fibrosis, deep vein thrombosis, dehydration,
+dementia, dengue, depression, diabetes, diabetic retinopathy, diarrhea, down syndrome, dry eye,
+eczema, endometriosis, epilepsy, fever, fibromyalgia, flu, food poisoning, fractures,
+gallstones, gerd, glaucoma, gout, hay fever, headache, hearing loss, heart attack, heart
+disease, heart failure, heartburn, hemophilia, hepatitis, hepatitis c, high blood cholesterol,
+high blood pressure, hiv/aids, hives, hyperthyroidism, hypothyroidism, infertility, insomnia,
+irritable bowel syndrome, kidney failure, kidney stones, leukemia, low blood pressure, lung
+cancer, lupus, lyme disease, malaria, malnutrition, measles, meningitis, menopause, migraine,
+multiple sclerosis, mumps, obesity, osteoarthritis, osteoporosis, pancreatitis, parkinson's
+disease, peptic ulcer, pinkeye, pneumonia, pregnancy, prostate cancer, psoriasis, rabies,
+rheumatoid arthritis, rosacea, rubella, schizophrenia, sciatica, sepsis, shingles, sickle cell
+disease, sleep apnea, stroke, sunburn, tetanus, thalassemia, thyroid diseases, tinnitus,
+tuberculosis, ulcerative colitis, urinary tract infections, varicose veins, vertigo
+"""
+WELL_KNOWN = frozenset(" ".join(name.split()) for name in NAMES.split(","))
 
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "information": (
