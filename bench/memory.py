@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def main() -> None:
     m1 = [sys.executable, "-c", "from m1local_app.cli import cli; cli()"]
     source_bytes = sum(path.stat().st_size for path in arguments.source.glob("*.safetensors"))
     rows = []
+    work = Path(tempfile.mkdtemp(dir=arguments.work))
     for recipe in arguments.recipes:
-        target = arguments.work / recipe
-        shutil.rmtree(target, ignore_errors=True)
+        target = work / recipe
         quantized = peak_memory([*m1, "quantize", str(arguments.source), str(target), "-r", recipe])
         answered = peak_memory([*m1, "chat", str(target), "-p", "What is glaucoma?", "-n", "16"])
         nbytes = sum(path.stat().st_size for path in target.glob("*.safetensors"))

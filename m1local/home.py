@@ -9,13 +9,20 @@ from pathlib import Path
 
 from platformdirs import user_data_path
 
+from m1local.errors import StorageError
+
 DEMO = Path(__file__).parent / "m1-tiny"  # the built-in demo model
 
 
 def home() -> Path:
     """The folder of everything kept for the user; not created here."""
     chosen = os.environ.get("M1_HOME")
-    return Path(chosen).expanduser() if chosen else user_data_path("m1local", appauthor=False)
+    if not chosen:
+        return user_data_path("m1local", appauthor=False)
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise StorageError(f"M1_HOME is {chosen!r}, whose ~ names no user; change it.") from error
 
 
 def models() -> Path:

@@ -9,7 +9,7 @@ What is unusual about it, in the order in which it appears below:
 - NormHead: the rows of lm_head are divided by their L2 norm. The loader does that once, so that
   here it is an ordinary matrix.
 What it is not: aware of quantization. Linears and the embedding are swapped from outside
-(m1local/linear.py). Parameter names are the checkpoint's tensor names.
+(m1local/formats). Parameter names are the checkpoint's tensor names.
 Source: the published modeling code and arXiv 2502.12671; checked by tests/golden and
 tests/reference.py.
 

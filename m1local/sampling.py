@@ -31,7 +31,7 @@ class SamplingParams:
         """Raise SamplingError for a value outside its range."""
         checks = (
             (0 <= self.temperature <= 100, "temperature", self.temperature, "0 to 100"),
-            (self.top_k is None or self.top_k >= 1, "top-k", self.top_k, "1 or more"),
+            (self.top_k is None or self.top_k >= 0, "top-k", self.top_k, "0 (off) or more"),
             (0 < self.top_p <= 1, "top-p", self.top_p, "above 0, up to 1"),
             (0 <= self.min_p <= 1, "min-p", self.min_p, "0 to 1"),
             (

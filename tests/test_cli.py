@@ -169,7 +169,7 @@ def test_a_model_that_is_not_there_is_one_line(
     [
         (("--temp", "-1"), "temperature is -1"),
         (("--top-p", "0"), "top-p is 0"),
-        (("--top-k", "0"), "top-k is 0"),
+        (("--top-k", "-1"), "top-k is -1"),
         (("--min-p", "2"), "min-p is 2"),
         (("--repeat-penalty", "0"), "repeat-penalty is 0"),
         (("--seed", "-5"), "seed is -5"),
@@ -181,7 +181,7 @@ def test_a_flag_out_of_its_range_is_one_line(
     quantized: Path, flags: tuple[str, ...], expected: str
 ) -> None:
     result = m1("chat", quantized, "-p", "hi", *flags)
-    assert result.exit_code == 1
+    assert result.exit_code == (1 if flags[0] == "--ctx-size" else 2)  # that depends on the model
     assert expected in result.stderr
     assert result.stderr.count("\n") == 1
 

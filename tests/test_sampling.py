@@ -223,7 +223,7 @@ def test_values_that_are_no_numbers_are_reported(value: float, temperature: floa
     ("name", "flag", "values", "expected"),
     [
         ("temperature", "temperature", (-0.1, 100.1, math.nan, math.inf), "0 to 100"),
-        ("top_k", "top-k", (0, -1), "1 or more"),
+        ("top_k", "top-k", (-1,), r"0 \(off\) or more"),
         ("top_p", "top-p", (0.0, -0.1, 1.01, math.nan), "above 0, up to 1"),
         ("min_p", "min-p", (-0.1, 1.01, math.nan), "0 to 1"),
         ("repetition_penalty", "repeat-penalty", (0.0, -1.0, 10.1, math.nan), "above 0, up to 10"),

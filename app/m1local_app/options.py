@@ -18,7 +18,10 @@ Model = Annotated[
     ),
 ]
 RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", help="int4, int8, bnb-nf4, bnb-int8, or a .toml file.")
+    str | None,
+    typer.Option(
+        "--recipe", "-r", help="int4 (default), int8, bnb-nf4, bnb-int8, or a .toml file."
+    ),
 ]
 Prompt = Annotated[
     str | None,
@@ -38,7 +41,9 @@ MaxTokens = Annotated[
 Temperature = Annotated[
     float | None, typer.Option("--temp", "--temperature", help="0 takes the most likely token.")
 ]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Draw from this many tokens.")]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", help="Draw from this many tokens; 0: from all.")
+]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Draw from this much probability.")]
 MinP = Annotated[float | None, typer.Option("--min-p", help="Drop tokens this much less likely.")]
 RepeatPenalty = Annotated[
@@ -50,7 +55,9 @@ Threads = Annotated[
 ]
 Stats = Annotated[
     bool | None,
-    typer.Option("--stats/--no-stats", help="Speed after each answer. [default: in a terminal]"),
+    typer.Option(
+        "--stats/--no-stats", help="Speed after each answer. [default: in a conversation]"
+    ),
 ]
 RawText = Annotated[
     bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")

@@ -21,7 +21,7 @@ from m1local.manifest import CheckpointManifest
 
 
 def quantize_with_progress(
-    source: Path, target: Path, recipe_name: str, *, overwrite: bool
+    source: Path, target: Path, recipe_name: str, *, overwrite: bool = False
 ) -> CheckpointManifest:
     """Quantize `source` into `target`; returns the manifest of what was made."""
     # Imported here, as torch is heavy and `m1 --help` must not load it.

@@ -114,12 +114,12 @@ class Terminal:
                 self._answer(text)
 
     def _read(self) -> str:
-        line = input(PROMPT)
+        line = _input(PROMPT)
         if not line.startswith(QUOTES):
             return line
         lines = [line.removeprefix(QUOTES)]
         while not lines[-1].endswith(QUOTES):
-            lines.append(input(CONTINUED))
+            lines.append(_input(CONTINUED))
         return "\n".join(lines).removesuffix(QUOTES).strip("\n")
 
     def _answer(self, text: str) -> None:
@@ -159,6 +159,15 @@ class Terminal:
             note("The system prompt is set; the conversation starts afresh.")
         else:
             note(self._session.system or "There is no system prompt; /system TEXT sets one.")
+
+
+def _input(prompt: str) -> str:
+    """A line from the user; the prompt is no answer, so it keeps out of a redirected stdout."""
+    if sys.stdout.isatty():
+        return input(prompt)
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return input()
 
 
 def piped_text() -> str | None:

@@ -6,8 +6,9 @@ answer is made from what the page shows, so that undo and edit need no further b
 """
 
 import os
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -25,6 +26,11 @@ HOST = "127.0.0.1"
 UPDATE_SECONDS = 0.04  # 25 updates a second; the page re-renders the whole answer at each
 FONTS = ("system-ui", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")
 MONOSPACE = ("ui-monospace", "Consolas", "monospace")
+# Scripts and styles are Gradio's own and partly inline; what it shows may come from here alone.
+CONTENT_POLICY = (
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; connect-src 'self'; "
+    "frame-src 'none'; object-src 'none'; form-action 'self'; base-uri 'self'"
+)
 NOTICE = "Runs on this machine only. Not a doctor: do not rely on it for medical decisions."
 EXAMPLES = ("What is glaucoma?", "What are the symptoms of asthma?", "How is diabetes treated?")
 
@@ -54,7 +60,7 @@ def build(
 
     def answer(message: str, history: list[dict[str, Any]]) -> Iterator[str]:
         try:
-            yield from stream_answer(engine, settings, system, message, history)
+            yield from stream_answer(engine, settings, system, message, history, gr.Warning)
         except M1Error as error:
             raise gr.Error(str(error), title="m1local", print_exception=False) from error
 
@@ -86,9 +92,41 @@ def build(
     return page
 
 
+class OwnContentOnly:
+    """ASGI middleware: tells the browser to load and reach nothing but this server.
+
+    Without it an answer with an image of another server would carry words of the conversation
+    there, in the image's address.
+    """
+
+    def __init__(self, app: Any) -> None:
+        """Wrap `app`."""
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Add the policy to every response."""
+
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", CONTENT_POLICY.encode())
+                message["headers"] = [*message.get("headers", []), policy]
+            await send(message)
+
+        await self._app(scope, receive, send_with_policy)
+
+
+def free_port() -> int:
+    """A port nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def launch(page: "gr.Blocks", *, port: int, browser: bool) -> tuple[Any, str, str | None]:
     """Serve `page` on loopback without blocking; port 0 takes any free one."""
     import gradio as gr
+    from starlette.middleware import Middleware
 
     # A proxy must not be asked for this machine; Gradio asks itself whether it is up.
     for name in ("NO_PROXY", "no_proxy"):
@@ -98,13 +136,14 @@ def launch(page: "gr.Blocks", *, port: int, browser: bool) -> tuple[Any, str, st
     try:
         started: tuple[Any, str, str | None] = page.launch(
             server_name=HOST,
-            server_port=port or None,
+            server_port=port or free_port(),
             share=False,
             inbrowser=browser,
             prevent_thread_lock=True,
             quiet=True,
             theme=theme,
             footer_links=[],
+            app_kwargs={"middleware": [Middleware(OwnContentOnly)]},
         )
     except OSError as error:
         raise M1Error(
@@ -119,10 +158,11 @@ def stream_answer(
     system: str,
     message: str,
     history: Sequence[dict[str, Any]],
+    warn: Callable[[str], object] = typer.echo,
 ) -> Iterator[str]:
     """The answer so far, at most `1 / UPDATE_SECONDS` times a second, then the whole."""
     from m1local.chat import ChatSession, Turn
-    from m1local.generate import TextDelta
+    from m1local.generate import Finished, FinishReason, TextDelta
 
     if not engine.generation.is_chat:
         events = engine.complete(message, settings)
@@ -137,6 +177,9 @@ def stream_answer(
             if time.monotonic() - shown_at >= UPDATE_SECONDS:
                 shown_at = time.monotonic()
                 yield text
+        elif isinstance(event, Finished) and event.reason is not FinishReason.STOP:
+            full = event.reason is FinishReason.CONTEXT
+            warn("The context is full: clear the chat." if full else "The answer was cut short.")
     yield text
 
 

@@ -15,15 +15,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from m1local import __version__
 from m1local.checkpoint import CONFIG
-from m1local.errors import CheckpointError
 from m1local.folder import read_json_object
 from m1local.formats import format_class
+from m1local.formats.base import ROWS_PER_SLICE
 from m1local.generation_config import NAME as GENERATION_CONFIG
 from m1local.manifest import CheckpointManifest, FileRecord
+from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.notice import NAME as NOTICE
 from m1local_quantize.notice import notice
@@ -31,7 +33,7 @@ from m1local_quantize.plan import DEFAULT_SHARD_BYTES, Plan, Step
 from m1local_quantize.recipe import Recipe
 from m1local_quantize.shard_writer import ShardWriter, disk_error
 from m1local_quantize.source import Source
-from m1local_quantize.target import MARKER, check_space, prepare_target, write_index
+from m1local_quantize.target import MARKER, prepared, write_index
 
 COPIED = (*TOKENIZER_FILES, "special_tokens_map.json", GENERATION_CONFIG)
 LICENCES = ("*icen[cs]e*", "LICENSE*", "LICENCE*")
@@ -80,17 +82,17 @@ def quantize_checkpoint(
     """
     source = Source.open(source_folder)
     plan = Plan.of(source, recipe, shard_bytes=shard_bytes)
-    prepare_target(target, source_folder, overwrite=overwrite)
-    check_space(target, plan.target_bytes)
-    yield Planned(plan, target)
-    try:
-        yield from _write_shards(source, target, plan)
-        write_small_files(source_folder, target, plan, recipe)
-        manifest = _manifest(source, target, plan, recipe)
-        manifest.write(target)
-        (target / MARKER).unlink()  # last: without either, the next run would not touch the folder
-    except OSError as error:
-        raise disk_error(error, target) from error
+    with prepared(target, source_folder, plan.target_bytes, overwrite=overwrite):
+        yield Planned(plan, target)
+        try:
+            yield from _write_shards(source, target, plan)
+            small = write_small_files(source_folder, target, plan, recipe)
+            manifest = _manifest(source, target, plan, recipe, [*plan.shards, *small])
+            manifest.write(target)
+            # Last: without marker and manifest the next run would not touch the folder.
+            (target / MARKER).unlink()
+        except OSError as error:
+            raise disk_error(error, target) from error
     yield CheckpointWritten(target, manifest)
 
 
@@ -111,7 +113,11 @@ def _convert(source: Source, step: Step) -> dict[str, Tensor]:
     """What is stored of one source tensor."""
     whole = source.tensor(step.name)
     if not step.is_quantized:
-        return {step.name: source.rows(step.name, whole, 0, whole.shape[0]).to(whole.dtype)}
+        copy = torch.empty_like(whole)
+        for start in range(0, whole.shape[0], ROWS_PER_SLICE):
+            stop = min(start + ROWS_PER_SLICE, whole.shape[0])
+            copy[start:stop] = source.rows(step.name, whole, start, stop)
+        return {step.name: copy}
     module = step.name.removesuffix(".weight")
     tensors = format_class(step.spec.format).quantize_matrix(
         lambda start, stop: source.rows(step.name, whole, start, stop),
@@ -121,8 +127,11 @@ def _convert(source: Source, step: Step) -> dict[str, Tensor]:
     return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
-def write_small_files(source: Path, target: Path, plan: Plan, recipe: Recipe) -> None:
-    """Copy tokenizer, generation defaults and licences; write config.json, the index, NOTICE."""
+def write_small_files(source: Path, target: Path, plan: Plan, recipe: Recipe) -> list[str]:
+    """Copy tokenizer, generation defaults and licences; write config.json, the index, NOTICE.
+
+    Returns the names of all of them.
+    """
     copied = {source / name for name in COPIED if (source / name).is_file()}
     copied |= {path for pattern in LICENCES for path in source.glob(pattern) if path.is_file()}
     for path in sorted(copied):
@@ -137,6 +146,7 @@ def write_small_files(source: Path, target: Path, plan: Plan, recipe: Recipe) ->
     write_index(target, weight_map, plan.target_bytes)
     text = notice(source=source.resolve().name, recipe=recipe.name)
     (target / NOTICE).write_text(text, encoding="utf-8", newline="\n")
+    return [CONFIG, INDEX, NOTICE, *(path.name for path in copied)]
 
 
 def quantization_config(plan: Plan, recipe: Recipe) -> dict[str, object]:
@@ -164,11 +174,9 @@ def quantization_config(plan: Plan, recipe: Recipe) -> dict[str, object]:
     return {"quant_method": "m1local", "m1local_recipe": recipe.name}
 
 
-def _manifest(source: Source, target: Path, plan: Plan, recipe: Recipe) -> CheckpointManifest:
-    unfinished = sorted(path.name for path in target.glob("*.part"))
-    if unfinished:
-        raise CheckpointError(f"{target} still holds {', '.join(unfinished)}.")
-    names = sorted(path.name for path in target.iterdir() if path.name != MARKER)
+def _manifest(
+    source: Source, target: Path, plan: Plan, recipe: Recipe, names: list[str]
+) -> CheckpointManifest:
     return CheckpointManifest(
         m1local_version=__version__,
         source=source.folder.resolve().name,
@@ -177,5 +185,5 @@ def _manifest(source: Source, target: Path, plan: Plan, recipe: Recipe) -> Check
         recipe=recipe.name,
         method=recipe.method,
         linears=plan.linears,
-        files={name: FileRecord.of(target / name) for name in names},
+        files={name: FileRecord.of(target / name) for name in sorted(names)},
     )

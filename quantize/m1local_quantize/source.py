@@ -20,8 +20,10 @@ from m1local.checkpoint import (
 )
 from m1local.config import M1Config
 from m1local.errors import CheckpointError
+from m1local.generation_config import GenerationConfig
 from m1local.model import normalize_head
 from m1local.shards import TensorFiles
+from m1local.tokenizer import M1Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,9 @@ class Source:
             raise CheckpointError(
                 f"{folder} is quantized already; give the original 16-bit checkpoint."
             )
+        # What the result could not be used without is found out now, not after an hour.
+        M1Tokenizer.from_folder(folder)
+        GenerationConfig.from_folder(folder)
         files = TensorFiles.from_folder(folder)
         check_tensors(files, expected_tensors(config, {}), tied=config.tie_word_embeddings)
         return cls(folder, config, files)

@@ -1,14 +1,18 @@
 """The folder a checkpoint is written to: when it may be used, and when it is whole.
 
 What it is: the rules that nothing of the user's is lost and no half checkpoint is taken for a whole
-one. A marker lies in the folder until the manifest replaces it. What it is not: a lock between two
-runs.
+one. A marker lies in the folder until the manifest replaces it, and a lock of the operating system
+keeps a second run out. What it is not: a writer of weights.
 """
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from m1local.errors import StorageError
 from m1local.generation_config import NAME as GENERATION_CONFIG
@@ -18,41 +22,87 @@ from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.shard_writer import disk_error
 
 MARKER = "m1local.unfinished"
+LOCK = "m1local.lock"
+SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")  # dropped there by nobody
 # What a run writes, so what the next may delete; anything else is the user's.
 OWN_FILES = (
-    *(MARKER, MANIFEST, "*.part", "*.safetensors", INDEX, "NOTICE", "*icen[cs]e*", "*ICEN[CS]E*"),
+    *(
+        LOCK,
+        MARKER,
+        MANIFEST,
+        "*.part",
+        "*.safetensors",
+        INDEX,
+        "NOTICE",
+        "*icen[cs]e*",
+        "*ICEN[CS]E*",
+    ),
     *("config.json", GENERATION_CONFIG, "special_tokens_map.json", *TOKENIZER_FILES),
 )
 SPARE_BYTES = 64 << 20  # for the small files, and for the disk not to be full to the last byte
 
 
-def prepare_target(target: Path, source: Path, *, overwrite: bool) -> None:
-    """Make `target` an empty folder with the marker in it; raises StorageError if it may not be.
+@contextmanager
+def prepared(target: Path, source: Path, nbytes: int, *, overwrite: bool) -> Iterator[None]:
+    """Hold `target` as an empty folder with the marker in it; raises StorageError if it may not be.
 
     A folder of an unfinished run is cleared; a finished checkpoint only with `overwrite`; a folder
-    with anything else in it never. Refusing leaves everything as it is.
+    with anything else in it never, nor one that another run is writing, nor where `nbytes` do not
+    fit. Refusing leaves everything as it is.
     """
+    _refuse_source(target, source)
+    _check_contents(target, overwrite=overwrite)
+    try:
+        _check_space(target, nbytes)
+        target.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StorageError(
+            f"Another run is writing {target}; wait for it, or choose another folder."
+        ) from None
+    except OSError as error:
+        raise disk_error(error, target) from error
+    try:
+        _check_contents(target, overwrite=overwrite)  # another run may just have finished
+        try:
+            _clear(target)
+        except OSError as error:
+            raise disk_error(error, target) from error
+        yield
+    finally:
+        lock.release()
+    (target / LOCK).unlink(missing_ok=True)
+
+
+def _refuse_source(target: Path, source: Path) -> None:
     inner, outer = target.resolve(), source.resolve()
     if inner == outer or outer.is_relative_to(inner) or inner.is_relative_to(outer):
         raise StorageError(
             f"{target} is, contains or lies in the source folder {source}; choose another folder."
         )
-    try:
-        _check_contents(target, overwrite=overwrite)
-        target.mkdir(parents=True, exist_ok=True)
-        # In this order the folder is never taken for whole, nor for somebody else's.
-        (target / MARKER).write_text("This folder is being written by m1local.\n")
-        (target / MANIFEST).unlink(missing_ok=True)
-        for path in list(target.iterdir()):
-            if path.name != MARKER:
-                path.unlink()
-    except OSError as error:
-        raise disk_error(error, target) from error
 
 
-def check_space(target: Path, nbytes: int) -> None:
-    """Raise StorageError unless `nbytes` more fit on the disk of the folder `target`."""
-    free = shutil.disk_usage(target).free
+def _clear(target: Path) -> None:
+    """Empty the folder; in this order it is never taken for whole, nor for somebody else's."""
+    (target / MARKER).write_text("This folder is being written by m1local.\n")
+    (target / MANIFEST).unlink(missing_ok=True)
+    for path in list(target.iterdir()):
+        if path.name not in (MARKER, LOCK):
+            path.unlink()
+
+
+def _check_space(target: Path, nbytes: int) -> None:
+    """Raise StorageError unless `nbytes` fit beside what stays on the disk."""
+    existing = next(
+        path for path in (target.absolute(), *target.absolute().parents) if path.exists()
+    )
+    replaced = (
+        sum(path.stat().st_size for path in target.iterdir())
+        if existing == target.absolute()
+        else 0
+    )
+    free = shutil.disk_usage(existing).free + replaced
     if free < nbytes + SPARE_BYTES:
         raise StorageError(
             f"The checkpoint takes {nbytes / 2**30:.2f} GiB, but the disk that holds {target} has "
@@ -82,7 +132,8 @@ def _check_contents(target: Path, *, overwrite: bool) -> None:
     foreign = sorted(
         path.name
         for path in target.iterdir()
-        if path.is_dir() or not any(fnmatchcase(path.name, pattern) for pattern in ours)
+        if path.is_dir()
+        or not any(fnmatchcase(path.name, pattern) for pattern in (*ours, LOCK, *SYSTEM_FILES))
     )
     if foreign:
         raise StorageError(
