@@ -237,3 +237,35 @@ def test_version_and_help_answer() -> None:
     for command in ("run", "chat", "ui", "quantize", "show"):
         assert command in m1("--help").stdout
         assert "xample" in m1(command, "--help").stdout
+
+
+def test_a_mistake_in_a_flag_is_found_before_anything_is_quantized(
+    tiny_checkpoint: Path, m1_home: Path
+) -> None:
+    assert m1("run", tiny_checkpoint, "-p", "hi", "--temp", "999").exit_code == 2
+    assert m1("run", tiny_checkpoint, "-p", " ").exit_code == 2
+    assert m1("run", tiny_checkpoint, "-p", "hi", "-r", "int3").exit_code == 1
+    assert not m1_home.exists()
+
+
+def test_another_recipe_than_a_checkpoint_was_made_by_is_refused(quantized: Path) -> None:
+    result = m1("run", quantized, "-r", "int8", "-p", "hi")
+    assert result.exit_code == 2
+    assert "quantized by the recipe int4" in result.stderr
+    assert m1("run", quantized, "-r", "int4", "-p", "hi", *GREEDY).exit_code == 0
+
+
+def test_a_question_in_the_place_of_the_model_is_not_repeated(m1_home: Path) -> None:
+    result = m1("run", "What is glaucoma? " * 30)
+    assert result.exit_code == 1
+    assert "a question goes after -p" in result.stderr
+    assert len(result.stderr) < 400
+
+
+def test_files_of_the_system_change_nothing(tmp_path: Path, m1_home: Path) -> None:
+    source = tmp_path / "model"
+    write_checkpoint(source)
+    m1("run", source, "-p", "hi", *GREEDY)
+    (source / ".DS_Store").write_text("x")
+    m1("run", source, "-p", "hi", *GREEDY)
+    assert len(list((m1_home / "models").iterdir())) == 1

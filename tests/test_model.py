@@ -36,6 +36,7 @@ GOLDEN: dict[str, Any] = json.loads(
 MISSING = {
     "model_type": "baichuan_m1",
     "max_position_embeddings": 64,
+    "hidden_act": "silu",
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,

@@ -350,3 +350,30 @@ def test_a_run_that_died_just_before_its_end_has_made_a_whole_checkpoint(
     load_model(tmp_path / "out")
     list(quantize(tiny_checkpoint, tmp_path / "out", overwrite=True))
     assert bytes_of(tmp_path / "out") == bytes_of(undisturbed)
+
+
+def test_a_second_run_is_refused_while_the_first_is_writing(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    target, recipe = tmp_path / "out", Recipe.find("int8")
+    first = quantize_checkpoint(tiny_checkpoint, target, recipe)
+    next(first)
+    with pytest.raises(StorageError, match="Another run is writing"):
+        next(quantize_checkpoint(tiny_checkpoint, target, recipe))
+    for _ in first:
+        pass
+    assert load_model(target) is not None
+    assert not (target / "m1local.lock").exists()
+
+
+def test_a_checkpoint_is_kept_where_its_replacement_does_not_fit(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, recipe = tmp_path / "out", Recipe.find("int8")
+    for _ in quantize_checkpoint(tiny_checkpoint, target, recipe):
+        pass
+    usage = shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(StorageError, match="Free some space"):
+        next(quantize_checkpoint(tiny_checkpoint, target, recipe, overwrite=True))
+    assert load_model(target) is not None

@@ -73,8 +73,9 @@ def run(
         temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repeat_penalty,
         seed=seed, threads=threads, stats=stats, raw=raw,
     )  # fmt: skip
+    found = library.find(model)
     question = None if ui else _question(wanted)
-    chosen = _quantized(library.find(model), recipe, announce_demo=model is None)
+    chosen = _quantized(found, recipe, announce_demo=model is None)
     _serve_page(chosen, wanted) if ui else _converse(chosen, wanted, question)
 
 
