@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -372,7 +373,7 @@ def test_a_checkpoint_is_kept_where_its_replacement_does_not_fit(
     target, recipe = tmp_path / "out", Recipe.find("int8")
     for _ in quantize_checkpoint(tiny_checkpoint, target, recipe):
         pass
-    usage = shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000)  # type: ignore[attr-defined]
+    usage = SimpleNamespace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match="Free some space"):
         next(quantize_checkpoint(tiny_checkpoint, target, recipe, overwrite=True))
