@@ -29,6 +29,8 @@ class Screen:
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
+            # Whoever started the tests in the background had SIGINT ignored; children inherit that.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execvpe(command[0], command, environment)
         self.shown = ""
 
