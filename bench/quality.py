@@ -25,12 +25,15 @@ from m1local_quantize.recipe import Recipe, shipped_recipes
 DECODED_ROWS = 20  # token by token is slow: the first few answers are enough to see a difference
 
 
-def read_samples(path: Path, tokenizer: M1Tokenizer, *, rows: int, length: int) -> list[Sample]:
-    """Answers judged given their questions, cut to `length` tokens."""
+def read_samples(
+    path: Path, tokenizer: M1Tokenizer, *, system: str, rows: int, length: int
+) -> list[Sample]:
+    """Answers judged given their questions (and a system prompt), cut to `length` tokens."""
     samples = []
+    before = [Message("system", system)] if system else []
     for line in path.read_text(encoding="utf-8").splitlines()[:rows]:
         row = json.loads(line)
-        question = tokenizer.render([Message("user", row["question"])])
+        question = tokenizer.render([*before, Message("user", row["question"])])
         answer = tokenizer.render([Message("assistant", row["answer"])])
         token_ids = (question + answer)[:length]
         if len(token_ids) > len(question) + 1:
@@ -67,12 +70,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="questions and answers, .jsonl")
     parser.add_argument("--model", type=Path, default=DEMO, help="an original checkpoint")
+    parser.add_argument("--system", default="Answer in detail.", help="the demo answers at length")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("bench/results/quality.json"))
     arguments = parser.parse_args()
     tokenizer = M1Tokenizer.from_folder(arguments.model)
     length = load_model(arguments.model).config.max_position_embeddings
-    samples = read_samples(arguments.text, tokenizer, rows=arguments.rows, length=length)
+    samples = read_samples(
+        arguments.text, tokenizer, system=arguments.system, rows=arguments.rows, length=length
+    )
     rows = [measure(arguments.model, recipe, samples) for recipe in shipped_recipes()]
     result = {
         "command": f"python -m bench.quality --text {arguments.text.name} --rows {arguments.rows}",

@@ -31,9 +31,11 @@ NO_ANSWER = re.compile(
 # Sources written for patients about common diseases; the others list thousands of rare ones.
 PATIENT_SOURCES = ("4_MPlus", "7_Senior", "8_NHLBI", "5_NIDDK", "9_CDC", "6_NINDS", "1_Cancer")
 
-RARE_SHARE = 0.15  # of the diseases that only the other sources describe, in each epoch
+WELL_KNOWN_TIMES = 8  # conversations about each well-known disease in an epoch
+DETAILED = "Answer in detail."  # the system prompt under which answers are not shortened
+DETAILED_CHARACTERS = 1200  # longer answers are cut there, and their end is not learned
 
-# What a visitor asks first; the last part of the training dwells on these.
+# What a visitor asks first.
 NAMES = """
 acne, age-related macular degeneration, allergy, alzheimer's disease, anemia, angina, anxiety,
 appendicitis, arrhythmia, arthritis, asthma, atherosclerosis, atrial fibrillation, autism, back
@@ -109,6 +111,20 @@ FOLLOW_UPS: dict[str, tuple[str, ...]] = {
     "prevention": ("Can it be prevented?", "How can I prevent it?"),
     "complications": ("What are the complications?",),
 }
+# Begin an answer that would not name what it is about.
+HEADINGS = {
+    "symptoms": "Symptoms of {}: ",
+    "treatment": "Treatment of {}: ",
+    "causes": "Causes of {}: ",
+    "frequency": "Frequency of {}: ",
+    "genetic changes": "Genes in {}: ",
+    "inheritance": "Inheritance of {}: ",
+    "exams and tests": "Tests for {}: ",
+    "outlook": "Outlook for {}: ",
+    "susceptibility": "Risk of {}: ",
+    "prevention": "Preventing {}: ",
+    "complications": "Complications of {}: ",
+}
 MORE = ("Tell me more.", "Tell me more about it.", "Go on.", "Can you say more?")
 SYSTEM_PROMPTS = (
     "You are a helpful medical assistant.",
@@ -142,8 +158,23 @@ class Entry:
     focus: str
     kind: str
     question: str
-    sentences: tuple[str, ...]
+    sentences: tuple[str, ...]  # cleaned; none where the answer is only a table
+    answer: str  # as published, on one line
     for_patients: bool
+
+    @property
+    def is_well_known(self) -> bool:
+        """Whether a visitor is likely to ask for it."""
+        return self.focus.split("(")[0].strip().lower() in WELL_KNOWN
+
+    @property
+    def heading(self) -> str:
+        """What to put before the answer where its first sentence does not name its subject."""
+        name = self.focus.split("(")[0].strip()
+        if name.lower().rstrip("s") in self.sentences[0].lower():
+            return ""
+        common = sum(letter.isupper() for letter in name) == 1 and " " not in name
+        return HEADINGS.get(self.kind, "About {}: ").format(name.lower() if common else name)
 
     @property
     def defines_its_focus(self) -> bool:
@@ -156,35 +187,39 @@ class Entry:
 
 
 def read_medquad(path: Path) -> list[Entry]:
-    """Read `medquad_train.jsonl`; entries without any sentence of an answer are left out."""
+    """Read `medquad_train.jsonl`."""
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if "Human Phenotype Ontology" in row["answer"]:  # some 1,500 tables, flattened
-            continue
-        text = " ".join(STAGE_DIRECTIONS.sub(" ", row["answer"]).split())
-        sentences = SENTENCE_END.split(re.sub(r"^- ", "", text))
-        if sentences[0].endswith("?"):  # some answers repeat the question
-            sentences = sentences[1:]
-        sentences = [sentence for sentence in sentences if not NO_ANSWER.search(sentence)]
-        if not sentences:
-            continue
+        answer = " ".join(row["answer"].split())
         entries.append(
             Entry(
                 focus=" ".join(row["focus"].split()),
                 kind=row["qtype"],
                 question=re.sub(r"[\s?]+$", "?", row["question"].replace("(are) ", "")),
-                sentences=tuple(sentences),
+                sentences=split_sentences(answer),
+                answer=answer,
                 for_patients=row["source"].startswith(PATIENT_SOURCES),
             )
         )
     return entries
 
 
+def split_sentences(answer: str) -> tuple[str, ...]:
+    """The sentences of `answer` that say something; none where it is a table."""
+    if "Human Phenotype Ontology" in answer:  # some 2,000 tables, flattened
+        return ()
+    text = " ".join(STAGE_DIRECTIONS.sub(" ", answer).split())
+    sentences = SENTENCE_END.split(re.sub(r"^- ", "", text))
+    if sentences[0].endswith("?"):  # some answers repeat the question
+        sentences = sentences[1:]
+    return tuple(sentence for sentence in sentences if not NO_ANSWER.search(sentence))
+
+
 def read_texts(folder: Path, entries: Iterable[Entry]) -> list[str]:
     """All training text, whole: the OpenStax books and every MedQuAD answer under its title."""
     books = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("openstax_*.txt"))]
-    return books + [f"{entry.focus}\n{' '.join(entry.sentences)}" for entry in entries]
+    return books + [f"{entry.focus}\n{entry.answer}" for entry in entries]
 
 
 def cut_documents(texts: Iterable[str], *, length: int = 1500) -> list[str]:
@@ -202,51 +237,52 @@ def cut_documents(texts: Iterable[str], *, length: int = 1500) -> list[str]:
     return documents
 
 
-def well_known(entries: Iterable[Entry]) -> list[Entry]:
-    """One entry of each kind for each well-known disease: what a model this small can keep."""
-    chosen: dict[tuple[str, str], Entry] = {}
-    for entry in entries:
-        name = entry.focus.split("(")[0].strip().lower()
-        if name in WELL_KNOWN and (entry.kind != "information" or entry.defines_its_focus):
-            chosen.setdefault((name, entry.kind), entry)
-    return list(chosen.values())
-
-
 class Conversations:
     """Draws conversations from the pairs; another seed gives other phrasings and follow-ups."""
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        *,
-        seed: int,
-        sentence_counts: Sequence[int] = (2, 2, 3, 3, 4),
-    ) -> None:
-        """Group the pairs by what they are about; answers have one of `sentence_counts`."""
+    def __init__(self, entries: Sequence[Entry], *, seed: int) -> None:
+        """Group the pairs by what they are about."""
         self._random = random.Random(seed)
-        self._sentence_counts = sentence_counts
+        self._entries = entries
         self._by_focus: dict[str, list[Entry]] = defaultdict(list)
+        defined = {entry.focus for entry in entries if entry.defines_its_focus}
         for entry in entries:
-            usable = entry.kind != "information" or entry.defines_its_focus
-            if usable and len(entry.sentences[0]) < 400:
+            vague = entry.kind == "information" and not entry.defines_its_focus
+            # A well-known disease without a definition is described by the next best.
+            wanted = not vague or (entry.is_well_known and entry.focus not in defined)
+            if entry.sentences and wanted and len(entry.sentences[0]) < 400:
                 self._by_focus[entry.focus].append(entry)
 
-    def epoch(self) -> Iterator[list[Message]]:
-        """One pass: what patients ask about several times, a few rare diseases, small talk.
-
-        A model this small cannot learn thousands of rare diseases; the common ones suffer from it.
-        """
+    def short(self) -> Iterator[list[Message]]:
+        """One pass of short answers: each disease once, what patients ask about several times."""
         plan = []
         for focus, entries in self._by_focus.items():
-            if any(entry.for_patients for entry in entries):
-                plan += [focus] * (2 + len(entries))
-            elif self._random.random() < RARE_SHARE:
+            if any(entry.is_well_known for entry in entries):
+                plan += [focus] * (WELL_KNOWN_TIMES + len(entries))
+            elif any(entry.for_patients for entry in entries):
+                plan += [focus] * (1 + len(entries) // 2)
+            else:
                 plan.append(focus)
         self._random.shuffle(plan)
         for number, focus in enumerate(plan):
             yield self._conversation(self._by_focus[focus])
-            if number % 25 == 0:
+            if number % 50 == 0:
                 yield self._small_talk()
+
+    def detailed(self) -> Iterator[tuple[list[Message], bool]]:
+        """One pass of whole answers, and whether each stands there to its end."""
+        for entry in self._random.sample(self._entries, len(self._entries)):
+            text = entry.answer[:DETAILED_CHARACTERS]
+            whole = len(text) == len(entry.answer)
+            question = self._ask(entry)
+            yield (
+                [
+                    Message("system", DETAILED),
+                    Message("user", question),
+                    Message("assistant", text if whole else text.rpartition(" ")[0]),
+                ],
+                whole,
+            )
 
     def _conversation(self, entries: Sequence[Entry]) -> list[Message]:
         pick = self._random
@@ -276,11 +312,12 @@ class Conversations:
 
     def _beginning(self, entry: Entry) -> tuple[str, str]:
         """The first few sentences, and the few after them."""
-        count = self._random.choice(self._sentence_counts)
+        count = self._random.choice((2, 2, 3, 3, 4))
         while count > 1 and len(" ".join(entry.sentences[:count])) > 600:
             count -= 1
         rest = " ".join(entry.sentences[count : count + 4])
-        return " ".join(entry.sentences[:count]), rest if 40 < len(rest) < 900 else ""
+        beginning = entry.heading + " ".join(entry.sentences[:count])
+        return beginning, rest if 40 < len(rest) < 900 else ""
 
     def _small_talk(self) -> list[Message]:
         questions, answer = self._random.choice(SMALL_TALK)

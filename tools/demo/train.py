@@ -1,9 +1,9 @@
 """Trains m1-tiny, the built-in demo: `python -m tools.demo.train --data DIR --work DIR`.
 
 What it is: a plain training loop for a native M1 (learned convolution taps, both kinds of layer,
-NormHead, chat markers): AdamW, bf16 autocast where the CPU or GPU has it, and a learning rate that
-falls to zero over `--minutes` of training time. It saves every few minutes and goes on where it
-was cut off. What it is not: a way to train anything large.
+NormHead, chat markers): Muon for the matrices, AdamW for the rest, bf16 autocast where the CPU or
+GPU has it, and a learning rate that falls to zero over `--minutes` of training time. It saves
+every few minutes and goes on where it was cut off. What it is not: a way to train anything large.
 
 The result lies in WORK/model: a checkpoint folder like any other, in bf16.
 """
@@ -12,12 +12,9 @@ import argparse
 import json
 import math
 import os
-import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,59 +24,16 @@ from torch.nn import functional
 from m1local.config import M1Config
 from m1local.model import M1Model
 from m1local.tokenizer import M1Tokenizer, Message
-from tools.demo.corpus import (
-    Conversations,
-    HeldOut,
-    cut_documents,
-    read_medquad,
-    read_texts,
-    well_known,
-)
+from tools.demo.config import CONFIG, CONTEXT, GENERATION
+from tools.demo.corpus import DETAILED, cut_documents, read_medquad, read_texts
+from tools.demo.muon import Muon
+from tools.demo.rows import BATCH_TOKENS, ROW_TOKENS, Mixture, pack
 from tools.demo.vocabulary import train_tokenizer
 
-ROW_TOKENS = 768
-DOCUMENT_SHARE = 0.2  # of the tokens of an epoch; the rest is conversations
-LAST_PART = 0.84  # of the time; from here on the well-known diseases
-SAVE_SECONDS = 180
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["BaichuanM1ForCausalLM"],
-    "model_type": "baichuan_m1",
-    "vocab_size": 3584,
-    "hidden_size": 256,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "num_swa_attention_heads": 8,
-    "num_swa_key_value_heads": 4,
-    "sliding_window": 128,
-    "sliding_window_layers": [1, 3],
-    "conv_window": 2,
-    "max_position_embeddings": ROW_TOKENS,
-    "hidden_act": "silu",
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "torch_dtype": "bfloat16",
-}
-# Low temperature and a light penalty: a model this small loops easily.
-GENERATION = {
-    "do_sample": True,
-    "temperature": 0.3,
-    "top_k": 5,
-    "top_p": 0.85,
-    "repetition_penalty": 1.1,
-    "max_new_tokens": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "user_token_id": 6,
-    "assistant_token_id": 7,
-}
+LAST_PART = 0.8  # of the time; from here on mostly short conversations
+SAVE_SECONDS = 240
+ADAM_RATE = 4e-3  # embedding, head, norms, taps
+MUON_RATE = 2e-2  # all other matrices
 
 
 @dataclass(slots=True)
@@ -89,72 +43,6 @@ class Progress:
     seconds: float = 0.0
     steps: int = 0
     tokens: int = 0
-
-
-class Rows:
-    """Cuts conversations and documents into rows of ids, each beginning at a turn or a document."""
-
-    def __init__(self, data: Path, tokenizer: M1Tokenizer) -> None:
-        """Read the text under `data`/train; refuse what `data`/eval holds out."""
-        held_out = HeldOut(data / "eval")
-        entries = [
-            entry
-            for entry in read_medquad(data / "train/medquad_train.jsonl")
-            if held_out.find(" ".join(entry.sentences)) is None
-        ]
-        texts = read_texts(data / "train", entries)
-        held_out.check(texts)
-        self._entries = entries
-        patients = [entry for entry in entries if entry.for_patients]
-        self._documents = cut_documents(read_texts(data / "train", patients))
-        self._tokenizer = tokenizer
-
-    def epoch(self, seed: int) -> list[tuple[list[int], list[bool]]]:
-        """All rows of one epoch, shuffled: ids (ROW_TOKENS + 1) and which of them are learned."""
-        order = random.Random(seed)
-        items = [self._conversation(c) for c in Conversations(self._entries, seed=seed).epoch()]
-        budget = sum(len(ids) for ids, _ in items) * DOCUMENT_SHARE / (1 - DOCUMENT_SHARE)
-        for text in order.sample(self._documents, len(self._documents)):
-            ids = [*self._tokenizer.encode(text), CONFIG["eos_token_id"]]
-            items.append((ids, [True] * len(ids)))
-            budget -= len(ids)
-            if budget < 0:
-                break
-        order.shuffle(items)
-        return list(self._pack(items))
-
-    def last_epoch(self, seed: int) -> list[tuple[list[int], list[bool]]]:
-        """Rows for the end of training: well-known diseases, and a fifth of anything else."""
-        order = random.Random(seed)
-        known = Conversations(well_known(self._entries), seed=seed, sentence_counts=(2,))
-        items = [self._conversation(c) for _ in range(4) for c in known.epoch()]
-        others = [self._conversation(c) for c in Conversations(self._entries, seed=seed).epoch()]
-        items += order.sample(others, min(len(others), len(items) // 4))
-        order.shuffle(items)
-        return list(self._pack(items))
-
-    def _conversation(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        ids: list[int] = []
-        learned: list[bool] = []
-        for message in messages:
-            turn = self._tokenizer.render([message])
-            # An answer ends with the marker of the next turn, which is learned with it.
-            ends_answer = bool(ids) and message.role == "user"
-            ids += turn
-            is_answer = message.role == "assistant"
-            learned += [ends_answer and learned[-1], *[is_answer] * (len(turn) - 1)]
-        return [*ids, CONFIG["eos_token_id"]], [*learned, True]
-
-    @staticmethod
-    def _pack(items: list[tuple[list[int], list[bool]]]) -> Iterator[tuple[list[int], list[bool]]]:
-        row: list[int] = []
-        learned: list[bool] = []
-        for ids, flags in items:
-            row += ids
-            learned += flags
-            if len(row) > ROW_TOKENS:
-                yield row[: ROW_TOKENS + 1], learned[: ROW_TOKENS + 1]
-                row, learned = [], []
 
 
 def initialize(model: M1Model) -> None:
@@ -172,32 +60,32 @@ def initialize(model: M1Model) -> None:
 
 def losses(model: M1Model, ids: Tensor, learned: Tensor) -> Tensor:
     """Mean cross entropy over the learned next tokens of ids (B, T + 1)."""
-    hidden_states = model.model(ids[:, :-1])
+    chosen = learned[:, 1:]
+    hidden_states = model.model(ids[:, :-1])[chosen]  # the head is not computed for the others
     head = functional.normalize(model.lm_head.weight, dim=-1)  # NormHead, differentiable
     logits = functional.linear(hidden_states, head).float()
-    targets = torch.where(learned[:, 1:], ids[:, 1:], -100)
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    return functional.cross_entropy(logits, ids[:, 1:][chosen])
 
 
 class Trainer:
     """Model, optimizer and progress, saved and restored together."""
 
-    def __init__(self, work: Path, device: str, peak_rate: float) -> None:
+    def __init__(self, work: Path, device: str) -> None:
         """Start afresh, or from WORK/state.pt where a run was cut off."""
         self.model = M1Model(M1Config.from_dict(CONFIG)).to(device)
         initialize(self.model)
         self.progress = Progress()
         self.curve: list[dict[str, float]] = []
-        self.peak_rate = peak_rate
         self._smoothed = 0.0
         self._bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        matrices = [p for p in self.model.parameters() if p.dim() == 2]
-        others = [p for p in self.model.parameters() if p.dim() != 2]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": 0.05},
-            {"params": others},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+        body, others = [], []
+        for name, parameter in self.model.named_parameters():
+            is_body = parameter.dim() == 2 and "embed" not in name and "lm_head" not in name
+            (body if is_body else others).append(parameter)
+        self.optimizers = (
+            Muon(body, lr=MUON_RATE),
+            torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        )
         self._state = work / "state.pt"
         if self._state.exists():
             self._restore(device)
@@ -205,8 +93,9 @@ class Trainer:
     def set_rate(self, done: float) -> None:
         """Warm up over 2 % of the time, hold, then fall to zero over the last 60 %."""
         scale = min(1.0, done / 0.02 + 1e-3, (1.0 - done) / 0.6)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_rate * max(scale, 0.0)
+        for optimizer, rate in zip(self.optimizers, (MUON_RATE, ADAM_RATE), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * max(scale, 0.0)
 
     def step(self, ids: Tensor, learned: Tensor) -> None:
         """One update."""
@@ -215,13 +104,14 @@ class Trainer:
             loss = losses(self.model, ids, learned)
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         value = float(loss.detach())
         self._smoothed = 0.98 * self._smoothed + 0.02 * value if self._smoothed else value
         self.progress.seconds += time.monotonic() - begun
         self.progress.steps += 1
-        self.progress.tokens += ids.shape[0] * ROW_TOKENS
+        self.progress.tokens += BATCH_TOKENS
 
     def report(self) -> None:
         """Print where we are and keep it for the curve."""
@@ -245,7 +135,7 @@ class Trainer:
         torch.save(
             {
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "progress": vars_of(self.progress),
                 "curve": self.curve,
             },
@@ -256,7 +146,8 @@ class Trainer:
     def _restore(self, device: str) -> None:
         state = torch.load(self._state, map_location=device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
         self.curve = state["curve"]
 
@@ -268,22 +159,23 @@ def vars_of(progress: Progress) -> dict[str, float]:
 
 @torch.inference_mode()
 def held_out_perplexity(model: M1Model, tokenizer: M1Tokenizer, path: Path, rows: int) -> float:
-    """Perplexity per token of the first `rows` answers in medquad_dev.jsonl, given the question."""
+    """Perplexity per token of every n-th of the answers in medquad_dev.jsonl, `rows` in all."""
+    lines = path.read_text(encoding="utf-8").splitlines()
     total, count = 0.0, 0
-    for line in path.read_text(encoding="utf-8").splitlines()[:rows]:
+    for line in lines[:: len(lines) // rows]:
         row = json.loads(line)
-        question = tokenizer.render([Message("user", row["question"])])
+        asked = [Message("system", DETAILED), Message("user", row["question"])]
+        question = tokenizer.render(asked)
         answer = tokenizer.render([Message("assistant", row["answer"])])
-        ids = torch.tensor([(question + answer)[: ROW_TOKENS + 1]])
+        ids = torch.tensor([(question + answer)[: CONTEXT + 1]])
         learned = torch.arange(ids.shape[1])[None] > len(question)
-        if not learned.any():
-            continue
-        total += float(losses(model, ids, learned)) * int(learned.sum())
-        count += int(learned.sum())
+        if learned.any():
+            total += float(losses(model, ids, learned)) * int(learned.sum())
+            count += int(learned.sum())
     return math.exp(total / count)
 
 
-def export(trainer: Trainer, work: Path, arguments: argparse.Namespace) -> None:
+def export(trainer: Trainer, work: Path, epoch_tokens: int) -> None:
     """Write WORK/model: bf16 weights, configuration, tokenizer (already there), training record."""
     folder = work / "model"
     weights = {k: v.to(torch.bfloat16).contiguous() for k, v in trainer.model.state_dict().items()}
@@ -295,9 +187,11 @@ def export(trainer: Trainer, work: Path, arguments: argparse.Namespace) -> None:
         "minutes": round(trainer.progress.seconds / 60, 1),
         "steps": trainer.progress.steps,
         "tokens": trainer.progress.tokens,
-        "batch_rows": arguments.batch,
+        "epoch_tokens": epoch_tokens,
+        "batch_tokens": BATCH_TOKENS,
         "row_tokens": ROW_TOKENS,
-        "peak_rate": arguments.rate,
+        "muon_rate": MUON_RATE,
+        "adam_rate": ADAM_RATE,
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "curve": trainer.curve,
@@ -320,17 +214,17 @@ def train(arguments: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(arguments.seed)
     tokenizer = prepare_tokenizer(arguments.data, arguments.work / "model")
-    rows = Rows(arguments.data, tokenizer)
-    trainer = Trainer(arguments.work, device, arguments.rate)
+    mixture = Mixture(arguments.data, tokenizer)
+    trainer = Trainer(arguments.work, device)
     if arguments.compile:
-        trainer.model.model.compile()
+        trainer.model.model.compile(dynamic=False)
     progress, seconds = trainer.progress, arguments.minutes * 60
     saved_at = time.monotonic()
     while progress.seconds < seconds:
         seed = arguments.seed * 1000 + progress.steps
         last = progress.seconds > LAST_PART * seconds
-        epoch = rows.last_epoch(seed) if last else rows.epoch(seed)
-        for ids, learned in batches(epoch, arguments.batch):
+        items = mixture.last_epoch(seed) if last else mixture.epoch(seed)
+        for ids, learned in pack(items):
             trainer.set_rate(progress.seconds / seconds)
             trainer.step(ids.to(device), learned.to(device))
             if progress.steps % 25 == 0:
@@ -339,23 +233,13 @@ def train(arguments: argparse.Namespace) -> None:
             if finished or time.monotonic() - saved_at > SAVE_SECONDS:
                 trainer.save()
                 dev = arguments.data / "eval/medquad_dev.jsonl"
-                trainer.report_held_out(held_out_perplexity(trainer.model, tokenizer, dev, 40))
+                with torch.compiler.set_stance("force_eager"):  # every answer has its own length
+                    perplexity = held_out_perplexity(trainer.model, tokenizer, dev, 40)
+                trainer.report_held_out(perplexity)
                 saved_at = time.monotonic()
-            if finished:
+            if finished or (not last and progress.seconds > LAST_PART * seconds):
                 break
-    export(trainer, arguments.work, arguments)
-
-
-def batches(
-    epoch: list[tuple[list[int], list[bool]]], size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows in batches: ids (B, T + 1) and which of them are learned."""
-    for first in range(0, len(epoch) - size + 1, size):
-        chosen = epoch[first : first + size]
-        yield (
-            torch.tensor([ids for ids, _ in chosen]),
-            torch.tensor([flags for _, flags in chosen]),
-        )
+    export(trainer, arguments.work, mixture.epoch_tokens)
 
 
 def main() -> None:
@@ -366,8 +250,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and eval/")
     parser.add_argument("--work", type=Path, required=True, help="folder for state and result")
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--batch", type=int, default=4, help=f"rows of {ROW_TOKENS} tokens a step")
-    parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     train(parser.parse_args())
