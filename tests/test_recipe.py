@@ -13,9 +13,9 @@ RULE = '[[rules]]\nmatch = "*"\nformat = "int8"\n'
 BAD_RECIPES = {
     "no TOML": ("method =", r"own.toml is no valid TOML: "),
     "another encoding": ('method = "\udcff"', r"own.toml is no valid TOML: "),
-    "empty": ("", r"own.toml: method is None; known: rtn"),
-    "no method": (RULE, r"own.toml: method is None; known: rtn"),
-    "an unknown method": (f'method = "gptq"\n{RULE}', r"method is 'gptq'; known: rtn"),
+    "empty": ("", r"own.toml: method is None; known: rtn, hqq, refit"),
+    "no method": (RULE, r"own.toml: method is None; known: rtn, hqq, refit"),
+    "an unknown method": (f'method = "gptx"\n{RULE}', r"method is 'gptx'; known: rtn, "),
     "a method that is no text": (f"method = [1]\n{RULE}", r"method is \[1\]; known: rtn"),
     "an unknown key": (f'method = "rtn"\nbits = 4\n{RULE}', "unknown key 'bits'; a recipe has"),
     "no rules": ('method = "rtn"', r"own.toml has no \[\[rules\]\]"),
@@ -36,6 +36,14 @@ BAD_RECIPES = {
     "a group size that is no integer": (
         f'method = "rtn"\n{RULE}group_size = "64"',
         r"own.toml: group_size is '64', expected an integer",
+    ),
+    "a method that does not know the format": (
+        f'method = "rtn"\n{RULE}method = "hqq"',
+        r"own.toml: the rule '\*' has method 'hqq'; for int8 there is rtn.",
+    ),
+    "a rule's method that is no text": (
+        f'method = "rtn"\n{RULE}method = {{}}',
+        r"own.toml: the rule '\*' has method {}; for int8 there is rtn.",
     ),
     "no rule for a matrix": (
         'method = "rtn"\n[[rules]]\nmatch = "model.*"\nformat = "int8"',

@@ -21,7 +21,7 @@ from torch import Tensor
 from m1local.checkpoint import load_model
 from m1local.errors import CheckpointError, StorageError
 from m1local.manifest import CheckpointManifest
-from m1local_quantize import target as target_module
+from m1local_quantize.journal import MARKER
 from m1local_quantize.pipeline import Stage, quantize_checkpoint
 from m1local_quantize.recipe import Recipe
 from m1local_quantize.shard_writer import ShardWriter
@@ -141,7 +141,7 @@ def test_a_file_of_the_users_beside_a_checkpoint_is_never_lost(
     tiny_checkpoint: Path, finished: Path, name: str, state: str
 ) -> None:
     if state == "unfinished":
-        (finished / "m1local.json").rename(finished / target_module.MARKER)
+        (finished / "m1local.json").rename(finished / MARKER)
     (finished / name).parent.mkdir(exist_ok=True)
     (finished / name).write_text("mine")
     before = bytes_of(finished)

@@ -145,7 +145,7 @@ def quantize(
     try:
         quantize_with_progress(source, target, recipe or DEFAULT_RECIPE, overwrite=overwrite)
     except KeyboardInterrupt:
-        typer.echo(f"{target} is unfinished; the same command starts it over.", err=True)
+        typer.echo(f"{target} is unfinished; the same command continues it.", err=True)
         raise
     typer.echo(f"Wrote {target}. Chat with it: m1 chat {target}", err=True)
 

@@ -6,6 +6,7 @@ What it is: the pipeline's events drawn for a person. What it is not: the pipeli
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +19,9 @@ from rich.progress import (
 )
 
 from m1local.manifest import CheckpointManifest
+
+if TYPE_CHECKING:
+    from m1local_quantize.pipeline import Planned
 
 
 def quantize_with_progress(
@@ -50,7 +54,8 @@ def quantize_with_progress(
         task = bar.add_task(f"quantizing to {recipe.name}", total=None)
         for event in quantize_checkpoint(source, target, recipe, overwrite=overwrite):
             if isinstance(event, Planned):
-                bar.update(task, total=event.plan.source_bytes)
+                bar.update(task, total=event.plan.source_bytes, completed=event.resumed_bytes)
+                _say_what_was_found(console, event)
             elif isinstance(event, TensorWritten):
                 bar.update(task, completed=event.done_bytes)
             elif isinstance(event, CheckpointWritten):
@@ -63,6 +68,14 @@ def quantize_with_progress(
         f"{recipe.name}: {_size(before)} -> {_size(size)} in {time.monotonic() - begun:.1f} s"
     )
     return manifest
+
+
+def _say_what_was_found(console: Console, planned: "Planned") -> None:
+    if planned.resumed_bytes:
+        share = planned.resumed_bytes / planned.plan.source_bytes
+        console.print(f"continuing an unfinished run at {share:.0%}")
+    elif planned.started_over:
+        console.print("starting over: source, recipe or version changed meanwhile")
 
 
 def _size(nbytes: int) -> str:

@@ -62,9 +62,16 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def quantize_matrix(
-        cls, rows: Callable[[int, int], Tensor], shape: tuple[int, int], spec: LinearSpec
+        cls,
+        rows: Callable[[int, int], Tensor],
+        shape: tuple[int, int],
+        spec: LinearSpec,
+        quantize: Callable[[Tensor, LinearSpec], Mapping[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
-        """Quantize a whole (N, K) matrix slice by slice; `rows(start, stop)` hands out a slice."""
+        """Quantize a whole (N, K) matrix slice by slice; `rows(start, stop)` hands out a slice.
+
+        `quantize` takes the place of the format's own rounding.
+        """
         out_features = shape[0]
         whole = {
             name: torch.empty(stored.shape, dtype=stored.dtype)
@@ -73,7 +80,7 @@ class QuantizedLinear(nn.Module):
         }
         for start in range(0, out_features, ROWS_PER_SLICE):
             stop = min(start + ROWS_PER_SLICE, out_features)
-            for name, part in cls.quantize(rows(start, stop), spec).items():
+            for name, part in (quantize or cls.quantize)(rows(start, stop), spec).items():
                 if name in whole:
                     per_row = whole[name].shape[0] // out_features
                     whole[name][start * per_row : stop * per_row] = part

@@ -27,13 +27,15 @@ from m1local.generation_config import NAME as GENERATION_CONFIG
 from m1local.manifest import CheckpointManifest, FileRecord
 from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
+from m1local_quantize.journal import Journal, take_up
+from m1local_quantize.methods import quantizer
 from m1local_quantize.notice import NAME as NOTICE
 from m1local_quantize.notice import notice
 from m1local_quantize.plan import DEFAULT_SHARD_BYTES, Plan, Step
 from m1local_quantize.recipe import Recipe
 from m1local_quantize.shard_writer import ShardWriter, disk_error
 from m1local_quantize.source import Source
-from m1local_quantize.target import MARKER, prepared, write_index
+from m1local_quantize.target import prepared, write_index
 
 COPIED = (*TOKENIZER_FILES, "special_tokens_map.json", GENERATION_CONFIG)
 LICENCES = ("*icen[cs]e*", "LICENSE*", "LICENCE*")
@@ -41,10 +43,12 @@ LICENCES = ("*icen[cs]e*", "LICENSE*", "LICENCE*")
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What is going to be written; nothing has been yet."""
+    """What is going to be written, and what an earlier run had written of it."""
 
     plan: Plan
     target: Path
+    resumed_bytes: int  # of the source, that need not be read again
+    started_over: bool  # an unfinished run of another source, recipe or version was cleared away
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,30 +87,38 @@ def quantize_checkpoint(
     source = Source.open(source_folder)
     plan = Plan.of(source, recipe, shard_bytes=shard_bytes)
     with prepared(target, source_folder, plan.target_bytes, overwrite=overwrite):
-        yield Planned(plan, target)
         try:
-            yield from _write_shards(source, target, plan)
+            journal = take_up(target, source, plan)
+            resumed = sum(source.nbytes(step.name) for step in plan.steps if journal.has(step))
+            yield Planned(plan, target, resumed, journal.started_over)
+            yield from _write_shards(source, target, plan, journal)
             small = write_small_files(source_folder, target, plan, recipe)
             manifest = _manifest(source, target, plan, recipe, [*plan.shards, *small])
             manifest.write(target)
             # Last: without marker and manifest the next run would not touch the folder.
-            (target / MARKER).unlink()
+            journal.path.unlink()
         except OSError as error:
             raise disk_error(error, target) from error
     yield CheckpointWritten(target, manifest)
 
 
-def _write_shards(source: Source, target: Path, plan: Plan) -> Iterator[TensorWritten]:
+def _write_shards(
+    source: Source, target: Path, plan: Plan, journal: Journal
+) -> Iterator[TensorWritten]:
     done = 0
     for file_name, steps in plan.shards.items():
-        layout = {name: stored for step in steps for name, stored in step.tensors.items()}
-        with ShardWriter(target / file_name, layout) as writer:
-            for step in steps:
-                for name, tensor in _convert(source, step).items():
-                    writer.write(name, tensor)
-                whole = source.tensor(step.name)
-                done += whole.numel() * whole.element_size()
-                yield TensorWritten(step.name, done, plan.source_bytes)
+        if not (target / file_name).is_file():
+            layout = {name: stored for step in steps for name, stored in step.tensors.items()}
+            with ShardWriter(target / file_name, layout, finished=journal.finished) as writer:
+                for step in steps:
+                    if not journal.has(step):
+                        converted = _convert(source, step).items()
+                        missing = {n: t for n, t in converted if n not in journal.finished}
+                        journal.add({name: writer.write(name, t) for name, t in missing.items()})
+                    done += source.nbytes(step.name)
+                    yield TensorWritten(step.name, done, plan.source_bytes)
+        else:
+            done += sum(source.nbytes(step.name) for step in steps)
 
 
 def _convert(source: Source, step: Step) -> dict[str, Tensor]:
@@ -123,6 +135,7 @@ def _convert(source: Source, step: Step) -> dict[str, Tensor]:
         lambda start, stop: source.rows(step.name, whole, start, stop),
         (step.shape[0], step.shape[1]),
         step.spec,
+        quantizer(step.method, step.spec),
     )
     return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
 

@@ -26,6 +26,7 @@ class Step:
     name: str
     shape: tuple[int, ...]
     spec: LinearSpec
+    method: str
     tensors: Mapping[str, Stored]
 
     @property
@@ -64,13 +65,15 @@ class Plan:
         for name, shape in parameter_shapes(source.config).items():
             dtype = source.dtype(name)
             source_bytes += Stored(shape, dtype).nbytes
-            spec, tensors = FLOAT, {name: Stored(shape, dtype)}
+            spec, method, tensors = FLOAT, "rtn", {name: Stored(shape, dtype)}
             if len(shape) == 2:
                 module = name.removesuffix(".weight")
-                spec = linears[module] = recipe.spec_of(module)
+                rule = recipe.rule_for(module)
+                spec, method = rule.spec, rule.method
+                linears[module] = spec
                 if spec.format != FLOAT.format:
                     tensors = _stored(recipe, module, (shape[0], shape[1]), spec)
-            steps.append(Step(name, shape, spec, tensors))
+            steps.append(Step(name, shape, spec, method, tensors))
         return cls(_group(steps, shard_bytes), linears, source_bytes)
 
 

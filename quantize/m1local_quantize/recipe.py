@@ -3,7 +3,7 @@
 What it is: a TOML file read strictly; the shipped ones are data in recipes/. What it is not: code;
 a recipe cannot compute anything.
 
-    method = "rtn"            # round to nearest
+    method = "refit"          # see m1local_quantize.methods; for the formats it knows, else "rtn"
     [[rules]]                 # the first rule that matches a module's name decides
     match = "lm_head"         # as in fnmatch: * stands for anything
     format = "int8"           # see m1local.formats; "float" keeps a matrix as it is
@@ -11,6 +11,7 @@ a recipe cannot compute anything.
     match = "*"
     format = "int4"
     group_size = 64
+    method = "hqq"            # if this rule's is another
 """
 
 import tomllib
@@ -22,18 +23,19 @@ from typing import Any, Self
 
 from m1local.errors import RecipeError
 from m1local.formats import FORMATS, LinearSpec
+from m1local_quantize.methods import METHODS, method_for
 
 FOLDER = Path(__file__).parent / "recipes"
-METHODS = ("rtn",)
-RULE_KEYS = {"match", "format", "group_size"}
+RULE_KEYS = {"match", "format", "group_size", "method"}
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Matrices whose name fits `pattern` are stored as `spec`."""
+    """Matrices whose name fits `pattern` are stored as `spec`, with values by `method`."""
 
     pattern: str
     spec: LinearSpec
+    method: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +46,11 @@ class Recipe:
     method: str
     rules: tuple[Rule, ...]
 
-    def spec_of(self, module_name: str) -> LinearSpec:
-        """How the matrix `module_name` is stored; raises RecipeError when no rule matches."""
+    def rule_for(self, module_name: str) -> Rule:
+        """What is done with the matrix `module_name`; raises RecipeError when no rule matches."""
         for rule in self.rules:
             if fnmatchcase(module_name, rule.pattern):
-                return rule.spec
+                return rule
         raise RecipeError(
             f"The recipe {self.name} has no rule for {module_name}; end it with a rule that "
             'matches "*".'
@@ -77,12 +79,14 @@ class Recipe:
         if unknown:
             raise RecipeError(f"{where}: unknown key {min(unknown)!r}; a recipe has method, rules.")
         method = raw.get("method")
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise RecipeError(f"{where}: method is {method!r}; known: {', '.join(METHODS)}.")
         rules = raw.get("rules")
         if not isinstance(rules, list) or not rules:
             raise RecipeError(f"{where} has no [[rules]].")
-        return cls(name=name, method=method, rules=tuple(_rule(rule, where) for rule in rules))
+        return cls(
+            name=name, method=method, rules=tuple(_rule(rule, method, where) for rule in rules)
+        )
 
 
 def shipped_recipes() -> list[str]:
@@ -90,7 +94,7 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def _rule(raw: Any, where: str) -> Rule:
+def _rule(raw: Any, method: str, where: str) -> Rule:
     if not isinstance(raw, dict) or not isinstance(raw.get("match"), str):
         raise RecipeError(f'{where}: every rule needs match = "pattern".')
     unknown = raw.keys() - RULE_KEYS
@@ -110,4 +114,14 @@ def _rule(raw: Any, where: str) -> Rule:
             f"{where}: the rule {raw['match']!r} has a group_size, but {raw['format']} has no "
             "groups; remove it."
         )
-    return Rule(raw["match"], LinearSpec(raw["format"], group_size))
+    spec = LinearSpec(raw["format"], group_size)
+    own = raw.get("method")
+    if own is None:
+        return Rule(raw["match"], spec, method_for(method, spec))
+    if not isinstance(own, str) or own not in METHODS or spec.format not in METHODS[own].formats:
+        fitting = [name for name, known in METHODS.items() if spec.format in known.formats]
+        raise RecipeError(
+            f"{where}: the rule {raw['match']!r} has method {own!r}; for {spec.format} there is "
+            f"{', '.join(fitting) or 'none'}."
+        )
+    return Rule(raw["match"], spec, own)

@@ -9,9 +9,11 @@ small others follow in order of falling element size. Checked by reading back wi
 """
 
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -28,46 +30,76 @@ PARTIAL = ".part"
 ALIGNMENT_BYTES = 64  # of a cache line and of a vector register; safetensors itself promises 8
 
 
-class ShardWriter:
-    """One safetensors file being written; rename and sync happen on leaving `with` unharmed."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything in a file stands: the header with its length, and each tensor's offset."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Stored]) -> None:
-        """Lay out `tensors` and write the header."""
-        self.path = path
-        self._partial = path.with_name(path.name + PARTIAL)
-        self._missing = dict(tensors)
-        self._offsets: dict[str, int] = {}
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: bytes
+    offsets: Mapping[str, int]  # from the beginning of the file
+    file_bytes: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Stored]) -> Self:
+        """Lay out `tensors`; the same tensors always give the same bytes."""
+        described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offsets: dict[str, int] = {}
         offset = 0
         for name in sorted(tensors, key=lambda n: _order(n, tensors[n])):
             stored = tensors[name]
             end = offset + stored.nbytes
-            header[name] = {
+            described[name] = {
                 "dtype": CODES[stored.dtype],
                 "shape": list(stored.shape),
                 "data_offsets": [offset, end],
             }
-            self._offsets[name] = offset
+            offsets[name] = offset
             offset = end
-        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
         encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT_BYTES)
-        self._start = 8 + len(encoded)
-        self._file: BinaryIO = self._partial.open("wb")
+        header = len(encoded).to_bytes(8, "little") + encoded
+        return cls(
+            header, {name: len(header) + at for name, at in offsets.items()}, len(header) + offset
+        )
+
+
+def partial_path(path: Path) -> Path:
+    """The name a file has until it is whole."""
+    return path.with_name(path.name + PARTIAL)
+
+
+class ShardWriter:
+    """One safetensors file being written; rename and sync happen on leaving `with` unharmed."""
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, Stored], *, finished: Container[str] = ()
+    ) -> None:
+        """Lay out `tensors`; those in `finished` stand in the unfinished file already."""
+        self.path = path
+        self._partial = partial_path(path)
+        self._missing = {name: s for name, s in tensors.items() if name not in finished}
+        self._layout = Layout.of(tensors)
+        if len(self._missing) < len(tensors):
+            self._file: BinaryIO = self._partial.open("r+b")
+            return
+        self._file = self._partial.open("wb")
         try:
-            self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-            self._file.truncate(self._start + offset)
+            self._file.write(self._layout.header)
+            self._file.truncate(self._layout.file_bytes)
         except OSError:
             self._file.close()
             raise
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; raises StorageError when the disk is full."""
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Write one tensor and return its SHA-256; raises OSError when the disk is full."""
         stored = self._missing.pop(name)
         if (tuple(tensor.shape), tensor.dtype) != (stored.shape, stored.dtype):
             raise ValueError(f"{name} is {tensor.shape} {tensor.dtype}, laid out as {stored}")
-        self._file.seek(self._start + self._offsets[name])
+        self._file.seek(self._layout.offsets[name])
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._file.write(flat.view(torch.uint8).numpy().data)
+        content = flat.view(torch.uint8).numpy().data
+        self._file.write(content)
+        self._file.flush()  # to the system: a killed process loses nothing any more
+        return hashlib.sha256(content).hexdigest()
 
     def __enter__(self) -> Self:
         """Begin writing tensors."""

@@ -65,6 +65,11 @@ class Source:
         """The tensor `name`, mapped from its file."""
         return self.files.tensor(self.stored_name(name))
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor `name`."""
+        whole = self.tensor(name)
+        return whole.numel() * whole.element_size()
+
     def rows(self, name: str, whole: Tensor, start: int, stop: int) -> Tensor:
         """Rows of a matrix, checked to be numbers; the head's are normalized (NormHead)."""
         part = whole[start:stop]

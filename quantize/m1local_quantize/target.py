@@ -19,10 +19,9 @@ from m1local.generation_config import NAME as GENERATION_CONFIG
 from m1local.manifest import NAME as MANIFEST
 from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
+from m1local_quantize.journal import LOCK, MARKER
 from m1local_quantize.shard_writer import disk_error
 
-MARKER = "m1local.unfinished"
-LOCK = "m1local.lock"
 SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")  # dropped there by nobody
 # What a run writes, so what the next may delete; anything else is the user's.
 OWN_FILES = (
@@ -44,11 +43,11 @@ SPARE_BYTES = 64 << 20  # for the small files, and for the disk not to be full t
 
 @contextmanager
 def prepared(target: Path, source: Path, nbytes: int, *, overwrite: bool) -> Iterator[None]:
-    """Hold `target` as an empty folder with the marker in it; raises StorageError if it may not be.
+    """Hold `target` as a folder that this run alone may write; raises StorageError if none can be.
 
-    A folder of an unfinished run is cleared; a finished checkpoint only with `overwrite`; a folder
+    A folder of an unfinished run is taken; a finished checkpoint only with `overwrite`; a folder
     with anything else in it never, nor one that another run is writing, nor where `nbytes` do not
-    fit. Refusing leaves everything as it is.
+    fit. Refusing leaves everything as it is, and so does this function itself.
     """
     _refuse_source(target, source)
     _check_contents(target, overwrite=overwrite)
@@ -65,10 +64,6 @@ def prepared(target: Path, source: Path, nbytes: int, *, overwrite: bool) -> Ite
         raise disk_error(error, target) from error
     try:
         _check_contents(target, overwrite=overwrite)  # another run may just have finished
-        try:
-            _clear(target)
-        except OSError as error:
-            raise disk_error(error, target) from error
         yield
     finally:
         lock.release()
@@ -83,24 +78,13 @@ def _refuse_source(target: Path, source: Path) -> None:
         )
 
 
-def _clear(target: Path) -> None:
-    """Empty the folder; in this order it is never taken for whole, nor for somebody else's."""
-    (target / MARKER).write_text("This folder is being written by m1local.\n")
-    (target / MANIFEST).unlink(missing_ok=True)
-    for path in list(target.iterdir()):
-        if path.name not in (MARKER, LOCK):
-            path.unlink()
-
-
 def _check_space(target: Path, nbytes: int) -> None:
     """Raise StorageError unless `nbytes` fit beside what stays on the disk."""
     existing = next(
         path for path in (target.absolute(), *target.absolute().parents) if path.exists()
     )
     replaced = (
-        sum(path.stat().st_size for path in target.iterdir())
-        if existing == target.absolute()
-        else 0
+        sum(_allocated(path) for path in target.iterdir()) if existing == target.absolute() else 0
     )
     free = shutil.disk_usage(existing).free + replaced
     if free < nbytes + SPARE_BYTES:
@@ -108,6 +92,13 @@ def _check_space(target: Path, nbytes: int) -> None:
             f"The checkpoint takes {nbytes / 2**30:.2f} GiB, but the disk that holds {target} has "
             f"only {free / 2**30:.2f} GiB left. Free some space, or choose another folder."
         )
+
+
+def _allocated(path: Path) -> int:
+    """Bytes the file takes on the disk; one being written is laid out at its full size at once."""
+    status = path.stat()
+    blocks: int | None = getattr(status, "st_blocks", None)
+    return status.st_size if blocks is None else min(status.st_size, blocks * 512)
 
 
 def write_index(target: Path, weight_map: dict[str, str], total_bytes: int) -> None:
@@ -128,12 +119,12 @@ def _check_contents(target: Path, *, overwrite: bool) -> None:
             f"{target} already holds a checkpoint. Add --overwrite to replace it, or choose "
             "another folder."
         )
-    ours = OWN_FILES if finished or unfinished else ()
+    ours = OWN_FILES if finished or unfinished else (LOCK, f"{MARKER}.part")
     foreign = sorted(
         path.name
         for path in target.iterdir()
         if path.is_dir()
-        or not any(fnmatchcase(path.name, pattern) for pattern in (*ours, LOCK, *SYSTEM_FILES))
+        or not any(fnmatchcase(path.name, pattern) for pattern in (*ours, *SYSTEM_FILES))
     )
     if foreign:
         raise StorageError(

@@ -23,7 +23,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide is matrix else x.T
+    result: Tensor = x if wide is matrix else x.T
+    return result
 
 
 class Muon(torch.optim.Optimizer):

@@ -78,7 +78,8 @@ class Trainer:
         self.curve: list[dict[str, float]] = []
         self._smoothed = 0.0
         self._bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        body, others = [], []
+        body: list[Tensor] = []
+        others: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
             is_body = parameter.dim() == 2 and "embed" not in name and "lm_head" not in name
             (body if is_body else others).append(parameter)
