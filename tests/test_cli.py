@@ -136,7 +136,8 @@ def test_a_base_model_continues_the_text(tmp_path: Path) -> None:
 def test_show_names_recipe_formats_and_size(quantized: Path) -> None:
     result = m1("show", quantized)
     assert result.exit_code == 0
-    for expected in ("int4 (refit)", "int4 g64", "bits per weight", "window 8", "NOTICE", "tiny-m1"):
+    wanted = ("int4 (refit)", "int4 g64", "bits per weight", "window 8", "NOTICE", "tiny-m1")
+    for expected in wanted:
         assert expected in result.stdout
 
 
