@@ -46,7 +46,7 @@ def measure(source: Path, recipe: str, samples: list[Sample]) -> dict[str, objec
     reference = load_model(source, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / recipe
-        for _ in quantize_checkpoint(source, target, Recipe.find(recipe)):
+        for _ in quantize_checkpoint(source, target, Recipe.find(recipe), text=None):
             pass
         manifest = CheckpointManifest.read(target)
         nbytes = sum(r.nbytes for n, r in manifest.files.items() if n.endswith(".safetensors"))

@@ -96,13 +96,27 @@ def load_model(
         model = M1Model(config)
     expected = expected_tensors(config, specs)
     check_tensors(files, expected, tied=config.tie_word_embeddings and not specs)
-    for name in matrix_names(config):
-        install(model, name, specs.get(name, FLOAT), files, dtype=dtype, device=device)
+    load_modules(model, "", files, specs, dtype=dtype, device=device)
+    return model.eval()
+
+
+def load_modules(
+    model: M1Model,
+    prefix: str,
+    files: TensorFiles,
+    specs: Mapping[str, LinearSpec],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Load what of `model` (on the meta device) has a name that begins with `prefix`."""
+    for name in matrix_names(model.config):
+        if name.startswith(prefix):
+            install(model, name, specs.get(name, FLOAT), files, dtype=dtype, device=device)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and name.startswith(prefix):
             tensor = files.tensor(name).to(device=device, dtype=dtype)
             set_parameter(model, name, tensor)
-    return model.eval()
 
 
 def expected_tensors(

@@ -26,6 +26,10 @@ class RecipeError(M1Error):
     """A recipe does not exist, cannot be read, or does not fit the model."""
 
 
+class CalibrationError(M1Error):
+    """The text to measure or calibrate with is missing, binary, malformed or too short."""
+
+
 class StorageError(M1Error):
     """The disk is full, read-only, or the target is occupied."""
 

@@ -21,6 +21,9 @@ from m1local.formats import LinearSpec
 NAME = "m1local.json"
 FORMAT_VERSION = 1
 HASH_BLOCK = 1 << 22
+CERTIFIED = (
+    "tokens", "reference_perplexity", "perplexity", "mean_kl", "p99_kl", "top1_agreement",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ class CheckpointManifest:
     method: str
     linears: Mapping[str, LinearSpec]
     files: Mapping[str, FileRecord]
+    # What quantization cost, measured on a named text; None where it was not measured.
+    certificate: Mapping[str, str | int | float] | None = None
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -134,7 +139,19 @@ class CheckpointManifest:
             method=raw["method"],
             linears={name: _spec(**spec) for name, spec in raw["linears"].items()},
             files={name: FileRecord(**record) for name, record in raw["files"].items()},
+            certificate=_certificate(raw.get("certificate")),
         )
+
+
+def _certificate(raw: Any) -> Mapping[str, str | int | float] | None:
+    if raw is None:
+        return None
+    if not all(isinstance(raw[name], int | float) for name in CERTIFIED) or not isinstance(
+        raw["text"], str
+    ):
+        raise TypeError(f"certificate {raw!r}")
+    found: dict[str, str | int | float] = raw
+    return found
 
 
 def _spec(format: str, group_size: int | None = None) -> LinearSpec:

@@ -168,13 +168,7 @@ class M1Backbone(nn.Module):
     def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, C) normed hidden states; appends them to `cache`."""
         length = token_ids.shape[1]
-        start = cache.position if cache is not None else 0
-        positions = torch.arange(start, start + length, device=token_ids.device)
-        head_dims = {self.config.heads(layer).head_dim for layer in range(len(self.layers))}
-        rotations = {
-            width: rotation(positions, width, self.config.rope_theta) for width in head_dims
-        }
-        chunk = Chunk(start, positions, rotations)
+        chunk = self.chunk(cache.position if cache is not None else 0, length, token_ids.device)
         x: Tensor = self.embed_tokens(token_ids)
         for layer, block in enumerate(self.layers):
             x = block(x, chunk, cache.layers[layer] if cache is not None else None)
@@ -182,6 +176,15 @@ class M1Backbone(nn.Module):
             cache.advance(length)
         normed: Tensor = self.norm(x)
         return normed
+
+    def chunk(self, start: int, length: int, device: torch.device) -> Chunk:
+        """Places and rotations of `length` tokens from position `start` on."""
+        positions = torch.arange(start, start + length, device=device)
+        head_dims = {self.config.heads(layer).head_dim for layer in range(len(self.layers))}
+        rotations = {
+            width: rotation(positions, width, self.config.rope_theta) for width in head_dims
+        }
+        return Chunk(start, positions, rotations)
 
 
 class M1Model(nn.Module):

@@ -11,11 +11,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from m1local.checkpoint import load_model
 from m1local_quantize import pipeline
 from m1local_quantize.journal import MARKER
 from m1local_quantize.pipeline import Planned, Stage, TensorWritten, quantize_checkpoint
+from m1local_quantize.plan import Step
 from m1local_quantize.recipe import Recipe
 from m1local_quantize.source import Source
 from tests.conftest import ROOT, TINY, write_checkpoint
@@ -52,7 +54,7 @@ def converted_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     convert = pipeline._convert
 
-    def note(source: Source, step: pipeline.Step) -> dict[str, pipeline.Tensor]:
+    def note(source: Source, step: Step) -> dict[str, Tensor]:
         names.append(step.name)
         return convert(source, step)
 
@@ -148,6 +150,7 @@ import sys, time
 sys.path[:0] = {[str(ROOT), str(ROOT / "quantize")]!r}
 from pathlib import Path
 from m1local_quantize.pipeline import quantize_checkpoint
+from m1local_quantize.plan import Step
 from m1local_quantize.recipe import Recipe
 events = quantize_checkpoint(
     Path({str(source)!r}), Path({str(target)!r}), Recipe.find("int4"), shard_bytes={SHARD_BYTES}

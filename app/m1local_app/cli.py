@@ -5,6 +5,7 @@ functions, since `m1 --help` must answer at once. What it is not: where anything
 """
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from m1local.engine import Engine
 
 DEFAULT_RECIPE = "int4"
+
+
+class Measure(StrEnum):
+    """What `m1 eval` computes."""
+
+    ppl = "ppl"
+    kld = "kld"
+
 
 cli = typer.Typer(
     cls=M1Group,
@@ -135,15 +144,28 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")
     ] = False,
+    text: options.TextFile = None,
+    certify: Annotated[
+        bool, typer.Option("--certify/--no-certify", help="Measure the result's quality.")
+    ] = True,
 ) -> None:
     """Turn a 16-bit checkpoint into a 4- or 8-bit one.
+
+    A run that was cut off is continued by the same command.
 
     Example:  m1 quantize ./Baichuan-M1-14B-Instruct ./m1-int4 --recipe int4
     """
     from m1local_app.progress import quantize_with_progress
 
     try:
-        quantize_with_progress(source, target, recipe or DEFAULT_RECIPE, overwrite=overwrite)
+        quantize_with_progress(
+            source,
+            target,
+            recipe or DEFAULT_RECIPE,
+            overwrite=overwrite,
+            text=text,
+            certify=certify,
+        )
     except KeyboardInterrupt:
         typer.echo(f"{target} is unfinished; the same command continues it.", err=True)
         raise
@@ -159,6 +181,42 @@ def show(model: options.Model = None) -> None:
     from m1local_app.describe import describe
 
     typer.echo(describe(library.find(model).folder))
+
+
+@cli.command()
+def verify(model: options.Model = None) -> None:
+    """Check every file of a quantized checkpoint against its SHA-256, and its structure.
+
+    Example:  m1 verify ./m1-int4
+    """
+    from m1local_app.checks import verify_checkpoint
+
+    typer.echo(verify_checkpoint(library.find(model).folder))
+
+
+@cli.command("eval")
+def evaluate(
+    measure: Annotated[Measure, typer.Argument(help="ppl or kld.")],
+    model: Annotated[str, typer.Argument(help="The checkpoint's folder or name.")],
+    source: Annotated[
+        str | None, typer.Option("--source", help="kld: the original it was made of.")
+    ] = None,
+    text: options.TextFile = None,
+) -> None:
+    """Perplexity of a checkpoint on a text (ppl), or how far it is from its original (kld).
+
+    Examples:  m1 eval ppl ./m1-int4  ·  m1 eval kld ./m1-int4 --source ./Baichuan-M1-14B-Instruct
+    """
+    from m1local_app.checks import perplexity_line
+    from m1local_app.progress import measure_with_progress, quality_line
+
+    folder = library.find(model).folder
+    if measure is Measure.ppl:
+        typer.echo(perplexity_line(folder, text))
+        return
+    if source is None:
+        raise usage_error("kld compares with the original: add --source FOLDER.")
+    typer.echo(quality_line(measure_with_progress(library.find(source).folder, folder, text)))
 
 
 def _quantized(chosen: Chosen, recipe_name: str | None, *, announce_demo: bool) -> Chosen:

@@ -11,6 +11,7 @@ from m1local.config import M1Config
 from m1local.formats import LinearSpec
 from m1local.generation_config import GenerationConfig
 from m1local.manifest import CheckpointManifest
+from m1local_app.progress import quality_line
 
 
 def describe(folder: Path) -> str:
@@ -27,6 +28,7 @@ def describe(folder: Path) -> str:
             ("recipe", f"{manifest.recipe} ({manifest.method})"),
             ("formats", _formats(manifest, config)),
             ("made by", f"m1local {manifest.m1local_version}"),
+            ("quality", _quality(manifest)),
         ]
     else:
         nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -42,6 +44,12 @@ def describe(folder: Path) -> str:
     rows.append(("licence", f"see {', '.join(notes)}" if notes else "see the model's source"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _quality(manifest: CheckpointManifest) -> str:
+    if manifest.certificate is None:
+        return "not measured; `m1 eval kld` does it"
+    return f"{quality_line(manifest.certificate)}, against its original"
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -23,6 +23,14 @@ RecipeName = Annotated[
         "--recipe", "-r", help="int4 (default), int8, bnb-nf4, bnb-int8, or a .toml file."
     ),
 ]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="Text to measure on, .txt or .jsonl. [default: a short medical one, English, Chinese]",
+        show_default=False,
+    ),
+]
 Prompt = Annotated[
     str | None,
     typer.Option("--prompt", "-p", help="Answer this one question and leave. Piped text is added."),

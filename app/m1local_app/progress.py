@@ -5,6 +5,7 @@ What it is: the pipeline's events drawn for a person. What it is not: the pipeli
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -25,39 +27,33 @@ if TYPE_CHECKING:
 
 
 def quantize_with_progress(
-    source: Path, target: Path, recipe_name: str, *, overwrite: bool = False
+    source: Path,
+    target: Path,
+    recipe_name: str,
+    *,
+    overwrite: bool = False,
+    text: Path | None = None,
+    certify: bool = True,
 ) -> CheckpointManifest:
     """Quantize `source` into `target`; returns the manifest of what was made."""
     # Imported here, as torch is heavy and `m1 --help` must not load it.
-    from m1local_quantize.pipeline import (
-        CheckpointWritten,
-        Planned,
-        TensorWritten,
-        quantize_checkpoint,
-    )
+    from m1local_quantize.pipeline import CheckpointWritten, Planned, quantize_checkpoint
     from m1local_quantize.recipe import Recipe
+    from m1local_quantize.text import SHIPPED
 
     recipe = Recipe.find(recipe_name)
     console = Console(stderr=True, highlight=False)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
     begun = time.monotonic()
     manifest = None
-    with Progress(
-        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    measured_on = (text or SHIPPED) if certify else None
+    with _bar(console) as bar:
         task = bar.add_task(f"quantizing to {recipe.name}", total=None)
-        for event in quantize_checkpoint(source, target, recipe, overwrite=overwrite):
+        for event in quantize_checkpoint(
+            source, target, recipe, overwrite=overwrite, text=measured_on
+        ):
+            _draw(bar, task, event)
             if isinstance(event, Planned):
-                bar.update(task, total=event.plan.source_bytes, completed=event.resumed_bytes)
                 _say_what_was_found(console, event)
-            elif isinstance(event, TensorWritten):
-                bar.update(task, completed=event.done_bytes)
             elif isinstance(event, CheckpointWritten):
                 manifest = event.manifest
     if manifest is None:
@@ -67,7 +63,77 @@ def quantize_with_progress(
     console.print(
         f"{recipe.name}: {_size(before)} -> {_size(size)} in {time.monotonic() - begun:.1f} s"
     )
+    if manifest.certificate is not None:
+        console.print(f"against the original: {quality_line(manifest.certificate)}", soft_wrap=True)
     return manifest
+
+
+def measure_with_progress(
+    source: Path, folder: Path, text: Path | None
+) -> Mapping[str, str | int | float]:
+    """The certificate of the checkpoint in `folder`, measured now against its original."""
+    from m1local.manifest import CheckpointManifest
+    from m1local_quantize.certificate import LayerMeasured, certificate, certify
+    from m1local_quantize.source import Source
+    from m1local_quantize.text import SHIPPED
+
+    specs = CheckpointManifest.read(folder).linears
+    opened = Source.open(source)
+    measured_on = opened.read_text(text or SHIPPED)
+    found = None
+    with _bar(Console(stderr=True, highlight=False)) as bar:
+        task = bar.add_task("measuring", total=None)
+        for event in certify(opened, folder, specs, measured_on):
+            if isinstance(event, LayerMeasured):
+                _draw(bar, task, event)
+            else:
+                found = certificate(event, measured_on)
+    if found is None:
+        raise RuntimeError("the measurement ended without a result")
+    return found
+
+
+def quality_line(certificate: Mapping[str, str | int | float]) -> str:
+    """A certificate in one line."""
+    return (
+        f"KL divergence {certificate['mean_kl']:.4f} (99 %: {certificate['p99_kl']:.3f}), same top "
+        f"token {float(certificate['top1_agreement']):.1%}, perplexity "
+        f"{perplexity(certificate['reference_perplexity'])} -> "
+        f"{perplexity(certificate['perplexity'])}, on {certificate['tokens']:,} tokens of "
+        f"{certificate['text']}"
+    )
+
+
+def perplexity(value: str | float) -> str:
+    """A perplexity with as many digits as mean something."""
+    number = float(value)
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _draw(bar: Progress, task: TaskID, event: object) -> None:
+    from m1local_quantize.certificate import LayerMeasured
+    from m1local_quantize.pipeline import Planned, TensorWritten
+
+    if isinstance(event, Planned):
+        bar.update(task, total=event.plan.source_bytes, completed=event.resumed_bytes)
+    elif isinstance(event, TensorWritten):
+        bar.update(task, completed=event.done_bytes)
+    elif isinstance(event, LayerMeasured):
+        description = f"measuring, layer {event.done} of {event.total}"
+        bar.update(task, description=description, total=event.total, completed=event.done)
 
 
 def _say_what_was_found(console: Console, planned: "Planned") -> None:

@@ -5,13 +5,13 @@ unfinished folder that no loader takes for a checkpoint. One matrix is in memory
 its quantized form; the source stays mapped and untouched. What it is not: the arithmetic of a
 format (m1local.formats) or the choice of formats (recipe.py).
 
-Stages: open the source, plan, prepare the target, write the shards, write the small files, and last
-of all the manifest.
+Stages: open the source, plan, prepare the target, write the shards, write the small files, measure
+the result (certificate.py), and last of all the manifest.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from m1local.generation_config import NAME as GENERATION_CONFIG
 from m1local.manifest import CheckpointManifest, FileRecord
 from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
+from m1local_quantize.certificate import LayerMeasured, certificate, certify
 from m1local_quantize.journal import Journal, take_up
 from m1local_quantize.methods import quantizer
 from m1local_quantize.notice import NAME as NOTICE
@@ -36,6 +37,7 @@ from m1local_quantize.recipe import Recipe
 from m1local_quantize.shard_writer import ShardWriter, disk_error
 from m1local_quantize.source import Source
 from m1local_quantize.target import prepared, write_index
+from m1local_quantize.text import SHIPPED, Text
 
 COPIED = (*TOKENIZER_FILES, "special_tokens_map.json", GENERATION_CONFIG)
 LICENCES = ("*icen[cs]e*", "LICENSE*", "LICENCE*")
@@ -68,7 +70,7 @@ class CheckpointWritten:
     manifest: CheckpointManifest
 
 
-Stage = Planned | TensorWritten | CheckpointWritten
+Stage = Planned | TensorWritten | LayerMeasured | CheckpointWritten
 
 
 def quantize_checkpoint(
@@ -77,15 +79,19 @@ def quantize_checkpoint(
     recipe: Recipe,
     *,
     overwrite: bool = False,
+    text: Path | None = SHIPPED,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Iterator[Stage]:
     """Quantize the checkpoint in `source_folder` into the new folder `target`.
 
-    Raises CheckpointError for a bad source, RecipeError for a recipe that does not fit it, and
-    StorageError for a target that is occupied, unwritable or full.
+    The result is measured against the source on `text`, unless that is None. Raises
+    CheckpointError for a bad source, RecipeError for a recipe that does not fit it,
+    CalibrationError for a text that is of no use, and StorageError for a target that is occupied,
+    unwritable or full.
     """
     source = Source.open(source_folder)
     plan = Plan.of(source, recipe, shard_bytes=shard_bytes)
+    measured_on = None if text is None else source.read_text(text)
     with prepared(target, source_folder, plan.target_bytes, overwrite=overwrite):
         try:
             journal = take_up(target, source, plan)
@@ -93,7 +99,10 @@ def quantize_checkpoint(
             yield Planned(plan, target, resumed, journal.started_over)
             yield from _write_shards(source, target, plan, journal)
             small = write_small_files(source_folder, target, plan, recipe)
-            manifest = _manifest(source, target, plan, recipe, [*plan.shards, *small])
+            quality = None
+            if measured_on is not None:
+                quality = yield from _certify(source, target, plan, measured_on)
+            manifest = _manifest(source, target, plan, recipe, [*plan.shards, *small], quality)
             manifest.write(target)
             # Last: without marker and manifest the next run would not touch the folder.
             journal.path.unlink()
@@ -187,8 +196,25 @@ def quantization_config(plan: Plan, recipe: Recipe) -> dict[str, object]:
     return {"quant_method": "m1local", "m1local_recipe": recipe.name}
 
 
+def _certify(
+    source: Source, target: Path, plan: Plan, text: Text
+) -> Generator[LayerMeasured, None, Mapping[str, str | int | float]]:
+    """Measure what was written; returns the certificate."""
+    for event in certify(source, target, plan.linears, text):
+        if isinstance(event, LayerMeasured):
+            yield event
+        else:
+            return certificate(event, text)
+    raise RuntimeError("the measurement ended without a result")
+
+
 def _manifest(
-    source: Source, target: Path, plan: Plan, recipe: Recipe, names: list[str]
+    source: Source,
+    target: Path,
+    plan: Plan,
+    recipe: Recipe,
+    names: list[str],
+    quality: Mapping[str, str | int | float] | None,
 ) -> CheckpointManifest:
     return CheckpointManifest(
         m1local_version=__version__,
@@ -199,4 +225,5 @@ def _manifest(
         method=recipe.method,
         linears=plan.linears,
         files={name: FileRecord.of(target / name) for name in sorted(names)},
+        certificate=quality,
     )

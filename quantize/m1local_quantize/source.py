@@ -24,6 +24,7 @@ from m1local.generation_config import GenerationConfig
 from m1local.model import normalize_head
 from m1local.shards import TensorFiles
 from m1local.tokenizer import M1Tokenizer
+from m1local_quantize.text import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Source:
     folder: Path
     config: M1Config
     files: TensorFiles
+    tokenizer: M1Tokenizer
+    generation: GenerationConfig
 
     @classmethod
     def open(cls, folder: Path) -> "Source":
@@ -45,11 +48,16 @@ class Source:
                 f"{folder} is quantized already; give the original 16-bit checkpoint."
             )
         # What the result could not be used without is found out now, not after an hour.
-        M1Tokenizer.from_folder(folder)
-        GenerationConfig.from_folder(folder)
+        tokenizer = M1Tokenizer.from_folder(folder)
+        generation = GenerationConfig.from_folder(folder)
         files = TensorFiles.from_folder(folder)
         check_tensors(files, expected_tensors(config, {}), tied=config.tie_word_embeddings)
-        return cls(folder, config, files)
+        return cls(folder, config, files, tokenizer, generation)
+
+    def read_text(self, path: Path) -> Text:
+        """A text in this model's tokens, in the chat template where it is a chat model."""
+        longest = self.config.max_position_embeddings
+        return Text.read(path, self.tokenizer, longest=longest, chat=self.generation.is_chat)
 
     def stored_name(self, name: str) -> str:
         """Where the tensor `name` lies: a tied head is the embedding."""
