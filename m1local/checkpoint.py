@@ -21,7 +21,7 @@ from m1local.formats.base import ROWS_PER_SLICE, QuantizedEmbedding, Stored
 from m1local.manifest import NAME as MANIFEST
 from m1local.manifest import CheckpointManifest
 from m1local.model import M1Model, normalize_head
-from m1local.shards import TensorFiles
+from m1local.shards import TensorFiles, Tensors
 
 CONFIG = "config.json"
 EMBEDDING = "model.embed_tokens"
@@ -103,7 +103,7 @@ def load_model(
 def load_modules(
     model: M1Model,
     prefix: str,
-    files: TensorFiles,
+    files: Tensors,
     specs: Mapping[str, LinearSpec],
     *,
     dtype: torch.dtype,
@@ -180,7 +180,7 @@ def install(
     model: M1Model,
     name: str,
     spec: LinearSpec,
-    files: TensorFiles,
+    files: Tensors,
     *,
     dtype: torch.dtype,
     device: torch.device,

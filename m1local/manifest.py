@@ -57,6 +57,7 @@ class CheckpointManifest:
     files: Mapping[str, FileRecord]
     # What quantization cost, measured on a named text; None where it was not measured.
     certificate: Mapping[str, str | int | float] | None = None
+    calibration: str | None = None  # SHA-256 of the text that gptq was calibrated with
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -140,6 +141,7 @@ class CheckpointManifest:
             linears={name: _spec(**spec) for name, spec in raw["linears"].items()},
             files={name: FileRecord(**record) for name, record in raw["files"].items()},
             certificate=_certificate(raw.get("certificate")),
+            calibration=raw.get("calibration"),
         )
 
 

@@ -6,9 +6,9 @@ and are refused. Names that an index or a manifest gives must lie inside the fol
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,17 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+
+
+class Tensors(Protocol):
+    """Where a model's tensors can be had by name."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all tensors."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`."""
 
 
 class TensorFiles:

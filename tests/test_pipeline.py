@@ -29,10 +29,16 @@ from m1local_quantize.pipeline import (
 from m1local_quantize.recipe import Recipe, shipped_recipes
 from tests.conftest import TINY, write_checkpoint
 
-RECIPES = ["bnb-int8", "bnb-nf4", "int4", "int8"]
+RECIPES = ["bnb-int8", "bnb-nf4", "int4", "int4-gptq", "int8"]
 # How far logits may lie from the source's, as a share of their size: about twice what was
 # measured. Rounding to 8 bits moves a weight by 0.4 % of its row's greatest, to 4 bits by 5 %.
-LOGITS_DIFFER: dict[str, float] = {"bnb-int8": 0.05, "bnb-nf4": 0.45, "int4": 0.45, "int8": 0.04}
+LOGITS_DIFFER: dict[str, float] = {
+    "bnb-int8": 0.05,
+    "bnb-nf4": 0.45,
+    "int4": 0.45,
+    "int4-gptq": 0.45,
+    "int8": 0.04,
+}
 FILES = {
     "NOTICE",
     "config.json",
@@ -141,7 +147,10 @@ def test_the_manifest_lists_every_matrix_and_none_is_left_in_16_bits(
     folder = quantized(recipe)
     manifest = CheckpointManifest.read(folder)
     assert manifest.linears.keys() == MATRICES
-    assert {spec.format for spec in manifest.linears.values()} <= {recipe, "int8"}
+    assert {spec.format for spec in manifest.linears.values()} <= {
+        recipe.removesuffix("-gptq"),
+        "int8",
+    }
     floats = {name for name, tensor in tensors_of(folder).items() if tensor.dtype == torch.bfloat16}
     small = ("norm.weight", ".conv_k", ".conv_v", ".scales", ".zeros")
     assert {name for name in floats if not name.endswith(small)} == set()
@@ -162,7 +171,7 @@ def test_the_manifest_knows_every_file_and_where_it_came_from(
     assert (manifest.source, manifest.recipe, manifest.method) == (
         "tiny-m1",
         recipe,
-        "refit" if recipe == "int4" else "rtn",
+        {"int4": "refit", "int4-gptq": "gptq"}.get(recipe, "rtn"),
     )
 
 

@@ -13,8 +13,8 @@ RULE = '[[rules]]\nmatch = "*"\nformat = "int8"\n'
 BAD_RECIPES = {
     "no TOML": ("method =", r"own.toml is no valid TOML: "),
     "another encoding": ('method = "\udcff"', r"own.toml is no valid TOML: "),
-    "empty": ("", r"own.toml: method is None; known: rtn, hqq, refit"),
-    "no method": (RULE, r"own.toml: method is None; known: rtn, hqq, refit"),
+    "empty": ("", r"own.toml: method is None; known: rtn, hqq, gptq, refit"),
+    "no method": (RULE, r"own.toml: method is None; known: rtn, hqq, gptq, refit"),
     "an unknown method": (f'method = "gptx"\n{RULE}', r"method is 'gptx'; known: rtn, "),
     "a method that is no text": (f"method = [1]\n{RULE}", r"method is \[1\]; known: rtn"),
     "an unknown key": (f'method = "rtn"\nbits = 4\n{RULE}', "unknown key 'bits'; a recipe has"),
@@ -83,7 +83,7 @@ def test_a_bad_recipe_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("name", ["int5", "", "../int8", "none", "int8.toml", "no/such.toml"])
 def test_an_unknown_recipe_is_answered_with_those_there_are(name: str) -> None:
-    shipped = "bnb-int8, bnb-nf4, int4, int8"
+    shipped = "bnb-int8, bnb-nf4, int4, int4-gptq, int8"
     match = rf"There is no recipe {name!r}. Shipped: {shipped}; or give the path"
     with refused(RecipeError, match):
         Recipe.find(name)

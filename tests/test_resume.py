@@ -14,12 +14,11 @@ import pytest
 from torch import Tensor
 
 from m1local.checkpoint import load_model
-from m1local_quantize import pipeline
+from m1local_quantize.convert import Converter
 from m1local_quantize.journal import MARKER
 from m1local_quantize.pipeline import Planned, Stage, TensorWritten, quantize_checkpoint
 from m1local_quantize.plan import Step
 from m1local_quantize.recipe import Recipe
-from m1local_quantize.source import Source
 from tests.conftest import ROOT, TINY, write_checkpoint
 from tests.test_pipeline import bytes_of
 
@@ -52,13 +51,13 @@ def interrupted(source: Path, target: Path, tensors: int) -> None:
 def converted_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the source tensors that are converted from now on."""
     names: list[str] = []
-    convert = pipeline._convert
+    convert = Converter.convert
 
-    def note(source: Source, step: Step) -> dict[str, Tensor]:
+    def note(converter: Converter, step: Step) -> dict[str, Tensor]:
         names.append(step.name)
-        return convert(source, step)
+        return convert(converter, step)
 
-    monkeypatch.setattr(pipeline, "_convert", note)
+    monkeypatch.setattr(Converter, "convert", note)
     return names
 
 

@@ -145,6 +145,10 @@ def quantize(
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")
     ] = False,
     text: options.TextFile = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text gptq learns from, .txt or .jsonl; not the one measured on."),
+    ] = None,
     certify: Annotated[
         bool, typer.Option("--certify/--no-certify", help="Measure the result's quality.")
     ] = True,
@@ -164,6 +168,7 @@ def quantize(
             recipe or DEFAULT_RECIPE,
             overwrite=overwrite,
             text=text,
+            calibration=calibration,
             certify=certify,
         )
     except KeyboardInterrupt:

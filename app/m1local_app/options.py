@@ -20,7 +20,9 @@ Model = Annotated[
 RecipeName = Annotated[
     str | None,
     typer.Option(
-        "--recipe", "-r", help="int4 (default), int8, bnb-nf4, bnb-int8, or a .toml file."
+        "--recipe",
+        "-r",
+        help="int4 (default), int4-gptq, int8, bnb-nf4, bnb-int8, or a .toml file.",
     ),
 ]
 TextFile = Annotated[

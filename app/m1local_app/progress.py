@@ -33,13 +33,14 @@ def quantize_with_progress(
     *,
     overwrite: bool = False,
     text: Path | None = None,
+    calibration: Path | None = None,
     certify: bool = True,
 ) -> CheckpointManifest:
     """Quantize `source` into `target`; returns the manifest of what was made."""
     # Imported here, as torch is heavy and `m1 --help` must not load it.
     from m1local_quantize.pipeline import CheckpointWritten, Planned, quantize_checkpoint
     from m1local_quantize.recipe import Recipe
-    from m1local_quantize.text import SHIPPED
+    from m1local_quantize.text import CALIBRATION, SHIPPED
 
     recipe = Recipe.find(recipe_name)
     console = Console(stderr=True, highlight=False)
@@ -49,7 +50,12 @@ def quantize_with_progress(
     with _bar(console) as bar:
         task = bar.add_task(f"quantizing to {recipe.name}", total=None)
         for event in quantize_checkpoint(
-            source, target, recipe, overwrite=overwrite, text=measured_on
+            source,
+            target,
+            recipe,
+            overwrite=overwrite,
+            text=measured_on,
+            calibration=calibration or CALIBRATION,
         ):
             _draw(bar, task, event)
             if isinstance(event, Planned):

@@ -67,6 +67,7 @@ class QuantizedLinear(nn.Module):
         shape: tuple[int, int],
         spec: LinearSpec,
         quantize: Callable[[Tensor, LinearSpec], Mapping[str, Tensor]] | None = None,
+        rows_per_slice: int = ROWS_PER_SLICE,
     ) -> dict[str, Tensor]:
         """Quantize a whole (N, K) matrix slice by slice; `rows(start, stop)` hands out a slice.
 
@@ -78,8 +79,8 @@ class QuantizedLinear(nn.Module):
             for name, stored in cls.stored(*shape, spec).items()
             if name not in cls.shared
         }
-        for start in range(0, out_features, ROWS_PER_SLICE):
-            stop = min(start + ROWS_PER_SLICE, out_features)
+        for start in range(0, out_features, rows_per_slice):
+            stop = min(start + rows_per_slice, out_features)
             for name, part in (quantize or cls.quantize)(rows(start, stop), spec).items():
                 if name in whole:
                     per_row = whole[name].shape[0] // out_features

@@ -74,8 +74,7 @@ class Int4Linear(QuantizedLinear):
         inverse = torch.where(scales > 0, 1 / scales.float(), 0)[..., None]
         codes = ((grouped - zeros.float()[..., None]) * inverse).round_().add_(MIDDLE)
         codes = codes.clamp_(0, HIGHEST).to(torch.uint8).flatten(1)
-        packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
-        return {"weight": packed, "scales": scales, "zeros": zeros}
+        return {"weight": pack_nibbles(codes), "scales": scales, "zeros": zeros}
 
     @classmethod
     def from_tensors(
@@ -108,6 +107,11 @@ class Int4Linear(QuantizedLinear):
         flat = x.reshape(-1, self.in_features)
         product = int4pack.multiply(flat, self.codes, group_size_of(self.spec), self.scales_zeros)
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """(n, K) codes -> (n, K/2) bytes, the low nibble first."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from m1local.config import M1Config
 from m1local.errors import CheckpointError
 from m1local.formats import LinearSpec
 from m1local.model import M1Model
-from m1local.shards import TensorFiles
+from m1local.shards import TensorFiles, Tensors
 from m1local_quantize.evaluate import Divergence, Sample, Tally
 from m1local_quantize.source import Source
 from m1local_quantize.text import Text
@@ -40,9 +40,7 @@ class LayerMeasured:
 class Stream:
     """One checkpoint's hidden states over some samples, advanced layer by layer."""
 
-    def __init__(
-        self, config: M1Config, files: TensorFiles, specs: Mapping[str, LinearSpec]
-    ) -> None:
+    def __init__(self, config: M1Config, files: Tensors, specs: Mapping[str, LinearSpec]) -> None:
         """Begin before the embedding."""
         with torch.device("meta"):
             self._model = M1Model(config)

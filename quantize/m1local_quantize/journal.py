@@ -22,6 +22,7 @@ from m1local.manifest import NAME as MANIFEST
 from m1local_quantize.plan import Plan, Step
 from m1local_quantize.shard_writer import Layout, partial_path
 from m1local_quantize.source import Source
+from m1local_quantize.text import Text
 
 MARKER = "m1local.unfinished"
 LOCK = "m1local.lock"
@@ -47,12 +48,12 @@ class Journal:
         return step.tensors.keys() <= self.finished
 
 
-def take_up(target: Path, source: Source, plan: Plan) -> Journal:
+def take_up(target: Path, source: Source, plan: Plan, calibration: Text | None) -> Journal:
     """Go on with what lies in `target`, or clear it: afterwards it holds only what is of use.
 
     At no moment is the folder taken for a whole checkpoint, or for somebody else's.
     """
-    fingerprint = _fingerprint(source, plan)
+    fingerprint = _fingerprint(source, plan, calibration)
     journal = Journal(target / MARKER)
     recorded = _read(journal.path, fingerprint)
     verified = _verified(target, plan, recorded or {})
@@ -77,12 +78,13 @@ def take_up(target: Path, source: Source, plan: Plan) -> Journal:
     return journal
 
 
-def _fingerprint(source: Source, plan: Plan) -> str:
+def _fingerprint(source: Source, plan: Plan, calibration: Text | None) -> str:
     """SHA-256 of all that decides the bytes of the result, as far as it is cheap to know."""
     status = {name: (source.folder / name).stat() for name in sorted(source.files.files)}
     decisive = {
         "m1local": [__version__, FORMAT_VERSION],
         "torch": torch.__version__,
+        "calibration": None if calibration is None else calibration.sha256,
         "source": {name: [s.st_size, s.st_mtime_ns] for name, s in status.items()},
         "plan": {
             file: [[step.name, repr(step.spec), step.method] for step in steps]

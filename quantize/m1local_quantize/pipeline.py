@@ -15,29 +15,24 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from m1local import __version__
 from m1local.checkpoint import CONFIG
 from m1local.folder import read_json_object
-from m1local.formats import format_class
-from m1local.formats.base import ROWS_PER_SLICE
 from m1local.generation_config import NAME as GENERATION_CONFIG
 from m1local.manifest import CheckpointManifest, FileRecord
 from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.certificate import LayerMeasured, certificate, certify
+from m1local_quantize.convert import Converter
 from m1local_quantize.journal import Journal, take_up
-from m1local_quantize.methods import quantizer
 from m1local_quantize.notice import NAME as NOTICE
 from m1local_quantize.notice import notice
-from m1local_quantize.plan import DEFAULT_SHARD_BYTES, Plan, Step
+from m1local_quantize.plan import DEFAULT_SHARD_BYTES, Plan
 from m1local_quantize.recipe import Recipe
 from m1local_quantize.shard_writer import ShardWriter, disk_error
 from m1local_quantize.source import Source
 from m1local_quantize.target import prepared, write_index
-from m1local_quantize.text import SHIPPED, Text
+from m1local_quantize.text import CALIBRATION, SHIPPED, Text
 
 COPIED = (*TOKENIZER_FILES, "special_tokens_map.json", GENERATION_CONFIG)
 LICENCES = ("*icen[cs]e*", "LICENSE*", "LICENCE*")
@@ -80,11 +75,13 @@ def quantize_checkpoint(
     *,
     overwrite: bool = False,
     text: Path | None = SHIPPED,
+    calibration: Path = CALIBRATION,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Iterator[Stage]:
     """Quantize the checkpoint in `source_folder` into the new folder `target`.
 
-    The result is measured against the source on `text`, unless that is None. Raises
+    The result is measured against the source on `text`, unless that is None; `calibration` is read
+    where the recipe's method looks at what comes into a matrix. Raises
     CheckpointError for a bad source, RecipeError for a recipe that does not fit it,
     CalibrationError for a text that is of no use, and StorageError for a target that is occupied,
     unwritable or full.
@@ -92,17 +89,20 @@ def quantize_checkpoint(
     source = Source.open(source_folder)
     plan = Plan.of(source, recipe, shard_bytes=shard_bytes)
     measured_on = None if text is None else source.read_text(text)
+    calibrated_on = source.read_text(calibration) if plan.needs_calibration else None
     with prepared(target, source_folder, plan.target_bytes, overwrite=overwrite):
         try:
-            journal = take_up(target, source, plan)
+            journal = take_up(target, source, plan, calibrated_on)
             resumed = sum(source.nbytes(step.name) for step in plan.steps if journal.has(step))
             yield Planned(plan, target, resumed, journal.started_over)
-            yield from _write_shards(source, target, plan, journal)
+            converter = Converter(source, target, plan, calibrated_on)
+            yield from _write_shards(source, target, plan, journal, converter)
             small = write_small_files(source_folder, target, plan, recipe)
             quality = None
             if measured_on is not None:
                 quality = yield from _certify(source, target, plan, measured_on)
-            manifest = _manifest(source, target, plan, recipe, [*plan.shards, *small], quality)
+            names = [*plan.shards, *small]
+            manifest = _manifest(source, target, plan, recipe, names, quality, calibrated_on)
             manifest.write(target)
             # Last: without marker and manifest the next run would not touch the folder.
             journal.path.unlink()
@@ -112,7 +112,7 @@ def quantize_checkpoint(
 
 
 def _write_shards(
-    source: Source, target: Path, plan: Plan, journal: Journal
+    source: Source, target: Path, plan: Plan, journal: Journal, converter: Converter
 ) -> Iterator[TensorWritten]:
     done = 0
     for file_name, steps in plan.shards.items():
@@ -121,32 +121,13 @@ def _write_shards(
             with ShardWriter(target / file_name, layout, finished=journal.finished) as writer:
                 for step in steps:
                     if not journal.has(step):
-                        converted = _convert(source, step).items()
+                        converted = converter.convert(step).items()
                         missing = {n: t for n, t in converted if n not in journal.finished}
                         journal.add({name: writer.write(name, t) for name, t in missing.items()})
                     done += source.nbytes(step.name)
                     yield TensorWritten(step.name, done, plan.source_bytes)
         else:
             done += sum(source.nbytes(step.name) for step in steps)
-
-
-def _convert(source: Source, step: Step) -> dict[str, Tensor]:
-    """What is stored of one source tensor."""
-    whole = source.tensor(step.name)
-    if not step.is_quantized:
-        copy = torch.empty_like(whole)
-        for start in range(0, whole.shape[0], ROWS_PER_SLICE):
-            stop = min(start + ROWS_PER_SLICE, whole.shape[0])
-            copy[start:stop] = source.rows(step.name, whole, start, stop)
-        return {step.name: copy}
-    module = step.name.removesuffix(".weight")
-    tensors = format_class(step.spec.format).quantize_matrix(
-        lambda start, stop: source.rows(step.name, whole, start, stop),
-        (step.shape[0], step.shape[1]),
-        step.spec,
-        quantizer(step.method, step.spec),
-    )
-    return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 def write_small_files(source: Path, target: Path, plan: Plan, recipe: Recipe) -> list[str]:
@@ -215,6 +196,7 @@ def _manifest(
     recipe: Recipe,
     names: list[str],
     quality: Mapping[str, str | int | float] | None,
+    calibration: Text | None,
 ) -> CheckpointManifest:
     return CheckpointManifest(
         m1local_version=__version__,
@@ -226,4 +208,5 @@ def _manifest(
         linears=plan.linears,
         files={name: FileRecord.of(target / name) for name in sorted(names)},
         certificate=quality,
+        calibration=None if calibration is None else calibration.sha256,
     )

@@ -54,6 +54,11 @@ class Plan:
         return [step for steps in self.shards.values() for step in steps]
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether some matrix' values are chosen by what comes into it."""
+        return any(step.method == "gptq" for step in self.steps)
+
+    @property
     def target_bytes(self) -> int:
         """Bytes of all tensors written."""
         return sum(step.nbytes for step in self.steps)

@@ -1,7 +1,7 @@
 """The text that quantization is measured on, or calibrated with: read, checked, made into samples.
 
 What it is: questions and answers in the chat template (.jsonl with "question" and "answer"), or
-plain text cut into pieces (.txt, and .jsonl with "text"). The shipped one is eight medical
+plain text cut into pieces (.txt, and .jsonl with "text"). The shipped ones are a few medical
 questions and answers in English and Chinese, written for this project. What it is not: an exam.
 """
 
@@ -16,6 +16,7 @@ from m1local.tokenizer import M1Tokenizer, Message
 from m1local_quantize.evaluate import Sample
 
 SHIPPED = Path(__file__).parent / "texts" / "medical.jsonl"
+CALIBRATION = Path(__file__).parent / "texts" / "calibration.jsonl"  # no text is in both
 PIECE_TOKENS = 512
 FEWEST_TOKENS = 32  # judged, in all; figures from fewer mean nothing
 

@@ -30,6 +30,8 @@ class Method:
 METHODS = {
     "rtn": Method(frozenset(FORMATS)),
     "hqq": Method(frozenset({"int4"}), "m1local_quantize.methods.hqq:quantize"),
+    # With the inputs of a matrix it is gptq.prepare; without them, refit (see convert.py).
+    "gptq": Method(frozenset({"int4"}), "m1local_quantize.methods.refit:quantize"),
     "refit": Method(frozenset({"int4"}), "m1local_quantize.methods.refit:quantize"),
 }
 

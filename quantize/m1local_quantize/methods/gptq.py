@@ -1,0 +1,88 @@
+"""gptq: each column's rounding error is made up for by the columns not yet rounded.
+
+What it is: Frantar et al., "GPTQ" (arXiv 2210.17323), in its usual form: a damped Hessian of the
+layer's inputs, columns in the order of falling activation, error feedback through the Cholesky
+factor of the inverse, in blocks. Scale and zero of every group are `refit`'s, fixed beforehand, so
+that the order of columns does not change what is stored. What it is not: data-free; it needs inputs
+(m1local_quantize/calibration.py), and is only as good as these.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from m1local.formats import LinearSpec
+from m1local.formats.int4 import HIGHEST, MIDDLE, group_size_of, pack_nibbles
+from m1local_quantize.methods import refit
+
+if TYPE_CHECKING:
+    from m1local_quantize.methods import QuantizeRows
+
+DAMPING = 0.01  # of the mean of the diagonal; ten times as much where the factorization fails
+BLOCK = 128  # columns whose feedback to the rest is one matrix product
+ROWS_PER_SLICE = 4096  # rows are independent; more at once means fewer small operations
+
+
+def prepare(hessian: Tensor) -> "QuantizeRows":
+    """From X^T X (K, K) of a matrix' inputs to the function that quantizes its rows (n, K)."""
+    order = torch.argsort(hessian.diagonal(), descending=True)
+    factor = inverse_factor(hessian[order][:, order])
+
+    def quantize(rows: Tensor, spec: LinearSpec) -> Mapping[str, Tensor]:
+        return quantize_ordered(rows, spec, order, factor)
+
+    return quantize
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor (K, K) of the inverse of the damped Hessian."""
+    diagonal = hessian.diagonal()
+    # A column whose input is always zero: its weight is free, and must not stop the factorization.
+    unused = diagonal == 0
+    damping = DAMPING * float(diagonal.mean()) or 1.0
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping).add_(unused.to(damped.dtype))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(factor)
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed):
+                return upper
+        damping *= 10
+
+
+def quantize_ordered(
+    rows: Tensor, spec: LinearSpec, order: Tensor, factor: Tensor
+) -> dict[str, Tensor]:
+    """Quantize rows (n, K) to int4, column by column in `order`."""
+    size = group_size_of(spec)
+    wide = rows.float()
+    scales, zeros = (
+        part.to(torch.bfloat16) for part in refit.fit(wide.reshape(wide.shape[0], -1, size))
+    )
+    groups = order // size
+    # (n, K) in the order of work; what is stored of each column's group.
+    scale, zero = scales.float()[:, groups], zeros.float()[:, groups]
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    work = wide[:, order]
+    codes = torch.empty_like(work)
+    for start in range(0, work.shape[1], BLOCK):
+        stop = min(start + BLOCK, work.shape[1])
+        errors = torch.empty_like(work[:, start:stop])
+        for column in range(start, stop):
+            w = work[:, column]
+            code = ((w - zero[:, column]) * inverse[:, column]).round_()
+            code.clamp_(-MIDDLE, HIGHEST - MIDDLE)
+            codes[:, column] = code
+            restored = code * scale[:, column] + zero[:, column]
+            error = (w - restored) / factor[column, column]
+            work[:, column:stop] -= error[:, None] * factor[column, column:stop]
+            errors[:, column - start] = error
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    stored = torch.empty_like(codes, dtype=torch.uint8)
+    stored[:, order] = (codes + MIDDLE).to(torch.uint8)
+    return {"weight": pack_nibbles(stored), "scales": scales, "zeros": zeros}
