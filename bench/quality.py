@@ -21,6 +21,7 @@ from m1local.tokenizer import M1Tokenizer, Message
 from m1local_quantize.evaluate import Divergence, Sample, compare
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.recipe import Recipe, shipped_recipes
+from m1local_quantize.text import CALIBRATION
 
 DECODED_ROWS = 20  # token by token is slow: the first few answers are enough to see a difference
 
@@ -41,12 +42,25 @@ def read_samples(
     return samples
 
 
-def measure(source: Path, recipe: str, samples: list[Sample]) -> dict[str, object]:
+def every_nth_row(path: Path, rows: int, folder: Path) -> Path:
+    """A file in `folder` with `rows` rows spread over `path`."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    chosen = folder / f"{rows}-rows-of-{path.name}"
+    text = "\n".join(lines[:: max(1, len(lines) // rows)][:rows])
+    chosen.write_text(text + "\n", encoding="utf-8")
+    return chosen
+
+
+def measure(
+    source: Path, recipe: str, samples: list[Sample], calibration: Path
+) -> dict[str, object]:
     """One row of the table."""
     reference = load_model(source, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / recipe
-        for _ in quantize_checkpoint(source, target, Recipe.find(recipe), text=None):
+        for _ in quantize_checkpoint(
+            source, target, Recipe.find(recipe), text=None, calibration=calibration
+        ):
             pass
         manifest = CheckpointManifest.read(target)
         nbytes = sum(r.nbytes for n, r in manifest.files.items() if n.endswith(".safetensors"))
@@ -72,6 +86,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEMO, help="an original checkpoint")
     parser.add_argument("--system", default="Answer in detail.", help="the demo answers at length")
     parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="for int4-gptq")
+    parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("bench/results/quality.json"))
     arguments = parser.parse_args()
     tokenizer = M1Tokenizer.from_folder(arguments.model)
@@ -79,9 +95,16 @@ def main() -> None:
     samples = read_samples(
         arguments.text, tokenizer, system=arguments.system, rows=arguments.rows, length=length
     )
-    rows = [measure(arguments.model, recipe, samples) for recipe in shipped_recipes()]
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = every_nth_row(arguments.calibration, arguments.calibration_rows, Path(folder))
+        rows = [
+            measure(arguments.model, recipe, samples, calibration) for recipe in shipped_recipes()
+        ]
     result = {
-        "command": f"python -m bench.quality --text {arguments.text.name} --rows {arguments.rows}",
+        "command": (
+            f"python -m bench.quality --text {arguments.text.name} --rows {arguments.rows} "
+            f"--calibration {arguments.calibration.name}"
+        ),
         "machine": describe_machine(),
         "text": f"{len(samples)} answers of {arguments.text.name}, given their questions",
         "decoded_rows": DECODED_ROWS,

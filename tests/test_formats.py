@@ -25,7 +25,8 @@ from m1local.formats.int8 import Int8Linear
 
 INT8, NF4, BNB_INT8 = LinearSpec("int8"), LinearSpec("bnb-nf4"), LinearSpec("bnb-int8")
 INT4 = [LinearSpec("int4", group_size) for group_size in (32, 64, 128)]
-SPECS = [INT8, *INT4, NF4, BNB_INT8]
+NF4_DQ, FP4 = LinearSpec("bnb-nf4-dq"), LinearSpec("bnb-fp4")
+SPECS = [INT8, *INT4, NF4, NF4_DQ, FP4, BNB_INT8]
 # Whole blocks of torch's packed operator; none; a single row; more than one slice of rows.
 SHAPES = [(192, 256), (70, 256), (1, 128), (ROWS_PER_SLICE + 44, 128)]
 
@@ -190,7 +191,8 @@ def test_rows_of_int8_may_have_any_length(spec: LinearSpec, columns: int) -> Non
 @every_spec
 @pytest.mark.parametrize("rows", [1, 9])
 def test_tiny_and_huge_rows_keep_their_precision(spec: LinearSpec, rows: int) -> None:
-    size = 1e3 if spec == BNB_INT8 else 1e30  # bitsandbytes quantizes to int8 from float16
+    # bitsandbytes quantizes to int8 from float16; double quantization has one scale for all rows.
+    size = {BNB_INT8: 1e3, NF4_DQ: 1}.get(spec, 1e30)
     weight = activations(192, 128)
     weight[0::3] *= size
     weight[1::3] /= size
@@ -229,7 +231,7 @@ def test_a_module_dequantizes_the_same_before_and_after_use(spec: LinearSpec) ->
     before = module.dequantize()
     module(torch.ones(1, 128))
     # With AVX512-BF16 bitsandbytes rounds its scales to bfloat16 on the first use.
-    rounding = 2**-7 if spec == NF4 else 0
+    rounding = 2**-7 if spec in (NF4, NF4_DQ, FP4) else 0
     torch.testing.assert_close(module.dequantize(), before, rtol=rounding, atol=0)
 
 
@@ -286,23 +288,33 @@ def test_an_operator_that_fails_or_packs_in_an_unknown_way_is_not_used(
     assert int4pack.layout.__wrapped__() is None
 
 
-def test_a_plain_linear4bit_stores_and_loads_the_same_bits() -> None:
+@pytest.mark.parametrize("spec", [NF4, NF4_DQ, FP4], ids=lambda spec: spec.format)
+def test_a_plain_linear4bit_stores_and_loads_the_same_bits(spec: LinearSpec) -> None:
     nn = bnb.bitsandbytes().nn
     weight = matrix((96, 192))
-    stored = store(weight, NF4)
-    plain = nn.Linear4bit(192, 96, bias=False, quant_type="nf4", compress_statistics=False)
-    plain.weight = nn.Params4bit(
-        weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=plain
-    )
-    assert_bit_equal(plain.to("cpu").state_dict(), stored)
-    loaded = nn.Linear4bit(192, 96, bias=False, quant_type="nf4", device="meta")
+    stored = store(weight, spec)
+    options = {
+        "quant_type": spec.format.split("-")[1],
+        "compress_statistics": spec == NF4_DQ,
+    }
+    plain = nn.Linear4bit(192, 96, bias=False, **options)
+    plain.weight = nn.Params4bit(weight, requires_grad=False, module=plain, **options)
+    expected = plain.to("cpu").state_dict()
+    if spec == NF4_DQ:  # ours has blanks at its end, so that its length is known beforehand
+        described = stored[bnb.NF4_STATE]
+        length = expected[bnb.NF4_STATE].numel()
+        assert bytes(described[length:].tolist()).isspace()
+        assert_bit_equal(expected, stored | {bnb.NF4_STATE: described[:length]})
+    else:
+        assert_bit_equal(expected, stored)
+    loaded = nn.Linear4bit(192, 96, bias=False, quant_type=options["quant_type"], device="meta")
     statistics = {name: tensor for name, tensor in stored.items() if name != "weight"}
     loaded.weight = nn.Params4bit.from_prequantized(
         stored["weight"], statistics, device="cpu", module=loaded
     )
     x = activations(3, 192)
-    assert_bit_equal(build(weight, NF4)(x), loaded.eval()(x))
-    assert_bit_equal(build(weight, NF4)(x), plain.eval()(x))
+    assert_bit_equal(build(weight, spec)(x), loaded.eval()(x))
+    assert_bit_equal(build(weight, spec)(x), plain.eval()(x))
 
 
 def test_rows_that_fill_no_block_are_not_rearranged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +356,7 @@ def test_a_matrix_that_a_format_cannot_hold_is_refused_by_name(
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(CheckpointError, match="int8, int4, bnb-nf4, bnb-int8"):
+    with pytest.raises(CheckpointError, match="int8, int4, bnb-nf4, bnb-nf4-dq, bnb-fp4, bnb-int8"):
         format_class("int3")
 
 

@@ -32,9 +32,9 @@ def correlated(rows: int, columns: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
     strength = 10 ** torch.empty(columns).uniform_(-1, 1, generator=generator)
-    return (
-        torch.randn(rows, columns, generator=generator) @ (mixing + torch.eye(columns)) * strength
-    )
+    noise = torch.randn(rows, columns, generator=generator)
+    inputs: Tensor = noise @ (mixing + torch.eye(columns)) * strength
+    return inputs
 
 
 def weights(rows: int, columns: int) -> Tensor:

@@ -19,6 +19,8 @@ FORMATS = {
     "int8": "m1local.formats.int8:Int8Linear",
     "int4": "m1local.formats.int4:Int4Linear",
     "bnb-nf4": "m1local.formats.bnb:BnbNf4Linear",
+    "bnb-nf4-dq": "m1local.formats.bnb:BnbNf4DqLinear",
+    "bnb-fp4": "m1local.formats.bnb:BnbFp4Linear",
     "bnb-int8": "m1local.formats.bnb:BnbInt8Linear",
 }
 

@@ -1,4 +1,4 @@
-"""bnb-nf4 and bnb-int8: the formats of bitsandbytes, stored as bitsandbytes stores them.
+"""bnb-nf4, bnb-nf4-dq, bnb-fp4, bnb-int8: bitsandbytes' formats, stored as it stores them.
 
 What it is: the one file that imports bitsandbytes. Tensor names and bytes are those of its own
 `Linear4bit` and `Linear8bitLt`, which do the multiplying, so a plain one loads each matrix bit for
@@ -8,7 +8,7 @@ Source: bitsandbytes 0.50, nn/modules.py and functional.py.
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
-from m1local.formats.base import QuantizedLinear, Stored
+from m1local.formats.base import ROWS_PER_SLICE, QuantizedLinear, Stored
 
 BLOCK = 64  # weights that share one absmax; along a row, since rows are multiples of it
 ROWS_REARRANGED = 32  # bitsandbytes' AVX512-BF16 operator asserts whole blocks of so many rows
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+NESTED_BLOCK = 256  # block sizes that share one float32, with double quantization
+NESTED_STATE_BYTES = 256  # some 170 and blanks; it is JSON
 
 
 @cache
@@ -49,11 +51,10 @@ def bitsandbytes() -> ModuleType:
     return module
 
 
-class BnbNf4Linear(QuantizedLinear):
-    """`x @ W.T` by bitsandbytes' Linear4bit, NormalFloat 4 in blocks of 64."""
+class Bnb4bitLinear(QuantizedLinear):
+    """`x @ W.T` by bitsandbytes' Linear4bit: 16 levels in blocks of 64 with a float32 each."""
 
-    format = "bnb-nf4"
-    shared: ClassVar[frozenset[str]] = frozenset({"weight.quant_map", NF4_STATE})
+    quant_type: ClassVar[str]
     inner: Any
 
     @classmethod
@@ -77,24 +78,29 @@ class BnbNf4Linear(QuantizedLinear):
     def quantize(cls, rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
         """bitsandbytes' quantize_4bit on rows (n, K), in bfloat16 as Linear4bit would see them."""
         weight, state = bitsandbytes().functional.quantize_4bit(
-            rows.to(torch.bfloat16).contiguous(), blocksize=BLOCK, quant_type="nf4"
+            rows.to(torch.bfloat16).contiguous(), blocksize=BLOCK, quant_type=cls.quant_type
         )
         return {"weight": weight, "weight.absmax": state.absmax}
 
     @classmethod
     def shared_tensors(cls, shape: tuple[int, int], spec: LinearSpec) -> dict[str, Tensor]:
         """The 16 levels, and the packed description of the matrix."""
-        functional = bitsandbytes().functional
-        state = functional.QuantState(
-            absmax=torch.empty(0),
-            shape=torch.Size(shape),
-            code=functional.get_4bit_type("nf4", device="cpu", blocksize=BLOCK),
-            blocksize=BLOCK,
-            quant_type="nf4",
-            dtype=torch.bfloat16,
-        )
-        tensors: dict[str, Tensor] = state.as_dict(packed=True)
+        tensors: dict[str, Tensor] = cls.state(shape, torch.empty(0)).as_dict(packed=True)
         return {f"weight.{name}": tensors[name] for name in tensors if name != "absmax"}
+
+    @classmethod
+    def state(cls, shape: tuple[int, int], absmax: Tensor, **nested: object) -> Any:
+        """bitsandbytes' own description of a matrix."""
+        functional = bitsandbytes().functional
+        return functional.QuantState(
+            absmax=absmax,
+            shape=torch.Size(shape),
+            code=functional.get_4bit_type(cls.quant_type, device="cpu", blocksize=BLOCK),
+            blocksize=BLOCK,
+            quant_type=cls.quant_type,
+            dtype=torch.bfloat16,
+            **nested,
+        )
 
     @classmethod
     def from_tensors(
@@ -103,7 +109,9 @@ class BnbNf4Linear(QuantizedLinear):
         """Wrap a Linear4bit around the stored tensors."""
         nn = bitsandbytes().nn
         module = cls(*shape, spec)
-        inner = nn.Linear4bit(shape[1], shape[0], bias=False, quant_type="nf4", device="meta")
+        inner = nn.Linear4bit(
+            shape[1], shape[0], bias=False, quant_type=cls.quant_type, device="meta"
+        )
         if shape[0] % ROWS_REARRANGED:
             inner.support_avx512bf16_for_cpu = False
         statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
@@ -124,6 +132,74 @@ class BnbNf4Linear(QuantizedLinear):
         """(..., K) -> (..., N) in x's dtype."""
         output: Tensor = self.inner(x)
         return output
+
+
+class BnbNf4Linear(Bnb4bitLinear):
+    """NormalFloat 4: levels at the quantiles of a normal distribution."""
+
+    format = "bnb-nf4"
+    quant_type = "nf4"
+    shared = frozenset({"weight.quant_map", "weight.quant_state.bitsandbytes__nf4"})
+
+
+class BnbFp4Linear(Bnb4bitLinear):
+    """A floating-point number of four bits."""
+
+    format = "bnb-fp4"
+    quant_type = "fp4"
+    shared = frozenset({"weight.quant_map", "weight.quant_state.bitsandbytes__fp4"})
+
+
+class BnbNf4DqLinear(Bnb4bitLinear):
+    """NormalFloat 4 whose block sizes are quantized to 8 bits in turn: 4.13 bits per weight."""
+
+    format = "bnb-nf4-dq"
+    quant_type = "nf4"
+
+    @classmethod
+    def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:
+        """The tensors of a saved Linear4bit with compress_statistics."""
+        blocks = out_features * in_features // BLOCK
+        plain = BnbNf4Linear.stored(out_features, in_features, spec)
+        return plain | {
+            "weight.absmax": Stored((blocks,), torch.uint8),
+            "weight.nested_absmax": Stored((-(-blocks // NESTED_BLOCK),), torch.float32),
+            "weight.nested_quant_map": Stored((256,), torch.float32),
+            NF4_STATE: Stored((NESTED_STATE_BYTES,), torch.uint8),
+        }
+
+    @classmethod
+    def quantize(cls, rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
+        """A whole matrix; slices of it would have means of their own."""
+        shape = (rows.shape[0], rows.shape[1])
+        return cls.quantize_matrix(lambda start, stop: rows[start:stop], shape, spec)
+
+    @classmethod
+    def quantize_matrix(
+        cls,
+        rows: Callable[[int, int], Tensor],
+        shape: tuple[int, int],
+        spec: LinearSpec,
+        quantize: Callable[[Tensor, LinearSpec], Mapping[str, Tensor]] | None = None,
+        rows_per_slice: int = ROWS_PER_SLICE,
+    ) -> dict[str, Tensor]:
+        """As NormalFloat 4, then what `quantize_4bit(compress_statistics=True)` does to it.
+
+        Not by slices: all block sizes of a matrix share one mean.
+        """
+        plain = BnbNf4Linear.quantize_matrix(rows, shape, spec, None, rows_per_slice)
+        absmax = plain["weight.absmax"]
+        mean = absmax.mean()
+        codes, nested = bitsandbytes().functional.quantize_blockwise(
+            absmax - mean, blocksize=NESTED_BLOCK
+        )
+        tensors = cls.state(shape, codes, offset=mean, state2=nested).as_dict(packed=True)
+        described: Tensor = tensors.pop(NF4_STATE.removeprefix("weight."))
+        # Its length depends on the digits of the mean; a file is laid out before that is known.
+        padded = torch.full((NESTED_STATE_BYTES,), ord(" "), dtype=torch.uint8)
+        padded[: described.numel()] = described
+        found = {f"weight.{name}": tensor for name, tensor in tensors.items()}
+        return found | {"weight": plain["weight"], NF4_STATE: padded}
 
 
 class BnbInt8Linear(QuantizedLinear):

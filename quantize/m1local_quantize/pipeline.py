@@ -156,12 +156,12 @@ def quantization_config(plan: Plan, recipe: Recipe) -> dict[str, object]:
     """What config.json says; for bitsandbytes formats in its own words."""
     formats = {spec.format for spec in plan.linears.values()}
     others = sorted(name for name, s in plan.linears.items() if not s.format.startswith("bnb-"))
-    if "bnb-nf4" in formats:
+    if four_bit := sorted(formats & {"bnb-nf4", "bnb-nf4-dq", "bnb-fp4"}):
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_quant_type": four_bit[0].split("-")[1],
+            "bnb_4bit_use_double_quant": "bnb-nf4-dq" in formats,
             "bnb_4bit_compute_dtype": "bfloat16",
             "llm_int8_skip_modules": others,
             "m1local_recipe": recipe.name,
