@@ -4,21 +4,16 @@ The textbook formulas are written here a second time, in plain torch; `dequantiz
 oracle of `forward`. For the formats of bitsandbytes the package itself is the oracle.
 """
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import ModuleType
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from m1local.errors import CheckpointError, DependencyError
-from m1local.formats import LinearSpec, bnb, format_class, int4pack
+from m1local.errors import CheckpointError
+from m1local.formats import LinearSpec, format_class, int4pack
 from m1local.formats.base import ROWS_PER_SLICE, QuantizedEmbedding, QuantizedLinear
 from m1local.formats.int4 import Int4Linear, unpack_nibbles
 from m1local.formats.int8 import Int8Linear
@@ -288,54 +283,6 @@ def test_an_operator_that_fails_or_packs_in_an_unknown_way_is_not_used(
     assert int4pack.layout.__wrapped__() is None
 
 
-@pytest.mark.parametrize("spec", [NF4, NF4_DQ, FP4], ids=lambda spec: spec.format)
-def test_a_plain_linear4bit_stores_and_loads_the_same_bits(spec: LinearSpec) -> None:
-    nn = bnb.bitsandbytes().nn
-    weight = matrix((96, 192))
-    stored = store(weight, spec)
-    options = {
-        "quant_type": spec.format.split("-")[1],
-        "compress_statistics": spec == NF4_DQ,
-    }
-    plain = nn.Linear4bit(192, 96, bias=False, **options)
-    plain.weight = nn.Params4bit(weight, requires_grad=False, module=plain, **options)
-    expected = plain.to("cpu").state_dict()
-    if spec == NF4_DQ:  # ours has blanks at its end, so that its length is known beforehand
-        described = stored[bnb.NF4_STATE]
-        length = expected[bnb.NF4_STATE].numel()
-        assert bytes(described[length:].tolist()).isspace()
-        assert_bit_equal(expected, stored | {bnb.NF4_STATE: described[:length]})
-    else:
-        assert_bit_equal(expected, stored)
-    loaded = nn.Linear4bit(192, 96, bias=False, quant_type=options["quant_type"], device="meta")
-    statistics = {name: tensor for name, tensor in stored.items() if name != "weight"}
-    loaded.weight = nn.Params4bit.from_prequantized(
-        stored["weight"], statistics, device="cpu", module=loaded
-    )
-    x = activations(3, 192)
-    assert_bit_equal(build(weight, spec)(x), loaded.eval()(x))
-    assert_bit_equal(build(weight, spec)(x), plain.eval()(x))
-
-
-def test_rows_that_fill_no_block_are_not_rearranged(monkeypatch: pytest.MonkeyPatch) -> None:
-    # bitsandbytes rearranges blocks of 32 rows, and asserts that there are no others.
-    monkeypatch.setattr(bnb.bitsandbytes().nn.modules, "has_avx512bf16", lambda: True)
-    assert_products(build(matrix((70, 192)), NF4), activations(1, 192), tolerance=BFLOAT16)
-
-
-def test_a_plain_linear8bitlt_stores_and_loads_the_same_bits() -> None:
-    nn = bnb.bitsandbytes().nn
-    weight = matrix((70, 192))
-    stored = store(weight, BNB_INT8)
-    plain = nn.Linear8bitLt(192, 70, bias=False, has_fp16_weights=False)
-    plain.weight.data = weight.clone()
-    assert_bit_equal(plain.to("cpu").state_dict(), stored)
-    loaded = nn.Linear8bitLt(192, 70, bias=False, has_fp16_weights=False).to("cpu")
-    loaded.load_state_dict(stored)
-    x = activations(3, 192)
-    assert_bit_equal(build(weight, BNB_INT8)(x), loaded.eval()(x))
-
-
 @pytest.mark.parametrize(
     ("spec", "columns", "complaint"),
     [
@@ -358,45 +305,3 @@ def test_a_matrix_that_a_format_cannot_hold_is_refused_by_name(
 def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
     with pytest.raises(CheckpointError, match="int8, int4, bnb-nf4, bnb-nf4-dq, bnb-fp4, bnb-int8"):
         format_class("int3")
-
-
-# Makes any processor look like one with AVX512-BF16, where bitsandbytes asks for `kernels`.
-IMPORT_BNB = """
-import sys
-import m1local.formats.bnb as bnb
-assert "bitsandbytes" not in sys.modules, "importing the format must not import the package"
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "bitsandbytes.backends.cpu.ops":
-            import bitsandbytes.functional as functional
-            functional.has_avx512bf16 = lambda: print("asked") or True
-
-sys.meta_path.insert(0, Finder())
-bnb.bitsandbytes()
-assert "kernels" not in sys.modules
-import kernels
-"""
-
-
-def test_importing_bitsandbytes_never_imports_kernels_and_says_nothing(tmp_path: Path) -> None:
-    (tmp_path / "kernels.py").write_text("print('kernels was imported')")
-    folders = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
-    command, env = [sys.executable, "-c", IMPORT_BNB], os.environ | {"PYTHONPATH": folders}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.stderr == ""
-    # Asked for at import once, and let through again afterwards.
-    assert done.stdout.split("\n", 1) == ["asked", "kernels was imported\n"]
-
-
-def test_a_loaded_kernels_package_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = ModuleType("kernels")
-    monkeypatch.setitem(sys.modules, "kernels", kernels)
-    bnb.bitsandbytes.__wrapped__()
-    assert sys.modules["kernels"] is kernels
-
-
-def test_a_missing_bitsandbytes_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(DependencyError, match="pip install bitsandbytes"):
-        bnb.bitsandbytes.__wrapped__()

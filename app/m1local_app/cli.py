@@ -188,6 +188,32 @@ def show(model: options.Model = None) -> None:
     typer.echo(describe(library.find(model).folder))
 
 
+@cli.command("list")
+def list_kept() -> None:
+    """List the checkpoints that `m1 run` has made and kept."""
+    from m1local_app import kept
+
+    typer.echo(kept.table())
+
+
+@cli.command("rm")
+def remove(
+    name: Annotated[str, typer.Argument(help="A name that `m1 list` shows.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a kept checkpoint; its source stays.
+
+    Example:  m1 rm m1-tiny-int4-1a2b3c4d
+    """
+    from m1local_app import kept
+    from m1local_quantize.target import remove_checkpoint
+
+    folder = kept.find(name)
+    if not yes and not typer.confirm(f"Delete {folder}?", err=True):
+        raise typer.Exit(1)
+    typer.echo(f"Deleted {name}: {kept.size_text(remove_checkpoint(folder))} freed.", err=True)
+
+
 @cli.command()
 def verify(model: options.Model = None) -> None:
     """Check every file of a quantized checkpoint against its SHA-256, and its structure.

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from m1local.manifest import CheckpointManifest
+from m1local_app.kept import size_text
 
 if TYPE_CHECKING:
     from m1local_quantize.pipeline import Planned
@@ -66,9 +67,8 @@ def quantize_with_progress(
         raise RuntimeError("the pipeline ended without a checkpoint")
     size = sum(record.nbytes for record in manifest.files.values())
     before = sum(record.nbytes for record in manifest.source_files.values())
-    console.print(
-        f"{recipe.name}: {_size(before)} -> {_size(size)} in {time.monotonic() - begun:.1f} s"
-    )
+    seconds = time.monotonic() - begun
+    console.print(f"{recipe.name}: {size_text(before)} -> {size_text(size)} in {seconds:.1f} s")
     if manifest.certificate is not None:
         console.print(f"against the original: {quality_line(manifest.certificate)}", soft_wrap=True)
     return manifest
@@ -148,8 +148,3 @@ def _say_what_was_found(console: Console, planned: "Planned") -> None:
         console.print(f"continuing an unfinished run at {share:.0%}")
     elif planned.started_over:
         console.print("starting over: source, recipe or version changed meanwhile")
-
-
-def _size(nbytes: int) -> str:
-    gib = nbytes / 2**30
-    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{nbytes / 2**20:.1f} MiB"

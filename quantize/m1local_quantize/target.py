@@ -70,6 +70,38 @@ def prepared(target: Path, source: Path, nbytes: int, *, overwrite: bool) -> Ite
     (target / LOCK).unlink(missing_ok=True)
 
 
+def remove_checkpoint(folder: Path) -> int:
+    """Delete a checkpoint, finished or not, and its folder; returns the bytes that were freed.
+
+    Raises StorageError where the folder holds anything that m1local did not write, or where a run
+    is writing it; then nothing is deleted.
+    """
+    if not (folder / MANIFEST).is_file() and not (folder / MARKER).is_file():
+        raise StorageError(f"{folder} holds no checkpoint made by m1local; nothing was deleted.")
+    _check_contents(folder, overwrite=True)
+    try:
+        lock = FileLock(folder / LOCK)
+        with lock.acquire(timeout=0):
+            freed = sum(_allocated(path) for path in folder.iterdir())
+            # What says that the folder is whole goes first, what says that it is ours last.
+            own = sorted(folder.iterdir(), key=lambda path: (path.name != MANIFEST, path.name))
+            (folder / MARKER).touch()
+            for path in own:
+                if path.name not in (LOCK, MARKER):
+                    path.unlink()
+            (folder / MARKER).unlink()
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+    except Timeout:
+        raise StorageError(f"A run is writing {folder}; wait for it, or stop it.") from None
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be deleted ({error.strerror or error}); close what uses it and try "
+            "again."
+        ) from error
+    return freed
+
+
 def _refuse_source(target: Path, source: Path) -> None:
     inner, outer = target.resolve(), source.resolve()
     if inner == outer or outer.is_relative_to(inner) or inner.is_relative_to(outer):

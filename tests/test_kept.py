@@ -1,0 +1,114 @@
+"""`m1 list` and `m1 rm`: what is kept, and that nothing of the user's is deleted."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from typer.testing import CliRunner, Result
+
+from m1local_app.cli import cli
+from m1local_quantize.journal import LOCK
+from m1local_quantize.pipeline import quantize_checkpoint
+from m1local_quantize.recipe import Recipe
+from tests.test_pipeline import bytes_of
+
+
+def m1(*arguments: str, typed: str | None = None) -> Result:
+    return CliRunner().invoke(cli, arguments, input=typed)
+
+
+@pytest.fixture
+def kept(tiny_checkpoint: Path, m1_home: Path) -> Path:
+    folder = m1_home / "models" / "tiny-int8"
+    list(quantize_checkpoint(tiny_checkpoint, folder, Recipe.find("int8")))
+    return folder
+
+
+def test_list_says_that_nothing_is_kept(m1_home: Path) -> None:
+    result = m1("list")
+    assert result.exit_code == 0
+    assert "Nothing is kept" in result.stdout
+
+
+def test_list_shows_size_recipe_and_quality_of_each(
+    kept: Path, tiny_checkpoint: Path, m1_home: Path
+) -> None:
+    unfinished = quantize_checkpoint(
+        tiny_checkpoint, kept.with_name("a-half-done"), Recipe.find("int4")
+    )
+    list(islice(unfinished, 5))
+    unfinished.close()  # type: ignore[attr-defined]  # a generator
+    damaged = kept.with_name("odd")
+    damaged.mkdir()
+    (damaged / "m1local.json").write_text("{")
+    head, first, second, third = m1("list").stdout.splitlines()
+    assert head.split()[:3] == ["NAME", "SIZE", "RECIPE"]
+    assert first.split()[0] == "a-half-done"
+    assert "unfinished" in first
+    assert second.split()[0] == "odd"
+    assert "damaged" in second
+    assert third.split()[0] == "tiny-int8"
+    assert "MiB  int8" in third
+    assert third.endswith("%")
+    assert head.index("RECIPE") == third.index("int8", 20) == first.index("unfinished")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_rm_deletes_a_checkpoint_and_nothing_beside_it(
+    kept: Path, tiny_checkpoint: Path, finished: bool
+) -> None:
+    source, name = bytes_of(tiny_checkpoint), kept.name
+    if not finished:
+        name = "half"
+        run = quantize_checkpoint(tiny_checkpoint, kept.with_name(name), Recipe.find("int4"))
+        list(islice(run, 5))
+        run.close()  # type: ignore[attr-defined]  # a generator
+    result = m1("rm", name, "--yes")
+    assert result.exit_code == 0
+    assert "freed" in result.stderr
+    assert not kept.with_name(name).exists()
+    assert kept.exists() != finished
+    assert bytes_of(tiny_checkpoint) == source
+
+
+def test_rm_asks_first(kept: Path) -> None:
+    assert m1("rm", kept.name, typed="n\n").exit_code == 1
+    assert kept.exists()
+    assert m1("rm", kept.name, typed="y\n").exit_code == 0
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("name", ["none", "../models/tiny-int8", "..", "/"])
+def test_rm_knows_only_the_names_that_are_listed(kept: Path, name: str) -> None:
+    result = m1("rm", name, "--yes")
+    assert result.exit_code == 1
+    assert "there is tiny-int8" in result.stderr
+    assert kept.exists()
+
+
+def test_rm_keeps_a_folder_with_a_file_of_the_users(kept: Path) -> None:
+    (kept / "notes.txt").write_text("mine")
+    before = bytes_of(kept)
+    result = m1("rm", kept.name, "--yes")
+    assert result.exit_code == 1
+    assert "notes.txt" in result.stderr
+    assert bytes_of(kept) == before
+
+
+def test_rm_leaves_alone_what_a_run_is_writing(kept: Path) -> None:
+    with FileLock(kept / LOCK):
+        result = m1("rm", kept.name, "--yes")
+    assert result.exit_code == 1
+    assert "is writing" in result.stderr
+    assert (kept / "m1local.json").exists()
+
+
+def test_rm_of_a_folder_that_is_no_checkpoint_is_refused(m1_home: Path) -> None:
+    folder = m1_home / "models" / "photos"
+    folder.mkdir(parents=True)
+    (folder / "me.jpg").write_text("x")
+    result = m1("rm", "photos", "--yes")
+    assert result.exit_code == 1
+    assert "holds no checkpoint" in result.stderr
+    assert (folder / "me.jpg").exists()
