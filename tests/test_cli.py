@@ -37,6 +37,18 @@ def test_quantize_writes_a_checkpoint_and_says_how_to_chat_with_it(
     assert CheckpointManifest.read(tmp_path / "out").recipe == "int8"
 
 
+@pytest.mark.parametrize("recipe", ["int4", "int4-gptq"])
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, recipe: str
+) -> None:
+    result = m1("quantize", tiny_checkpoint, tmp_path / "out", "--dry-run", "-r", recipe)
+    assert result.exit_code == 0
+    assert f"recipe     {recipe}" in result.stdout
+    assert "writes     0.1 MiB" in result.stdout
+    assert ("not estimated" in result.stdout) == (recipe == "int4-gptq")
+    assert not (tmp_path / "out").exists()
+
+
 def test_chat_answers_a_single_question_on_stdout_alone(quantized: Path) -> None:
     result = m1("chat", quantized, "-p", "hello", *GREEDY)
     assert result.exit_code == 0

@@ -152,6 +152,9 @@ def quantize(
     certify: Annotated[
         bool, typer.Option("--certify/--no-certify", help="Measure the result's quality.")
     ] = True,
+    only_say: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")
+    ] = False,
 ) -> None:
     """Turn a 16-bit checkpoint into a 4- or 8-bit one.
 
@@ -159,8 +162,11 @@ def quantize(
 
     Example:  m1 quantize ./Baichuan-M1-14B-Instruct ./m1-int4 --recipe int4
     """
-    from m1local_app.progress import quantize_with_progress
+    from m1local_app.progress import dry_run, quantize_with_progress
 
+    if only_say:
+        typer.echo(dry_run(source, recipe or DEFAULT_RECIPE))
+        return
     try:
         quantize_with_progress(
             source,

@@ -74,6 +74,26 @@ def quantize_with_progress(
     return manifest
 
 
+def dry_run(source: Path, recipe_name: str) -> str:
+    """What quantizing `source` would take, without writing anything."""
+    from m1local_quantize.estimate import estimate
+    from m1local_quantize.plan import Plan
+    from m1local_quantize.recipe import Recipe
+    from m1local_quantize.source import Source
+
+    opened, recipe = Source.open(source), Recipe.find(recipe_name)
+    expected = estimate(opened, Plan.of(opened, recipe))
+    seconds = "not estimated" if expected.seconds is None else f"about {expected.seconds:,.0f} s"
+    rows = (
+        ("recipe", recipe.name),
+        ("reads", size_text(expected.source_bytes)),
+        ("writes", size_text(expected.target_bytes)),
+        ("memory", f"about {size_text(expected.memory_bytes)}, besides Python's own"),
+        ("computing", f"{seconds}, without reading, writing and measuring"),
+    )
+    return "\n".join(f"{name:<9}  {value}" for name, value in rows)
+
+
 def measure_with_progress(
     source: Path, folder: Path, text: Path | None
 ) -> Mapping[str, str | int | float]:

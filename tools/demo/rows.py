@@ -17,6 +17,7 @@ from tools.demo.config import CONFIG
 from tools.demo.corpus import Conversations, HeldOut, cut_documents, read_medquad, read_texts
 
 BOOK_SHARE = 0.15  # of the tokens of an epoch
+KNOWN_TIMES = 5  # how often the conversations about well-known diseases come in the last epochs
 BATCH_TOKENS = 4096
 ROW_TOKENS = (512, 512, 512, 1024)  # in turn: short rows cost less, long ones teach the context
 
@@ -64,11 +65,14 @@ class Mixture:
         return items
 
     def last_epoch(self, seed: int) -> list[Item]:
-        """Short conversations about every disease, and a quarter of the whole answers."""
+        """Mostly well-known diseases, the others once, and an eighth of the whole answers."""
         order = random.Random(seed)
-        conversations = Conversations(self._entries, seed=seed)
-        items = [self._conversation(c) for c in conversations.short()]
-        detailed = list(conversations.detailed())[: len(self._entries) // 4]
+        known = Conversations([e for e in self._entries if e.is_well_known], seed=seed)
+        others = Conversations([e for e in self._entries if not e.is_well_known], seed=seed)
+        items = [self._conversation(c) for _ in range(KNOWN_TIMES) for c in known.short()]
+        items += [self._conversation(c) for c in others.short()]
+        everything = Conversations(self._entries, seed=seed)
+        detailed = list(everything.detailed())[: len(self._entries) // 8]
         items += [self._conversation(c, whole=w) for c, w in detailed]
         order.shuffle(items)
         return items

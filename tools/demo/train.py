@@ -30,7 +30,7 @@ from tools.demo.muon import Muon
 from tools.demo.rows import BATCH_TOKENS, ROW_TOKENS, Mixture, pack
 from tools.demo.vocabulary import train_tokenizer
 
-LAST_PART = 0.8  # of the time; from here on mostly short conversations
+LAST_PART = 0.64  # of the time; from here on mostly short conversations
 SAVE_SECONDS = 240
 ADAM_RATE = 4e-3  # embedding, head, norms, taps
 MUON_RATE = 2e-2  # all other matrices
