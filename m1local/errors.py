@@ -34,6 +34,10 @@ class StorageError(M1Error):
     """The disk is full, read-only, or the target is occupied."""
 
 
+class HubError(M1Error):
+    """The model hub cannot be reached, refuses, or sent something else than it publishes."""
+
+
 class ContextLengthError(M1Error):
     """More tokens than the context holds."""
 

@@ -28,3 +28,13 @@ def home() -> Path:
 def models() -> Path:
     """Where checkpoints made by `m1 run` are kept."""
     return home() / "models"
+
+
+def sources() -> Path:
+    """Where original checkpoints fetched from the hub are kept."""
+    return home() / "sources"
+
+
+def licences() -> Path:
+    """Which licence notes were shown, and when."""
+    return home() / "licences.json"

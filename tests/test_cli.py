@@ -162,10 +162,11 @@ def test_show_of_an_original_says_that_it_is_one(tiny_checkpoint: Path) -> None:
     [
         (("chat", "/nowhere/at/all"), "There is no folder"),
         (("chat", "no-such-name"), "no checkpoint of that name"),
-        (("run", "baichuan-inc/Baichuan-M1-14B-Instruct"), "hf download"),
+        (("chat", "baichuan-inc/Baichuan-M1-14B-Instruct"), "m1 pull baichuan-inc/"),
+        (("run", "a/b", "--offline", "-p", "hi"), "not on this disk yet"),
         (("show", "/"), "config.json"),
     ],
-    ids=["folder", "name", "repository", "foreign folder"],
+    ids=["folder", "name", "repository", "offline", "foreign folder"],
 )
 def test_a_model_that_is_not_there_is_one_line(
     arguments: tuple[str, ...], expected: str, m1_home: Path

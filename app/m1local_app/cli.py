@@ -59,6 +59,9 @@ def run(
     model: options.Model = None,
     recipe: options.RecipeName = None,
     ui: Annotated[bool, typer.Option("--ui", help="Chat in the browser instead.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Fetch nothing; fail where something is missing.")
+    ] = False,
     prompt: options.Prompt = None,
     system: options.System = "",
     ctx_size: options.ContextSize = None,
@@ -73,17 +76,21 @@ def run(
     stats: options.Stats = None,
     raw: options.RawText = False,
 ) -> None:
-    """Quantize a model if that was not done before, then chat with it.
+    """Fetch and quantize a model if that was not done before, then chat with it.
 
-    Examples:  m1 run  ·  m1 run ./Baichuan-M1-14B-Instruct  ·  m1 run -p "What is glaucoma?"
+    Examples:  m1 run  ·  m1 run baichuan-inc/Baichuan-M1-14B-Instruct  ·  m1 run ./FOLDER --ui
     """
+    from m1local_app.fetching import fetched
+
     wanted = ChatOptions(
         prompt=prompt, system=system, context_tokens=ctx_size, max_new_tokens=predict,
         temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repeat_penalty,
         seed=seed, threads=threads, stats=stats, raw=raw,
     )  # fmt: skip
-    found = library.find(model)
+    if model is None or not library.is_repository(model):
+        library.find(model)  # a wrong name is the first thing to be said
     question = None if ui else _question(wanted)
+    found = fetched(model, offline=offline)
     chosen = _quantized(found, recipe, announce_demo=model is None)
     _serve_page(chosen, wanted) if ui else _converse(chosen, wanted, question)
 
@@ -192,6 +199,26 @@ def show(model: options.Model = None) -> None:
     from m1local_app.describe import describe
 
     typer.echo(describe(library.find(model).folder))
+
+
+@cli.command("pull")
+def pull_model(
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the model hub.")],
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit. [default: main, then as it was]")
+    ] = None,
+) -> None:
+    """Fetch an original model from the hub and check every file; called again, it goes on.
+
+    Example:  m1 pull baichuan-inc/Baichuan-M1-14B-Instruct
+    """
+    from m1local_app.fetching import pull_with_progress
+
+    if not library.is_repository(repository):
+        raise usage_error(f"{repository} is no repository's name; give OWNER/NAME.")
+    folder = library.source_folder(repository)
+    pull_with_progress(repository, folder, revision=revision)
+    typer.echo(f"{folder} holds {repository}. Chat with it: m1 run {repository}", err=True)
 
 
 @cli.command("list")

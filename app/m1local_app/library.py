@@ -1,7 +1,7 @@
 """Which checkpoint a command means, and the ones `m1 run` has made.
 
 What it is: names to folders, and quantizing once what was never quantized. What it is not: a
-download; that is one line of advice until it is built.
+download; that is fetching.py.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from m1local import home
 from m1local.errors import CheckpointError
 from m1local.manifest import FORMAT_VERSION
 from m1local_app.options import Chosen
+from m1local_quantize.hub import Record
 from m1local_quantize.recipe import Recipe
 
 ORIGINAL = "baichuan-inc/Baichuan-M1-14B-Instruct"
@@ -35,16 +36,35 @@ def find(model: str | None) -> Chosen:
     kept = None if "/" in model or "\\" in model else _folder(str(home.models() / model))
     if kept is not None:
         return Chosen(kept, model)
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    if is_repository(model):
+        record = Record.read(source_folder(model))
+        if record is not None and record.complete:
+            return Chosen(source_folder(model), model.partition("/")[2])
         raise CheckpointError(
             f"There is no folder {model}. If it is a repository of the model hub, fetch it first: "
-            f"`hf download {model} --local-dir {model.split('/')[1]}`, then name that folder."
+            f"`m1 pull {model}`."
         )
     shown = model if len(model) <= SHOWN_CHARACTERS else f"{model[:SHOWN_CHARACTERS]}…"
     raise CheckpointError(
         f"There is no folder {shown}, and no checkpoint of that name in {home.models()}. Give the "
         "folder of a Baichuan-M1 checkpoint, or nothing for the demo; a question goes after -p."
     )
+
+
+def is_repository(model: str) -> bool:
+    """Whether `model` has the form of a repository's name, and is no folder."""
+    return (
+        model.count("/") == 1
+        and not model.startswith((".", "/", "~"))
+        and "\\" not in model
+        and not model.endswith("/")
+        and _folder(model) is None
+    )
+
+
+def source_folder(repository: str) -> Path:
+    """Where the files of `repository` are kept."""
+    return home.sources() / repository.replace("/", "--")
 
 
 def _folder(name: str) -> Path | None:

@@ -24,12 +24,13 @@ from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.certificate import LayerMeasured, certificate, certify
 from m1local_quantize.convert import Converter
+from m1local_quantize.disk import disk_error
 from m1local_quantize.journal import Journal, take_up
 from m1local_quantize.notice import NAME as NOTICE
 from m1local_quantize.notice import notice
 from m1local_quantize.plan import DEFAULT_SHARD_BYTES, Plan
 from m1local_quantize.recipe import Recipe
-from m1local_quantize.shard_writer import ShardWriter, disk_error
+from m1local_quantize.shard_writer import ShardWriter
 from m1local_quantize.source import Source
 from m1local_quantize.target import prepared, write_index
 from m1local_quantize.text import CALIBRATION, SHIPPED, Text
@@ -97,7 +98,7 @@ def quantize_checkpoint(
             yield Planned(plan, target, resumed, journal.started_over)
             converter = Converter(source, target, plan, calibrated_on)
             yield from _write_shards(source, target, plan, journal, converter)
-            small = write_small_files(source_folder, target, plan, recipe)
+            small = write_small_files(source, target, plan, recipe)
             quality = None
             if measured_on is not None:
                 quality = yield from _certify(source, target, plan, measured_on)
@@ -130,16 +131,17 @@ def _write_shards(
             done += sum(source.nbytes(step.name) for step in steps)
 
 
-def write_small_files(source: Path, target: Path, plan: Plan, recipe: Recipe) -> list[str]:
+def write_small_files(source: Source, target: Path, plan: Plan, recipe: Recipe) -> list[str]:
     """Copy tokenizer, generation defaults and licences; write config.json, the index, NOTICE.
 
     Returns the names of all of them.
     """
-    copied = {source / name for name in COPIED if (source / name).is_file()}
-    copied |= {path for pattern in LICENCES for path in source.glob(pattern) if path.is_file()}
+    folder = source.folder
+    copied = {folder / name for name in COPIED if (folder / name).is_file()}
+    copied |= {path for pattern in LICENCES for path in folder.glob(pattern) if path.is_file()}
     for path in sorted(copied):
         shutil.copyfile(path, target / path.name)
-    config = read_json_object(source / CONFIG)
+    config = read_json_object(folder / CONFIG)
     config["quantization_config"] = quantization_config(plan, recipe)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (target / CONFIG).write_text(text, encoding="utf-8", newline="\n")
@@ -147,7 +149,7 @@ def write_small_files(source: Path, target: Path, plan: Plan, recipe: Recipe) ->
         name: file for file, steps in plan.shards.items() for step in steps for name in step.tensors
     }
     write_index(target, weight_map, plan.target_bytes)
-    text = notice(source=source.resolve().name, recipe=recipe.name)
+    text = notice(source=source.name, recipe=recipe.name)
     (target / NOTICE).write_text(text, encoding="utf-8", newline="\n")
     return [CONFIG, INDEX, NOTICE, *(path.name for path in copied)]
 
@@ -200,8 +202,8 @@ def _manifest(
 ) -> CheckpointManifest:
     return CheckpointManifest(
         m1local_version=__version__,
-        source=source.folder.resolve().name,
-        source_revision=None,
+        source=source.name,
+        source_revision=source.revision,
         source_files={name: FileRecord.of(source.folder / name) for name in source.files.files},
         recipe=recipe.name,
         method=recipe.method,

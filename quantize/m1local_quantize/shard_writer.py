@@ -8,7 +8,6 @@ bytes come first, so that each of them is aligned when mapped and can be used wh
 small others follow in order of falling element size. Checked by reading back with safetensors.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -21,7 +20,6 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
-from m1local.errors import StorageError
 from m1local.formats.base import Stored
 from m1local.shards import DTYPES
 
@@ -127,16 +125,3 @@ class ShardWriter:
 def _order(name: str, stored: Stored) -> tuple[bool, int, str]:
     """First what keeps the next tensor aligned, then by falling element size."""
     return stored.nbytes % ALIGNMENT_BYTES != 0, -stored.dtype.itemsize, name
-
-
-def disk_error(error: OSError, target: Path) -> StorageError:
-    """The user's words for what went wrong while writing to `target`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(
-            f"The disk that holds {target} is full. Free some space and run the same command "
-            "again; the source is untouched."
-        )
-    return StorageError(
-        f"{target} cannot be written ({error.strerror or error}). Choose another folder, or mend "
-        "its permissions, and run the same command again."
-    )

@@ -24,6 +24,7 @@ from m1local.generation_config import GenerationConfig
 from m1local.model import normalize_head
 from m1local.shards import TensorFiles
 from m1local.tokenizer import M1Tokenizer
+from m1local_quantize.hub import Record
 from m1local_quantize.text import Text
 
 
@@ -58,6 +59,18 @@ class Source:
         """A text in this model's tokens, in the chat template where it is a chat model."""
         longest = self.config.max_position_embeddings
         return Text.read(path, self.tokenizer, longest=longest, chat=self.generation.is_chat)
+
+    @property
+    def name(self) -> str:
+        """The repository it was fetched from, or the folder's name."""
+        record = Record.read(self.folder)
+        return self.folder.resolve().name if record is None else record.repository
+
+    @property
+    def revision(self) -> str | None:
+        """The commit it was fetched at, where it was fetched."""
+        record = Record.read(self.folder)
+        return None if record is None else record.revision
 
     def stored_name(self, name: str) -> str:
         """Where the tensor `name` lies: a tied head is the embedding."""

@@ -1,0 +1,79 @@
+"""Fetching a model from the hub with a progress bar, and the licence note that goes with it.
+
+What it is: the hub's events drawn for a person. What it is not: the transfer.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from m1local import home
+from m1local.errors import HubError
+from m1local_app import library
+from m1local_app.kept import size_text
+from m1local_app.options import Chosen
+from m1local_quantize.hub import FileFetched, Record, pull
+
+NOTE = (
+    "Licence: the weights of {repository} are their maker's, under the licence in its repository. "
+    "For Baichuan-M1 that is a community licence: free for research and personal use, commercial "
+    "use only by written permission. Answers are no medical advice."
+)
+
+
+def fetched(model: str | None, *, offline: bool) -> Chosen:
+    """What `model` names, fetched first where it is a repository of the hub.
+
+    Raises HubError where it would have to be fetched and `offline` is set.
+    """
+    if model is None or not library.is_repository(model):
+        return library.find(model)
+    folder = library.source_folder(model)
+    record = Record.read(folder)
+    if record is None or not record.complete:
+        if offline:
+            raise HubError(f"{model} is not on this disk yet, and --offline forbids to fetch it.")
+        pull_with_progress(model, folder)
+    return library.find(model)
+
+
+def pull_with_progress(repository: str, folder: Path, *, revision: str | None = None) -> None:
+    """Fetch `repository` into `folder`."""
+    show_licence_once(repository)
+    console = Console(stderr=True, highlight=False)
+    begun, total = time.monotonic(), 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        task = bar.add_task(f"fetching {repository}", total=None)
+        for event in pull(repository, folder, revision=revision):
+            if isinstance(event, FileFetched):
+                total = event.total_bytes
+                bar.update(task, total=total, completed=event.done_bytes)
+    seconds = time.monotonic() - begun
+    console.print(f"{repository}: {size_text(total)} in {seconds:.0f} s, every hash checked")
+
+
+def show_licence_once(repository: str) -> None:
+    """Print the licence note unless it was shown for this repository, and record that it was."""
+    path = home.licences()
+    try:
+        shown = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        shown = {}
+    if repository in shown:
+        return
+    Console(stderr=True, highlight=False).print(NOTE.format(repository=repository))
+    shown[repository] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
