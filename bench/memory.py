@@ -67,7 +67,9 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(dir=arguments.work))
     for recipe in arguments.recipes:
         target = work / recipe
-        quantized = peak_memory([*m1, "quantize", str(arguments.source), str(target), "-r", recipe])
+        folders = [str(arguments.source), str(target)]
+        quantized = peak_memory([*m1, "quantize", *folders, "-r", recipe, "--no-certify"])
+        certified = peak_memory([*m1, "eval", "kld", folders[1], "--source", folders[0]])
         answered = peak_memory([*m1, "chat", str(target), "-p", "What is glaucoma?", "-n", "16"])
         nbytes = sum(path.stat().st_size for path in target.glob("*.safetensors"))
         shutil.rmtree(target)
@@ -76,6 +78,7 @@ def main() -> None:
                 "recipe": recipe,
                 "checkpoint_gib": round(nbytes / 2**30, 2),
                 "quantize": quantized,
+                "certify": certified,
                 "load_and_16_tokens": answered,
             }
         )

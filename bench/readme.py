@@ -71,6 +71,7 @@ def memory(result: dict[str, Any]) -> str:
         "checkpoint",
         "quantizing: memory held",
         "mapped files",
+        "its certificate: memory held",
         "answering: memory held",
         "mapped files",
     )
@@ -80,6 +81,7 @@ def memory(result: dict[str, Any]) -> str:
             f"{row['checkpoint_gib']} GiB",
             f"{row['quantize']['anonymous_and_shared_gib']} GiB",
             f"{row['quantize']['mapped_files_gib']} GiB",
+            f"{row['certify']['anonymous_and_shared_gib']} GiB" if "certify" in row else "",
             f"{row['load_and_16_tokens']['anonymous_and_shared_gib']} GiB",
             f"{row['load_and_16_tokens']['mapped_files_gib']} GiB",
         )

@@ -46,6 +46,7 @@ def test_layer_by_layer_gives_what_two_whole_models_give(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(certificate, "ROWS_OF_LOGITS", 23)  # no divisor of any length
+    monkeypatch.setattr(certificate, "ROWS_OF_HEAD", 100)
     reference = load_model(tiny_checkpoint, dtype=torch.float32)
     model = load_model(checkpoints[recipe], dtype=torch.float32)
     text = Source.open(tiny_checkpoint).read_text(SHIPPED)
@@ -84,9 +85,8 @@ def test_one_layer_at_a_time_is_loaded(
     for layer in range(4):
         stream.advance(layer)
         assert all(p.is_meta for p in stream._model.model.layers.parameters())
-    assert stream._model.lm_head.weight.is_meta
     stream.finish()
-    assert not stream._model.lm_head.weight.is_meta
+    assert stream._model.lm_head.weight.is_meta  # never whole in 32 bits
 
 
 def test_without_certification_there_is_none(tiny_checkpoint: Path, tmp_path: Path) -> None:

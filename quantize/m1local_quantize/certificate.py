@@ -15,16 +15,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from m1local.checkpoint import CONFIG, EMBEDDING, HEAD, load_modules
+from m1local.checkpoint import CONFIG, EMBEDDING, FLOAT, HEAD, load_modules
 from m1local.config import M1Config
 from m1local.errors import CheckpointError
 from m1local.formats import LinearSpec
-from m1local.model import M1Model
+from m1local.formats.base import QuantizedLinear
+from m1local.model import M1Model, normalize_head
 from m1local.shards import TensorFiles, Tensors
 from m1local_quantize.evaluate import Divergence, Sample, Tally
 from m1local_quantize.source import Source
 from m1local_quantize.text import Text
 
+ROWS_OF_HEAD = 4096  # at a time, in 32 bits
 ROWS_OF_LOGITS = 64  # at a time; a row of the 14B's takes half a megabyte
 DIGITS = 5  # significant; the rest differs with the number of threads
 
@@ -59,7 +61,7 @@ class Stream:
 
     def embed(self, samples: Sequence[Sample]) -> None:
         """Look the tokens up; of a 16-bit table only these rows are read."""
-        if EMBEDDING in self._specs:
+        if self._specs.get(EMBEDDING, FLOAT) != FLOAT:
             self._load(EMBEDDING)
             table = self._model.model.embed_tokens
             self.hidden = [table(torch.tensor([sample.token_ids])) for sample in samples]
@@ -77,14 +79,30 @@ class Stream:
         backbone.layers[layer] = torch.nn.Identity()
 
     def finish(self) -> None:
-        """Norm the hidden states and load the head."""
+        """Norm the hidden states, and load the head where it is quantized."""
         self._load("model.norm")
         self.hidden = [self._model.model.norm(x) for x in self.hidden]
-        self._load(HEAD)
+        if HEAD in self._specs and self._specs[HEAD] != FLOAT:
+            self._load(HEAD)
 
     def logits(self, sample: int, rows: slice) -> Tensor:
         """Logits (n, V) at some positions of a sample, after `finish`."""
-        logits: Tensor = self._model.lm_head(self.hidden[sample][0, rows]).float()
+        x = self.hidden[sample][0, rows]
+        if isinstance(self._model.lm_head, QuantizedLinear):
+            logits: Tensor = self._model.lm_head(x).float()
+            return logits
+        return self._sliced_logits(x)
+
+    def _sliced_logits(self, x: Tensor) -> Tensor:
+        """As a 16-bit head's, without its 2.7 GB in 32 bits."""
+        name = f"{HEAD}.weight"
+        if name not in self._files.names:  # tied: the embedding serves as head
+            name = f"{EMBEDDING}.weight"
+        head = self._files.tensor(name)
+        logits = x.new_empty((x.shape[0], head.shape[0]))
+        for start in range(0, head.shape[0], ROWS_OF_HEAD):
+            part = slice(start, start + ROWS_OF_HEAD)
+            logits[:, part] = x @ normalize_head(head[part].float()).T
         return logits
 
     def _load(self, prefix: str) -> None:
