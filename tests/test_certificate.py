@@ -158,7 +158,7 @@ def test_a_missing_text_is_named(tokenizer: M1Tokenizer, tmp_path: Path) -> None
 
 def test_answers_are_judged_given_their_questions(tokenizer: M1Tokenizer) -> None:
     text = Text.read(SHIPPED, tokenizer, longest=512)
-    assert len(text.samples) == 8
+    assert len(text.samples) == 4  # this tokenizer knows few Chinese characters but as bytes
     assistant = tokenizer.marker("assistant")
     for sample in text.samples:
         assert sample.token_ids[sample.first_judged - 1] == assistant

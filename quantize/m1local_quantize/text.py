@@ -18,6 +18,7 @@ from m1local_quantize.evaluate import Sample
 SHIPPED = Path(__file__).parent / "texts" / "medical.jsonl"
 CALIBRATION = Path(__file__).parent / "texts" / "calibration.jsonl"  # no text is in both
 PIECE_TOKENS = 512
+MOST_TOKENS_PER_CHARACTER = 2  # of a .jsonl line; those with more are left out
 FEWEST_TOKENS = 32  # judged, in all; figures from fewer mean nothing
 
 
@@ -73,6 +74,8 @@ def _read_jsonl(
                 f'{path}, line {number}: expected {{"question": …, "answer": …}} or '
                 f'{{"text": …}} ({error}).'
             ) from error
+        if _is_foreign(answer, tokenizer):
+            continue
         if not question or not chat:
             samples += _cut(tokenizer.encode(f"{question} {answer}".strip()), longest)
             continue
@@ -81,6 +84,14 @@ def _read_jsonl(
         if len(ids) > len(prompt) + 1:
             samples.append(Sample(tuple(ids), len(prompt) + 1))
     return samples
+
+
+def _is_foreign(text: str, tokenizer: M1Tokenizer) -> bool:
+    """Whether the tokenizer reads `text` mostly as single bytes: the model never learned it.
+
+    Its guesses at bytes would outweigh all else, a Chinese character being three of them.
+    """
+    return len(tokenizer.encode(text)) > MOST_TOKENS_PER_CHARACTER * len(text)
 
 
 def _read_plain(
