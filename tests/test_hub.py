@@ -13,7 +13,7 @@ from m1local.errors import HubError
 from m1local.manifest import CheckpointManifest
 from m1local_app.cli import cli
 from m1local_quantize import hub
-from m1local_quantize.hub import FileFetched, Pulled, pull
+from m1local_quantize.hub import BytesFetched, FileFetched, Pulled, pull
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.recipe import Recipe
 from tests.damage import refused
@@ -38,8 +38,12 @@ def served(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     server.close()
 
 
-def fetch(served: Hub, target: Path, **options: str) -> list[FileFetched | Pulled]:
-    return list(pull(NAME, target, endpoint=served.url, **options))
+def fetch(served: Hub, target: Path) -> list[BytesFetched | FileFetched | Pulled]:
+    return list(pull(NAME, target, endpoint=served.url))
+
+
+def files_only(events: Iterator[BytesFetched | FileFetched | Pulled]) -> Iterator[object]:
+    return (event for event in events if not isinstance(event, BytesFetched))
 
 
 def assert_same_files(served: Hub, target: Path) -> None:
@@ -69,6 +73,19 @@ def test_a_second_call_fetches_nothing_again(served: Hub, tmp_path: Path) -> Non
     assert not [request for request in served.requests if "resolve" in request]
 
 
+def test_what_has_come_of_a_large_file_is_told_while_it_comes(
+    served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)
+    served.faults = ["", "", "", "stall"]  # of the first weights
+    events = fetch(served, tmp_path / "m")
+    told = [event.done_bytes for event in events if not isinstance(event, Pulled)]
+    whole = {event.done_bytes for event in events if isinstance(event, FileFetched)}
+    assert told == sorted(told)
+    assert set(told) - whole - {0}
+
+
 @pytest.mark.parametrize("fault", ["cut", "stall", "503", "wrong byte"])
 def test_a_fault_is_survived(served: Hub, tmp_path: Path, fault: str) -> None:
     served.faults = ["", fault, "", fault]
@@ -89,7 +106,7 @@ def test_a_mirror_that_changes_files_is_named(served: Hub, tmp_path: Path) -> No
 
 def test_a_call_that_was_cut_is_taken_up_at_the_file_it_was_at(served: Hub, tmp_path: Path) -> None:
     events = pull(NAME, tmp_path / "m", endpoint=served.url)
-    list(islice(events, 3))
+    list(islice(files_only(events), 3))
     events.close()  # type: ignore[attr-defined]  # a generator
     first = [r for r in served.requests if r.startswith("GET") and "resolve" in r]
     fetch(served, tmp_path / "m")
@@ -113,7 +130,7 @@ def test_the_revision_stays_what_it_was_when_the_repository_moves_on(
     served: Hub, tmp_path: Path
 ) -> None:
     events = pull(NAME, tmp_path / "m", endpoint=served.url)
-    list(islice(events, 2))
+    list(islice(files_only(events), 2))
     events.close()  # type: ignore[attr-defined]  # a generator
     before = json.loads((tmp_path / "m" / hub.RECORD).read_text())
     assert before["revision"] == served.commit

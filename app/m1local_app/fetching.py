@@ -9,14 +9,21 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from m1local import home
 from m1local.errors import HubError
 from m1local_app import library
 from m1local_app.kept import size_text
 from m1local_app.options import Chosen
-from m1local_quantize.hub import FileFetched, Record, pull
+from m1local_quantize.hub import BytesFetched, FileFetched, Record, pull
 
 NOTE = (
     "Licence: the weights of {repository} are their maker's, under the licence in its repository. "
@@ -50,6 +57,7 @@ def pull_with_progress(repository: str, folder: Path, *, revision: str | None = 
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(
@@ -57,7 +65,7 @@ def pull_with_progress(repository: str, folder: Path, *, revision: str | None = 
     ) as bar:
         task = bar.add_task(f"fetching {repository}", total=None)
         for event in pull(repository, folder, revision=revision):
-            if isinstance(event, FileFetched):
+            if isinstance(event, BytesFetched | FileFetched):
                 total = event.total_bytes
                 bar.update(task, total=total, completed=event.done_bytes)
     seconds = time.monotonic() - begun

@@ -6,7 +6,6 @@ written, so that the next one sees the errors made so far. One layer is in memor
 it is not: state to be saved; a continued run passes the finished layers again, from their files.
 """
 
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from m1local_quantize.shard_writer import Layout, partial_path
 from m1local_quantize.source import Source
 
 LAYER = "model.layers."
+SAME_INPUT = {"mlp.up_proj": "mlp.gate_proj"}  # one Hessian serves both
 
 
 class Written:
@@ -70,15 +70,21 @@ class Calibrator:
         self._hessians: dict[str, Tensor] = {}
 
     def hessian(self, module: str) -> Tensor:
-        """X^T X (K, K) of the inputs of the matrix `module`; all layers before it are written."""
-        layer = int(module.removeprefix(LAYER).partition(".")[0])
+        """X^T X (K, K) of the inputs of the matrix `module`; all layers before it are written.
+
+        The caller may change it; it is computed once for every matrix.
+        """
+        number, _, name = module.removeprefix(LAYER).partition(".")
+        layer = int(number)
         if layer != self._layer:
             self._hessians = {}
             for finished in range(max(self._layer, 0), layer):
                 self._written.advance(finished)
             self._hessians = self._capture(layer)
             self._layer = layer
-        return self._hessians[module]
+        if name in SAME_INPUT.values():
+            return self._hessians[name].clone()
+        return self._hessians.pop(SAME_INPUT.get(name, name))
 
     @torch.inference_mode()
     def _capture(self, layer: int) -> dict[str, Tensor]:
@@ -88,18 +94,20 @@ class Calibrator:
         cpu = torch.device("cpu")
         load_modules(model, prefix, self._source.files, {}, dtype=torch.float32, device=cpu)
         block = model.model.layers[layer]
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        sums: dict[str, Tensor] = {}
 
-        def note(name: str) -> None:
+        def note(name: str, linear: nn.Linear) -> None:
+            sums[name] = torch.zeros(linear.in_features, linear.in_features)
+
             def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 x = inputs[0].flatten(0, -2)
-                sums[name] = sums[name] + x.T @ x
+                sums[name].addmm_(x.T, x)
 
-            block.get_submodule(name).register_forward_pre_hook(hook)
+            linear.register_forward_pre_hook(hook)
 
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
-                note(name)
+            if isinstance(module, nn.Linear) and name not in SAME_INPUT:
+                note(name, module)
         for x in self._written.hidden:
             block(x, model.model.chunk(0, x.shape[1], x.device), None)
-        return {prefix + name: hessian for name, hessian in sums.items()}
+        return sums

@@ -9,12 +9,13 @@ other programs; the files lie in a folder like any other checkpoint.
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -27,6 +28,7 @@ WANTED = ("*.json", "*.safetensors", "tokenizer.model", "LICENSE*", "NOTICE*", "
 ATTEMPTS = 5  # at one file; each goes on where the last was cut
 WAIT_SECONDS = 2.0  # before the second attempt, and twice as long before each further one
 TIMEOUT_SECONDS = 20.0
+TICK_SECONDS = 0.2  # between two looks at a transfer
 T = TypeVar("T")
 
 
@@ -37,6 +39,14 @@ class Published:
     name: str
     nbytes: int
     hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class BytesFetched:
+    """Some more of a file has come; bytes of the whole repository."""
+
+    done_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,7 @@ class Record:
 
 def pull(
     repository: str, folder: Path, *, revision: str | None = None, endpoint: str | None = None
-) -> Iterator[FileFetched | Pulled]:
+) -> Iterator[BytesFetched | FileFetched | Pulled]:
     """Fetch what m1local reads of `repository` into `folder`; call again to go on after a cut.
 
     Raises HubError where the hub cannot be reached, refuses, or sends what it did not publish,
@@ -108,7 +118,8 @@ def pull(
             path = folder / file.name
             known = record.checked.get(file.name) == file.hash
             if not (known and path.is_file() and path.stat().st_size == file.nbytes):
-                _fetch(repository, commit, file, folder, endpoint)
+                for received in _fetch(repository, commit, file, folder, endpoint):
+                    yield BytesFetched(done + received, total)
                 record.checked[file.name] = file.hash
                 record.write(folder)
             done += file.nbytes
@@ -149,18 +160,13 @@ def _published(
 
 def _fetch(
     repository: str, commit: str, file: Published, folder: Path, endpoint: str | None
-) -> None:
-    from huggingface_hub import hf_hub_download
-
-    def transfer(again: bool) -> Path:
-        found = hf_hub_download(
-            repository, file.name, revision=commit, local_dir=folder, endpoint=endpoint,
-            force_download=again,
-        )  # fmt: skip
-        return Path(found)
-
+) -> Iterator[int]:
+    """Fetch one file and check it; yields how many bytes of it have come."""
     for again in (False, True):
-        path = _with_words(repository, commit, partial(transfer, again))
+        transfer = _Transfer(repository, commit, file, folder, endpoint, again=again)
+        while not transfer.ended.wait(TICK_SECONDS):
+            yield min(transfer.received, file.nbytes)
+        path = transfer.result()
         if path.stat().st_size == file.nbytes and _hash(path, file.hash) == file.hash:
             return
         path.unlink()
@@ -168,6 +174,81 @@ def _fetch(
         f"{file.name} of {repository} came twice with other bytes than the hub publishes. The "
         "mirror or the connection changes files; try later, or another HF_ENDPOINT."
     )
+
+
+class _Transfer:
+    """huggingface_hub's transfer of one file, in a thread, so that it can be watched."""
+
+    def __init__(
+        self,
+        repository: str,
+        commit: str,
+        file: Published,
+        folder: Path,
+        endpoint: str | None,
+        *,
+        again: bool,
+    ) -> None:
+        """Begin; `again` discards what was received before."""
+        self.received = 0
+        self.ended = threading.Event()
+        self._path: Path | None = None
+        self._error: BaseException | None = None
+        arguments = (repository, commit, file.name, folder, endpoint, again)
+        # A daemon: whoever gives up waiting must not wait for the network.
+        threading.Thread(target=self._run, args=arguments, daemon=True).start()
+
+    def result(self) -> Path:
+        """The file, or the error that ended the transfer."""
+        if self._error is not None:
+            raise self._error
+        if self._path is None:
+            raise RuntimeError("the transfer has not ended")
+        return self._path
+
+    def _run(
+        self,
+        repository: str,
+        commit: str,
+        name: str,
+        folder: Path,
+        endpoint: str | None,
+        again: bool,
+    ) -> None:
+        from huggingface_hub import hf_hub_download
+
+        def transfer() -> Path:
+            self.received = 0
+            found = hf_hub_download(
+                repository, name, revision=commit, local_dir=folder, endpoint=endpoint,
+                force_download=again, tqdm_class=self._counter(),
+            )  # fmt: skip
+            return Path(found)
+
+        # It warns of every cut that it survives; those that it does not are our error.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        try:
+            self._path = _with_words(repository, commit, transfer)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.ended.set()
+
+    def _counter(self) -> Any:
+        """A progress bar that draws nothing and counts what comes."""
+        from tqdm import tqdm
+
+        watched = self
+
+        class Counter(tqdm):  # type: ignore[misc]  # has no annotations
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                watched.received += int(options.get("initial") or 0)
+                super().__init__(*arguments, **(options | {"disable": True}))
+
+            def update(self, n: float | None = 1) -> None:
+                watched.received += int(n or 0)
+
+        return Counter
 
 
 def _hash(path: Path, like: str) -> str:
