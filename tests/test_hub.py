@@ -197,6 +197,8 @@ def test_run_fetches_quantizes_and_answers_and_needs_no_network_afterwards(
     assert second.exit_code == 0
     assert second.stdout == first.stdout
     assert "Licence" not in second.stderr
+    quantized = m1("quantize", NAME, str(m1_home / "own"), "-r", "int8", "--offline")
+    assert quantized.exit_code == 0
     shown = m1("show", NAME)
     assert "original, not quantized" in shown.stdout
 

@@ -59,9 +59,7 @@ def run(
     model: options.Model = None,
     recipe: options.RecipeName = None,
     ui: Annotated[bool, typer.Option("--ui", help="Chat in the browser instead.")] = False,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Fetch nothing; fail where something is missing.")
-    ] = False,
+    offline: options.Offline = False,
     prompt: options.Prompt = None,
     system: options.System = "",
     ctx_size: options.ContextSize = None,
@@ -145,7 +143,9 @@ def ui(
 
 @cli.command()
 def quantize(
-    source: Annotated[Path, typer.Argument(help="Folder of the original 16-bit checkpoint.")],
+    source: Annotated[
+        str, typer.Argument(help="The original: its folder, or OWNER/NAME on the model hub.")
+    ],
     target: Annotated[Path, typer.Argument(help="New folder for the quantized one.")],
     recipe: options.RecipeName = None,
     overwrite: Annotated[
@@ -159,6 +159,7 @@ def quantize(
     certify: Annotated[
         bool, typer.Option("--certify/--no-certify", help="Measure the result's quality.")
     ] = True,
+    offline: options.Offline = False,
     only_say: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")
     ] = False,
@@ -169,14 +170,18 @@ def quantize(
 
     Example:  m1 quantize ./Baichuan-M1-14B-Instruct ./m1-int4 --recipe int4
     """
+    from m1local_app.fetching import fetched
     from m1local_app.progress import dry_run, quantize_with_progress
+    from m1local_quantize.recipe import Recipe
 
+    Recipe.find(recipe or DEFAULT_RECIPE)  # before gigabytes are fetched
+    original = fetched(source, offline=offline).folder
     if only_say:
-        typer.echo(dry_run(source, recipe or DEFAULT_RECIPE))
+        typer.echo(dry_run(original, recipe or DEFAULT_RECIPE))
         return
     try:
         quantize_with_progress(
-            source,
+            original,
             target,
             recipe or DEFAULT_RECIPE,
             overwrite=overwrite,

@@ -33,6 +33,9 @@ TextFile = Annotated[
         show_default=False,
     ),
 ]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Fetch nothing; fail where something is missing.")
+]
 Prompt = Annotated[
     str | None,
     typer.Option("--prompt", "-p", help="Answer this one question and leave. Piped text is added."),
