@@ -70,7 +70,11 @@ def quantize_with_progress(
     seconds = time.monotonic() - begun
     console.print(f"{recipe.name}: {size_text(before)} -> {size_text(size)} in {seconds:.1f} s")
     if manifest.certificate is not None:
-        console.print(f"against the original: {quality_line(manifest.certificate)}", soft_wrap=True)
+        found = manifest.certificate
+        console.print(
+            f"against the original: same top token {float(found['top1_agreement']):.1%}, "
+            f"KL divergence {found['mean_kl']:.4f}"
+        )
     return manifest
 
 

@@ -50,7 +50,9 @@ about diseases that read like a leaflet and are often wrong.
   No question or answer of the evaluation sets stands in the text; the loader checks that.
 - Training: {tokens:,} tokens ({epochs:.1f} times the {epoch_tokens:,} of one epoch) in {steps:,}
   steps and {minutes:.0f} minutes on {cores} cores ({processor}) shared with other work, in float32;
-  Muon and AdamW. Loss at the end {loss:.2f}. `python -m tools.demo.train` and
+  Muon and AdamW; from 64 % on mostly conversations about some hundred well-known diseases, a choice
+  made after an intermediate state named its subject in 11 of the thirty answers below only. Loss at
+  the end {loss:.2f}. `python -m tools.demo.train` and
   `tools/demo/training.json` have the details, `docs/m1-tiny-training.png` the curve.
 - Convolution taps of the keys, mean over heads: {taps}. They began at (0.10, 0.90).
 - Weights in bfloat16, released under Apache-2.0; the texts remain under their own licence, and are
@@ -70,9 +72,9 @@ training text (whole answers, asked for with "{detailed}"; other vocabularies ar
 Choosing the right one of four answers to a held-out question, by how much more likely the question
 makes it: {selection:.1%} (chance 25 %).
 
-Thirty fixed questions, always taking the likeliest token: {ends} answers end by themselves,
-{subject} name their subject at once and stay with it, {repeats} repeat no four words more than
-three times.
+Thirty fixed questions, all about diseases of the training text, always taking the likeliest token:
+{ends} answers end by themselves, {subject} name their subject at once and stay with it, {repeats}
+repeat no four words more than three times.
 
 {quality}
 
@@ -147,6 +149,9 @@ def plot(record: dict[str, Any]) -> None:
     other = loss_axis.twinx()
     other.plot(*zip(*held_out, strict=True), "o-", markersize=3, color="tab:orange")
     other.set_yscale("log")
+    other.set_yticks([10, 12, 15, 20, 30, 50, 100])
+    other.yaxis.set_major_formatter("{x:g}")
+    other.minorticks_off()
     other.set_ylabel("perplexity on held-out answers", color="tab:orange")
     loss_axis.set_title("m1-tiny: training")
     figure.savefig(PLOT, dpi=110)
