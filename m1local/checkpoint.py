@@ -21,7 +21,7 @@ from m1local.formats.base import ROWS_PER_SLICE, QuantizedEmbedding, Stored
 from m1local.manifest import NAME as MANIFEST
 from m1local.manifest import CheckpointManifest
 from m1local.model import M1Model, normalize_head
-from m1local.shards import TensorFiles, Tensors
+from m1local.shards import DescribedTensors, TensorFiles, Tensors
 
 CONFIG = "config.json"
 EMBEDDING = "model.embed_tokens"
@@ -146,7 +146,7 @@ def expected_tensors(
 
 
 def check_tensors(
-    files: TensorFiles, expected: Mapping[str, Stored | tuple[int, ...]], *, tied: bool
+    files: DescribedTensors, expected: Mapping[str, Stored | tuple[int, ...]], *, tied: bool
 ) -> None:
     """Raise CheckpointError unless `files` hold exactly the `expected` tensors."""
     names = {name for name in files.names if not name.endswith(IGNORED_SUFFIX)}

@@ -42,6 +42,21 @@ class Tensors(Protocol):
         """The tensor `name`."""
 
 
+class DescribedTensors(Tensors, Protocol):
+    """Tensors of a checkpoint's files, whose shapes and types are known without reading them."""
+
+    folder: Path
+
+    def file_of(self, name: str) -> str:
+        """The file that holds the tensor `name`."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor; raises CheckpointError for one unknown here."""
+
+
 class TensorFiles:
     """All tensors of a folder by name, each read from its file when asked for."""
 
@@ -99,13 +114,7 @@ class TensorFiles:
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor, from the header alone; raises CheckpointError for one unknown here."""
-        code = self._slice(name).get_dtype()
-        if code not in DTYPES:
-            raise CheckpointError(
-                f"{self.folder / self._file_of[name]}: {name} is stored as {code}; this m1local "
-                f"reads {', '.join(DTYPES)}."
-            )
-        return DTYPES[code]
+        return known_dtype(self._slice(name).get_dtype(), self.folder / self._file_of[name], name)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, mapped from its file."""
@@ -114,6 +123,15 @@ class TensorFiles:
 
     def _slice(self, name: str) -> Any:
         return self.files[self._file_of[name]].get_slice(name)
+
+
+def known_dtype(code: str, file: Path, name: str) -> torch.dtype:
+    """The type a header calls `code`; raises CheckpointError for one unknown here."""
+    if code not in DTYPES:
+        raise CheckpointError(
+            f"{file}: {name} is stored as {code}; this m1local reads {', '.join(DTYPES)}."
+        )
+    return DTYPES[code]
 
 
 def _open(path: Path) -> Any:

@@ -87,14 +87,16 @@ class Hub:
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
         if file.name.endswith(LARGE):
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
-        status, start = 200, 0
+        status, start, end = 200, 0, len(content)
         wanted = request.headers.get("Range")
         if wanted and body:
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last) + 1 if last else len(content), len(content))
             status = 206
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        fault = self.faults.pop(0) if body and self.faults else ""
-        part = content[start:]
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        part = content[start:end]
+        is_header = wanted is not None and not wanted.endswith("-")
+        fault = self.faults.pop(0) if body and self.faults and not is_header else ""
         if fault == "503":
             return self._send(request, 503, {}, b"")
         if fault == "wrong byte":

@@ -14,12 +14,13 @@ from m1local.errors import CalibrationError, CheckpointError
 from m1local.manifest import CheckpointManifest
 from m1local.tokenizer import M1Tokenizer
 from m1local_app.cli import cli
-from m1local_quantize import certificate
-from m1local_quantize.certificate import LayerMeasured, certify
+from m1local_quantize import certificate, stream
+from m1local_quantize.certificate import StageMeasured, certify
 from m1local_quantize.evaluate import Divergence, Sample, compare
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.recipe import Recipe, shipped_recipes
 from m1local_quantize.source import Source
+from m1local_quantize.stream import Stream
 from m1local_quantize.text import SHIPPED, Text
 from tests.conftest import TINY, write_checkpoint
 from tests.damage import refused
@@ -46,7 +47,7 @@ def test_layer_by_layer_gives_what_two_whole_models_give(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(certificate, "ROWS_OF_LOGITS", 23)  # no divisor of any length
-    monkeypatch.setattr(certificate, "ROWS_OF_HEAD", 100)
+    monkeypatch.setattr(stream, "ROWS_OF_HEAD", 100)
     reference = load_model(tiny_checkpoint, dtype=torch.float32)
     model = load_model(checkpoints[recipe], dtype=torch.float32)
     text = Source.open(tiny_checkpoint).read_text(SHIPPED)
@@ -57,7 +58,7 @@ def test_layer_by_layer_gives_what_two_whole_models_give(
     )
     assert isinstance(found, Divergence)
     assert asdict(found) == pytest.approx(asdict(whole), rel=1e-4)
-    assert progress == [LayerMeasured(done, 5) for done in range(1, 6)]
+    assert progress == [StageMeasured(done, 6) for done in range(1, 7)]
     assert manifest.certificate is not None
     for name, value in asdict(found).items():
         assert manifest.certificate[name] == pytest.approx(value, rel=1e-4)
@@ -80,13 +81,13 @@ def test_a_checkpoint_that_loses_nothing_has_no_divergence(
 def test_one_layer_at_a_time_is_loaded(
     checkpoints: dict[str, Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = certificate.Stream.of_source(Source.open(tiny_checkpoint))
-    stream.embed(samples(tiny_checkpoint))
-    for layer in range(4):
-        stream.advance(layer)
-        assert all(p.is_meta for p in stream._model.model.layers.parameters())
-    stream.finish()
-    assert stream._model.lm_head.weight.is_meta  # never whole in 32 bits
+    opened = Source.open(tiny_checkpoint)
+    passing = Stream.of_source(opened, samples(tiny_checkpoint))
+    for _ in range(6):
+        passing.advance()
+        assert all(p.is_meta for p in passing._model.model.layers.parameters())
+    assert passing.logits(0, slice(0, 3)).shape == (3, 512)
+    assert passing._model.lm_head.weight.is_meta  # never whole in 32 bits
 
 
 def test_without_certification_there_is_none(tiny_checkpoint: Path, tmp_path: Path) -> None:

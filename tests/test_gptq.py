@@ -137,9 +137,10 @@ def test_hessians_come_from_the_layers_as_they_were_written(
     plan = Plan.of(source, Recipe.find(RECIPE))
     samples = source.read_text(CALIBRATION).samples
     calibrator = Calibrator(source, calibrated, plan, samples)
-    # A model whose first two layers are the written ones, and all else is the original.
+    # A model whose embedding and first two layers are the written ones; else the original.
     model = load_model(tiny_checkpoint, dtype=torch.float32)
     written = load_model(calibrated, dtype=torch.float32)
+    model.model.embed_tokens = written.model.embed_tokens
     for layer in range(2):
         model.model.layers[layer] = written.model.layers[layer]
     for name in ("self_attn.W_pack", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):

@@ -12,10 +12,11 @@ from typer.testing import CliRunner, Result
 from m1local.errors import HubError
 from m1local.manifest import CheckpointManifest
 from m1local_app.cli import cli
-from m1local_quantize import hub
-from m1local_quantize.hub import BytesFetched, FileFetched, Pulled, pull
+from m1local_quantize import hub, transfer
+from m1local_quantize.hub import FileFetched, Pulled, pull
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.recipe import Recipe
+from m1local_quantize.transfer import BytesFetched
 from tests.damage import refused
 from tests.hub_server import Hub
 from tests.test_pipeline import bytes_of
@@ -28,7 +29,7 @@ def served(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    monkeypatch.setattr(hub, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "served"))
     (folder / "modeling_baichuan.py").write_text("import os")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
@@ -76,7 +77,7 @@ def test_a_second_call_fetches_nothing_again(served: Hub, tmp_path: Path) -> Non
 def test_what_has_come_of_a_large_file_is_told_while_it_comes(
     served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(transfer, "TICK_SECONDS", 0.01)
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)
     served.faults = ["", "", "", "stall"]  # of the first weights
     events = fetch(served, tmp_path / "m")
@@ -151,7 +152,7 @@ def test_what_the_hub_refuses_is_one_clear_line(served: Hub, tmp_path: Path) -> 
 
 
 def test_without_a_network_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
     with refused(HubError, f"{NAME} could not be fetched"):
         list(pull(NAME, tmp_path / "m", endpoint="http://127.0.0.1:9"))
 
@@ -185,7 +186,6 @@ def test_run_fetches_quantizes_and_answers_and_needs_no_network_afterwards(
     first = m1("run", NAME, *question)
     assert first.exit_code == 0, first.stderr
     assert "Licence: the weights of someone/tiny-m1" in first.stderr
-    assert "every hash checked" in first.stderr
     (kept,) = (m1_home / "models").iterdir()
     manifest = CheckpointManifest.read(kept)
     assert (manifest.source, manifest.source_revision) == (NAME, served.commit)
@@ -194,11 +194,24 @@ def test_run_fetches_quantizes_and_answers_and_needs_no_network_afterwards(
     served.close = lambda: None  # type: ignore[method-assign]  # closed here already
     Hub.close(served)
     second = m1("run", NAME, "--offline", *question)
-    assert second.exit_code == 0
+    assert second.exit_code == 0, second.stderr
     assert second.stdout == first.stdout
     assert "Licence" not in second.stderr
+    assert not list((m1_home / "sources").rglob("*.safetensors"))
     quantized = m1("quantize", NAME, str(m1_home / "own"), "-r", "int8", "--offline")
-    assert quantized.exit_code == 0
+    assert quantized.exit_code == 1
+    assert "--offline forbids to fetch them" in quantized.stderr
+    assert not (m1_home / "own").exists()
+
+
+def test_a_kept_source_is_there_for_the_next_recipe(
+    m1: Callable[..., Result], served: Hub, m1_home: Path
+) -> None:
+    first = m1("quantize", NAME, str(m1_home / "a"), "-r", "int4", "--keep-source")
+    assert first.exit_code == 0, first.stderr
+    assert "every hash checked" in first.stderr
+    second = m1("quantize", NAME, str(m1_home / "b"), "-r", "int8", "--offline")
+    assert second.exit_code == 0, second.stderr
     shown = m1("show", NAME)
     assert "original, not quantized" in shown.stdout
 
@@ -206,7 +219,7 @@ def test_run_fetches_quantizes_and_answers_and_needs_no_network_afterwards(
 def test_pull_goes_on_where_it_was_cut(
     m1: Callable[..., Result], served: Hub, m1_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    monkeypatch.setattr(transfer, "ATTEMPTS", 1)
     served.faults = ["", "", "", "503", "503", "503", "503", "503", "503"]
     cut = m1("pull", NAME)
     assert cut.exit_code == 1

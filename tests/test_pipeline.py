@@ -18,12 +18,12 @@ from torch import Tensor
 
 from m1local.checkpoint import load_model
 from m1local.manifest import CheckpointManifest
-from m1local_quantize.certificate import LayerMeasured
+from m1local_quantize.certificate import StageMeasured
+from m1local_quantize.passage import TensorWritten
 from m1local_quantize.pipeline import (
     CheckpointWritten,
     Planned,
     Stage,
-    TensorWritten,
     quantize_checkpoint,
 )
 from m1local_quantize.recipe import Recipe, shipped_recipes
@@ -223,7 +223,11 @@ def test_events_are_the_plan_then_every_tensor_then_the_end(
     assert isinstance(first, Planned)
     assert isinstance(last, CheckpointWritten)
     written = [stage for stage in middle if isinstance(stage, TensorWritten)]
-    assert middle == [*written, *(LayerMeasured(done, 5) for done in range(1, 6))]
+    measured = [stage for stage in middle if isinstance(stage, StageMeasured)]
+    assert len(middle) == len(written) + len(measured)
+    assert measured == [StageMeasured(done, 6) for done in range(1, 7)]
+    # Every stage is measured as soon as it is written.
+    assert [middle.index(event) for event in measured[:2]] == [1, 2 + len(source) // 4]
     assert sorted(stage.name for stage in written) == sorted(source)
     done = 0
     for stage in written:

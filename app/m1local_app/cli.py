@@ -60,6 +60,7 @@ def run(
     recipe: options.RecipeName = None,
     ui: Annotated[bool, typer.Option("--ui", help="Chat in the browser instead.")] = False,
     offline: options.Offline = False,
+    keep_source: options.KeepSource = False,
     prompt: options.Prompt = None,
     system: options.System = "",
     ctx_size: options.ContextSize = None,
@@ -88,8 +89,8 @@ def run(
     if model is None or not library.is_repository(model):
         library.find(model)  # a wrong name is the first thing to be said
     question = None if ui else _question(wanted)
-    found = fetched(model, offline=offline)
-    chosen = _quantized(found, recipe, announce_demo=model is None)
+    found = fetched(model, offline=offline, keep_source=keep_source)
+    chosen = _quantized(found, recipe, announce_demo=model is None, offline=offline)
     _serve_page(chosen, wanted) if ui else _converse(chosen, wanted, question)
 
 
@@ -126,6 +127,8 @@ def chat(
 def ui(
     model: options.Model = None,
     recipe: options.RecipeName = None,
+    offline: options.Offline = False,
+    keep_source: options.KeepSource = False,
     system: options.System = "",
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
@@ -136,7 +139,10 @@ def ui(
 
     Example:  m1 ui ./Baichuan-M1-14B-Instruct
     """
-    chosen = _quantized(library.find(model), recipe, announce_demo=model is None)
+    from m1local_app.fetching import fetched
+
+    found = fetched(model, offline=offline, keep_source=keep_source)
+    chosen = _quantized(found, recipe, announce_demo=model is None, offline=offline)
     wanted = ChatOptions(system=system, context_tokens=ctx_size, threads=threads)
     _serve_page(chosen, wanted, port=port, browser=browser)
 
@@ -160,6 +166,7 @@ def quantize(
         bool, typer.Option("--certify/--no-certify", help="Measure the result's quality.")
     ] = True,
     offline: options.Offline = False,
+    keep_source: options.KeepSource = False,
     only_say: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")
     ] = False,
@@ -170,12 +177,13 @@ def quantize(
 
     Example:  m1 quantize ./Baichuan-M1-14B-Instruct ./m1-int4 --recipe int4
     """
-    from m1local_app.fetching import fetched
+    from m1local_app.fetching import fetched, open_source
     from m1local_app.progress import dry_run, quantize_with_progress
     from m1local_quantize.recipe import Recipe
 
     Recipe.find(recipe or DEFAULT_RECIPE)  # before gigabytes are fetched
-    original = fetched(source, offline=offline).folder
+    found = fetched(source, offline=offline, keep_source=keep_source and not only_say)
+    original = open_source(found, offline=offline)
     if only_say:
         typer.echo(dry_run(original, recipe or DEFAULT_RECIPE))
         return
@@ -288,10 +296,13 @@ def evaluate(
     typer.echo(quality_line(measure_with_progress(library.find(source).folder, folder, text)))
 
 
-def _quantized(chosen: Chosen, recipe_name: str | None, *, announce_demo: bool) -> Chosen:
+def _quantized(
+    chosen: Chosen, recipe_name: str | None, *, announce_demo: bool, offline: bool
+) -> Chosen:
     """The quantized form of `chosen`, made now if need be."""
     from m1local.checkpoint import is_quantized
     from m1local.manifest import CheckpointManifest
+    from m1local_app.fetching import open_source
     from m1local_app.progress import quantize_with_progress
     from m1local_quantize.recipe import Recipe
 
@@ -312,7 +323,8 @@ def _quantized(chosen: Chosen, recipe_name: str | None, *, announce_demo: bool) 
     recipe = Recipe.find(recipe_name or DEFAULT_RECIPE)
     target = library.kept_folder(chosen, recipe)
     if not (target / "m1local.json").is_file():
-        quantize_with_progress(chosen.folder, target, recipe_name or DEFAULT_RECIPE)
+        original = open_source(chosen, offline=offline)
+        quantize_with_progress(original, target, recipe_name or DEFAULT_RECIPE)
     return Chosen(target, f"{chosen.label} ({recipe.name})")
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -23,7 +24,11 @@ from m1local.errors import HubError
 from m1local_app import library
 from m1local_app.kept import size_text
 from m1local_app.options import Chosen
-from m1local_quantize.hub import BytesFetched, FileFetched, Record, pull
+from m1local_quantize.hub import FileFetched, Record, Repository, pull
+from m1local_quantize.transfer import BytesFetched
+
+if TYPE_CHECKING:
+    from m1local_quantize.source import Source
 
 NOTE = (
     "Licence: the weights of {repository} are their maker's, under the licence in its repository. "
@@ -32,24 +37,53 @@ NOTE = (
 )
 
 
-def fetched(model: str | None, *, offline: bool) -> Chosen:
-    """What `model` names, fetched first where it is a repository of the hub.
+def fetched(model: str | None, *, offline: bool, keep_source: bool) -> Chosen:
+    """What `model` names; of a repository the whole, or with `keep_source` unset all but weights.
 
-    Raises HubError where it would have to be fetched and `offline` is set.
+    Raises HubError where something would have to be fetched and `offline` is set.
     """
     if model is None or not library.is_repository(model):
         return library.find(model)
     folder = library.source_folder(model)
     record = Record.read(folder)
-    if record is None or not record.complete:
+    if record is not None and record.complete:
+        return library.find(model)
+    if keep_source or record is None or not record.described:
         if offline:
             raise HubError(f"{model} is not on this disk yet, and --offline forbids to fetch it.")
-        pull_with_progress(model, folder)
-    return library.find(model)
+        pull_with_progress(model, folder, weights=keep_source)
+    record = Record.read(folder)
+    if record is not None and record.complete:
+        return library.find(model)
+    return Chosen(folder, model.partition("/")[2], repository=model)
 
 
-def pull_with_progress(repository: str, folder: Path, *, revision: str | None = None) -> None:
-    """Fetch `repository` into `folder`."""
+def open_source(chosen: Chosen, *, offline: bool) -> "Source":
+    """The original to be quantized, whose weights may still have to come.
+
+    Raises HubError where they would and `offline` is set.
+    """
+    from m1local_quantize.source import Source  # torch, which `m1 --help` must not load
+
+    if chosen.repository is None:
+        return Source.open(chosen.folder)
+    if offline:
+        raise HubError(
+            f"The weights of {chosen.repository} are not on this disk, and --offline forbids to "
+            "fetch them."
+        )
+    from m1local_quantize.arriving import ArrivingFiles
+
+    record = Record.read(chosen.folder)
+    asked = None if record is None else record.asked
+    found = Repository.find(chosen.repository, chosen.folder, revision=asked)
+    return Source.open(chosen.folder, ArrivingFiles.of(found))
+
+
+def pull_with_progress(
+    repository: str, folder: Path, *, revision: str | None = None, weights: bool = True
+) -> None:
+    """Fetch `repository` into `folder`, or all but its weights."""
     show_licence_once(repository)
     console = Console(stderr=True, highlight=False)
     begun, total = time.monotonic(), 0
@@ -64,12 +98,13 @@ def pull_with_progress(repository: str, folder: Path, *, revision: str | None = 
         *columns, console=console, transient=True, disable=not sys.stderr.isatty()
     ) as bar:
         task = bar.add_task(f"fetching {repository}", total=None)
-        for event in pull(repository, folder, revision=revision):
+        for event in pull(repository, folder, revision=revision, weights=weights):
             if isinstance(event, BytesFetched | FileFetched):
                 total = event.total_bytes
                 bar.update(task, total=total, completed=event.done_bytes)
     seconds = time.monotonic() - begun
-    console.print(f"{repository}: {size_text(total)} in {seconds:.0f} s, every hash checked")
+    if weights:
+        console.print(f"{repository}: {size_text(total)} in {seconds:.0f} s, every hash checked")
 
 
 def show_licence_once(repository: str) -> None:

@@ -11,7 +11,7 @@ from m1local import home
 from m1local.errors import CheckpointError
 from m1local.manifest import FORMAT_VERSION
 from m1local_app.options import Chosen
-from m1local_quantize.hub import Record
+from m1local_quantize.hub import RECORD, Record
 from m1local_quantize.recipe import Recipe
 
 ORIGINAL = "baichuan-inc/Baichuan-M1-14B-Instruct"
@@ -41,8 +41,8 @@ def find(model: str | None) -> Chosen:
         if record is not None and record.complete:
             return Chosen(source_folder(model), model.partition("/")[2])
         raise CheckpointError(
-            f"There is no folder {model}. If it is a repository of the model hub, fetch it first: "
-            f"`m1 pull {model}`."
+            f"There is no folder {model}, and no repository of that name was fetched. `m1 run "
+            f"{model}` fetches and quantizes it; `m1 pull {model}` only fetches."
         )
     shown = model if len(model) <= SHOWN_CHARACTERS else f"{model[:SHOWN_CHARACTERS]}…"
     raise CheckpointError(
@@ -81,11 +81,17 @@ def kept_folder(chosen: Chosen, recipe: Recipe) -> Path:
 
     The name ends in a fingerprint of the recipe's rules, the checkpoint format and the files that
     are read (their content where they are small, else size and time), so that a changed source or
-    another of the same name is never mistaken for it.
+    another of the same name is never mistaken for it. Of a repository, the commit stands for the
+    weights, which need not be there any more.
     """
     digest = hashlib.sha256(f"{FORMAT_VERSION} {recipe.method} {recipe.rules}\n".encode())
+    record = Record.read(chosen.folder)
+    if record is not None:
+        digest.update(f"{record.repository} {record.revision}\n".encode())
     read = {path for pattern in READ_FILES for path in chosen.folder.glob(pattern)}
     for path in sorted(read):
+        if path.name == RECORD or (record is not None and path.suffix == ".safetensors"):
+            continue
         status = path.stat()
         digest.update(f"{path.name} {status.st_size}\n".encode())
         small = status.st_size <= SMALL_BYTES

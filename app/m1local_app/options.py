@@ -36,6 +36,12 @@ TextFile = Annotated[
 Offline = Annotated[
     bool, typer.Option("--offline", help="Fetch nothing; fail where something is missing.")
 ]
+KeepSource = Annotated[
+    bool,
+    typer.Option(
+        "--keep-source", help="Fetch the whole original first, and keep it; else it is dropped."
+    ),
+]
 Prompt = Annotated[
     str | None,
     typer.Option("--prompt", "-p", help="Answer this one question and leave. Piped text is added."),
@@ -114,3 +120,4 @@ class Chosen:
 
     folder: Path
     label: str
+    repository: str | None = None  # whose weights are still to be fetched into the folder

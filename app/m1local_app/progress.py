@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -25,10 +25,11 @@ from m1local_app.kept import size_text
 
 if TYPE_CHECKING:
     from m1local_quantize.pipeline import Planned
+    from m1local_quantize.source import Source
 
 
 def quantize_with_progress(
-    source: Path,
+    source: "Source",
     target: Path,
     recipe_name: str,
     *,
@@ -45,47 +46,53 @@ def quantize_with_progress(
 
     recipe = Recipe.find(recipe_name)
     console = Console(stderr=True, highlight=False)
-    begun = time.monotonic()
-    manifest = None
-    measured_on = (text or SHIPPED) if certify else None
+    begun, peak, manifest = time.monotonic(), 0, None
     with _bar(console) as bar:
-        task = bar.add_task(f"quantizing to {recipe.name}", total=None)
+        drawn = _Drawn(bar, f"quantizing to {recipe.name}", source.files.passing)
         for event in quantize_checkpoint(
             source,
             target,
             recipe,
             overwrite=overwrite,
-            text=measured_on,
+            text=(text or SHIPPED) if certify else None,
             calibration=calibration or CALIBRATION,
         ):
-            _draw(bar, task, event)
+            peak = max(peak, held_bytes())
+            drawn.draw(event)
             if isinstance(event, Planned):
                 _say_what_was_found(console, event)
             elif isinstance(event, CheckpointWritten):
                 manifest = event.manifest
     if manifest is None:
         raise RuntimeError("the pipeline ended without a checkpoint")
+    _say_what_was_made(console, manifest, time.monotonic() - begun, peak)
+    return manifest
+
+
+def _say_what_was_made(
+    console: Console, manifest: CheckpointManifest, seconds: float, peak: int
+) -> None:
     size = sum(record.nbytes for record in manifest.files.values())
     before = sum(record.nbytes for record in manifest.source_files.values())
-    seconds = time.monotonic() - begun
-    console.print(f"{recipe.name}: {size_text(before)} -> {size_text(size)} in {seconds:.1f} s")
+    console.print(
+        f"{manifest.recipe}: {size_text(before)} -> {size_text(size)} in {seconds:.1f} s, "
+        f"{size_text(int(before / seconds))} a second, at most {size_text(peak)} of memory"
+    )
     if manifest.certificate is not None:
         found = manifest.certificate
         console.print(
             f"against the original: same top token {float(found['top1_agreement']):.1%}, "
             f"KL divergence {found['mean_kl']:.4f}"
         )
-    return manifest
 
 
-def dry_run(source: Path, recipe_name: str) -> str:
-    """What quantizing `source` would take, without writing anything."""
+def dry_run(opened: "Source", recipe_name: str) -> str:
+    """What quantizing a source would take, without writing anything."""
     from m1local_quantize.estimate import estimate
     from m1local_quantize.plan import Plan
     from m1local_quantize.recipe import Recipe
-    from m1local_quantize.source import Source
 
-    opened, recipe = Source.open(source), Recipe.find(recipe_name)
+    recipe = Recipe.find(recipe_name)
     expected = estimate(opened, Plan.of(opened, recipe))
     seconds = "not estimated" if expected.seconds is None else f"about {expected.seconds:,.0f} s"
     rows = (
@@ -103,7 +110,7 @@ def measure_with_progress(
 ) -> Mapping[str, str | int | float]:
     """The certificate of the checkpoint in `folder`, measured now against its original."""
     from m1local.manifest import CheckpointManifest
-    from m1local_quantize.certificate import LayerMeasured, certificate, certify
+    from m1local_quantize.certificate import StageMeasured, certificate, certify
     from m1local_quantize.source import Source
     from m1local_quantize.text import SHIPPED
 
@@ -114,8 +121,9 @@ def measure_with_progress(
     with _bar(Console(stderr=True, highlight=False)) as bar:
         task = bar.add_task("measuring", total=None)
         for event in certify(opened, folder, specs, measured_on):
-            if isinstance(event, LayerMeasured):
-                _draw(bar, task, event)
+            if isinstance(event, StageMeasured):
+                said = f"measuring, stage {event.done} of {event.total}"
+                bar.update(task, description=said, total=event.total, completed=event.done)
             else:
                 found = certificate(event, measured_on)
     if found is None:
@@ -153,17 +161,40 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _draw(bar: Progress, task: TaskID, event: object) -> None:
-    from m1local_quantize.certificate import LayerMeasured
-    from m1local_quantize.pipeline import Planned, TensorWritten
+class _Drawn:
+    """The bars of one quantization: what is done, and, where it comes over the network, what came.
 
-    if isinstance(event, Planned):
-        bar.update(task, total=event.plan.source_bytes, completed=event.resumed_bytes)
-    elif isinstance(event, TensorWritten):
-        bar.update(task, completed=event.done_bytes)
-    elif isinstance(event, LayerMeasured):
-        description = f"measuring, layer {event.done} of {event.total}"
-        bar.update(task, description=description, total=event.total, completed=event.done)
+    The bar of what is done counts bytes of the source; its rate and its end include measuring.
+    """
+
+    def __init__(self, bar: Progress, description: str, arriving: bool) -> None:
+        self._bar, self._description = bar, description
+        self._done = bar.add_task(description, total=None)
+        self._came = bar.add_task("fetching", total=None) if arriving else None
+
+    def draw(self, event: object) -> None:
+        from m1local_quantize.certificate import StageMeasured
+        from m1local_quantize.passage import TensorWritten
+        from m1local_quantize.pipeline import Planned
+        from m1local_quantize.transfer import BytesFetched
+
+        bar, held = self._bar, size_text(held_bytes())
+        if isinstance(event, Planned):
+            bar.update(self._done, total=event.plan.source_bytes, completed=event.resumed_bytes)
+        elif isinstance(event, TensorWritten):
+            text = f"{self._description} ({held})"
+            bar.update(self._done, completed=event.done_bytes, description=text)
+        elif isinstance(event, StageMeasured):
+            text = f"{self._description} ({held}), measured {event.done}/{event.total}"
+            bar.update(self._done, description=text)
+        elif isinstance(event, BytesFetched) and self._came is not None:
+            bar.update(self._came, total=event.total_bytes, completed=event.done_bytes)
+
+
+def held_bytes() -> int:
+    """Memory this process holds now, without files that are only mapped where that can be told."""
+    information = psutil.Process().memory_info()
+    return int(information.rss) - int(getattr(information, "shared", 0))
 
 
 def _say_what_was_found(console: Console, planned: "Planned") -> None:

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from m1local.checkpoint import load_modules
 from m1local.model import M1Model
-from m1local_quantize.certificate import Stream
 from m1local_quantize.evaluate import Sample
 from m1local_quantize.plan import Plan
 from m1local_quantize.shard_writer import Layout, partial_path
 from m1local_quantize.source import Source
+from m1local_quantize.stream import LAYER, Stream
 
-LAYER = "model.layers."
 SAME_INPUT = {"mlp.up_proj": "mlp.gate_proj"}  # one Hessian serves both
 
 
@@ -61,11 +60,8 @@ class Calibrator:
 
     def __init__(self, source: Source, target: Path, plan: Plan, samples: Sequence[Sample]) -> None:
         """Begin before the first layer."""
-        self._source, self._plan = source, plan
-        self._written = Stream(source.config, Written(target, plan), plan.linears)
-        start = Stream.of_source(source)
-        start.embed(samples)
-        self._written.hidden = start.hidden
+        self._source = source
+        self._written = Stream(source.config, Written(target, plan), plan.linears, samples)
         self._layer = -1
         self._hessians: dict[str, Tensor] = {}
 
@@ -78,8 +74,8 @@ class Calibrator:
         layer = int(number)
         if layer != self._layer:
             self._hessians = {}
-            for finished in range(max(self._layer, 0), layer):
-                self._written.advance(finished)
+            while self._written.passed <= layer:
+                self._written.advance()
             self._hessians = self._capture(layer)
             self._layer = layer
         if name in SAME_INPUT.values():

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from m1local.formats import format_class
 from m1local.formats.base import ROWS_PER_SLICE
-from m1local_quantize.calibration import LAYER, Calibrator
+from m1local_quantize.calibration import Calibrator
 from m1local_quantize.methods import gptq, quantizer
 from m1local_quantize.plan import Plan, Step
 from m1local_quantize.source import Source
+from m1local_quantize.stream import LAYER
 from m1local_quantize.text import Text
 
 

@@ -26,6 +26,7 @@ from m1local_quantize.text import Text
 
 MARKER = "m1local.unfinished"
 LOCK = "m1local.lock"
+HIDDEN = "m1local.hidden"  # what a measurement needs to go on where the source was dropped
 NOTE = "This folder is being written by m1local; the same command continues it."
 
 
@@ -65,7 +66,7 @@ def take_up(target: Path, source: Source, plan: Plan, calibration: Text | None) 
     os.replace(partial, journal.path)
     (target / MANIFEST).unlink(missing_ok=True)
     journal.finished = verified
-    kept = {MARKER, LOCK}
+    kept = {MARKER, LOCK, HIDDEN} if recorded is not None else {MARKER, LOCK}
     for file_name, steps in plan.shards.items():
         path = target / file_name
         if path.is_file() and not all(journal.has(step) for step in steps):
@@ -80,12 +81,11 @@ def take_up(target: Path, source: Source, plan: Plan, calibration: Text | None) 
 
 def _fingerprint(source: Source, plan: Plan, calibration: Text | None) -> str:
     """SHA-256 of all that decides the bytes of the result, as far as it is cheap to know."""
-    status = {name: (source.folder / name).stat() for name in sorted(source.files.files)}
     decisive = {
         "m1local": [__version__, FORMAT_VERSION],
         "torch": torch.__version__,
         "calibration": None if calibration is None else calibration.sha256,
-        "source": {name: [s.st_size, s.st_mtime_ns] for name, s in status.items()},
+        "source": dict(source.files.identity()),
         "plan": {
             file: [[step.name, repr(step.spec), step.method] for step in steps]
             for file, steps in plan.shards.items()

@@ -5,13 +5,13 @@ unfinished folder that no loader takes for a checkpoint. One matrix is in memory
 its quantized form; the source stays mapped and untouched. What it is not: the arithmetic of a
 format (m1local.formats) or the choice of formats (recipe.py).
 
-Stages: open the source, plan, prepare the target, write the shards, write the small files, measure
-the result (certificate.py), and last of all the manifest.
+Open the source, plan, prepare the target, let the source pass (passage.py: write and measure),
+write the small files, and last of all the manifest.
 """
 
 import json
 import shutil
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +22,13 @@ from m1local.generation_config import NAME as GENERATION_CONFIG
 from m1local.manifest import CheckpointManifest, FileRecord
 from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
-from m1local_quantize.certificate import LayerMeasured, certificate, certify
-from m1local_quantize.convert import Converter
 from m1local_quantize.disk import disk_error
-from m1local_quantize.journal import Journal, take_up
+from m1local_quantize.journal import take_up
 from m1local_quantize.notice import NAME as NOTICE
 from m1local_quantize.notice import notice
+from m1local_quantize.passage import Passage, Passed
 from m1local_quantize.plan import DEFAULT_SHARD_BYTES, Plan
 from m1local_quantize.recipe import Recipe
-from m1local_quantize.shard_writer import ShardWriter
 from m1local_quantize.source import Source
 from m1local_quantize.target import prepared, write_index
 from m1local_quantize.text import CALIBRATION, SHIPPED, Text
@@ -50,15 +48,6 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorWritten:
-    """One tensor of the source is done."""
-
-    name: str
-    done_bytes: int  # of the source
-    total_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class CheckpointWritten:
     """The checkpoint is whole."""
 
@@ -66,11 +55,11 @@ class CheckpointWritten:
     manifest: CheckpointManifest
 
 
-Stage = Planned | TensorWritten | LayerMeasured | CheckpointWritten
+Stage = Planned | Passed | CheckpointWritten
 
 
 def quantize_checkpoint(
-    source_folder: Path,
+    source: Path | Source,
     target: Path,
     recipe: Recipe,
     *,
@@ -79,56 +68,39 @@ def quantize_checkpoint(
     calibration: Path = CALIBRATION,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Iterator[Stage]:
-    """Quantize the checkpoint in `source_folder` into the new folder `target`.
+    """Quantize `source`, a folder or an opened one, into the new folder `target`.
 
     The result is measured against the source on `text`, unless that is None; `calibration` is read
     where the recipe's method looks at what comes into a matrix. Raises
     CheckpointError for a bad source, RecipeError for a recipe that does not fit it,
-    CalibrationError for a text that is of no use, and StorageError for a target that is occupied,
-    unwritable or full.
+    CalibrationError for a text that is of no use, HubError where a source that is still on its
+    way does not come, and StorageError for a target that is occupied, unwritable or full.
     """
-    source = Source.open(source_folder)
+    if isinstance(source, Path):
+        source = Source.open(source)
     plan = Plan.of(source, recipe, shard_bytes=shard_bytes)
     measured_on = None if text is None else source.read_text(text)
     calibrated_on = source.read_text(calibration) if plan.needs_calibration else None
-    with prepared(target, source_folder, plan.target_bytes, overwrite=overwrite):
+    with prepared(target, source.folder, plan.target_bytes, overwrite=overwrite):
         try:
             journal = take_up(target, source, plan, calibrated_on)
             resumed = sum(source.nbytes(step.name) for step in plan.steps if journal.has(step))
             yield Planned(plan, target, resumed, journal.started_over)
-            converter = Converter(source, target, plan, calibrated_on)
-            yield from _write_shards(source, target, plan, journal, converter)
-            small = write_small_files(source, target, plan, recipe)
-            quality = None
-            if measured_on is not None:
-                quality = yield from _certify(source, target, plan, measured_on)
-            names = [*plan.shards, *small]
-            manifest = _manifest(source, target, plan, recipe, names, quality, calibrated_on)
+            passage = Passage(
+                source, target, plan, journal, measured_on=measured_on, calibrated_on=calibrated_on
+            )
+            yield from passage.run()
+            names = [*plan.shards, *write_small_files(source, target, plan, recipe)]
+            manifest = _manifest(
+                source, target, plan, recipe, names, passage.quality, calibrated_on
+            )
             manifest.write(target)
+            passage.close()
             # Last: without marker and manifest the next run would not touch the folder.
             journal.path.unlink()
         except OSError as error:
             raise disk_error(error, target) from error
     yield CheckpointWritten(target, manifest)
-
-
-def _write_shards(
-    source: Source, target: Path, plan: Plan, journal: Journal, converter: Converter
-) -> Iterator[TensorWritten]:
-    done = 0
-    for file_name, steps in plan.shards.items():
-        if not (target / file_name).is_file():
-            layout = {name: stored for step in steps for name, stored in step.tensors.items()}
-            with ShardWriter(target / file_name, layout, finished=journal.finished) as writer:
-                for step in steps:
-                    if not journal.has(step):
-                        converted = converter.convert(step).items()
-                        missing = {n: t for n, t in converted if n not in journal.finished}
-                        journal.add({name: writer.write(name, t) for name, t in missing.items()})
-                    done += source.nbytes(step.name)
-                    yield TensorWritten(step.name, done, plan.source_bytes)
-        else:
-            done += sum(source.nbytes(step.name) for step in steps)
 
 
 def write_small_files(source: Source, target: Path, plan: Plan, recipe: Recipe) -> list[str]:
@@ -179,18 +151,6 @@ def quantization_config(plan: Plan, recipe: Recipe) -> dict[str, object]:
     return {"quant_method": "m1local", "m1local_recipe": recipe.name}
 
 
-def _certify(
-    source: Source, target: Path, plan: Plan, text: Text
-) -> Generator[LayerMeasured, None, Mapping[str, str | int | float]]:
-    """Measure what was written; returns the certificate."""
-    for event in certify(source, target, plan.linears, text):
-        if isinstance(event, LayerMeasured):
-            yield event
-        else:
-            return certificate(event, text)
-    raise RuntimeError("the measurement ended without a result")
-
-
 def _manifest(
     source: Source,
     target: Path,
@@ -204,7 +164,7 @@ def _manifest(
         m1local_version=__version__,
         source=source.name,
         source_revision=source.revision,
-        source_files={name: FileRecord.of(source.folder / name) for name in source.files.files},
+        source_files=source.files.records(),
         recipe=recipe.name,
         method=recipe.method,
         linears=plan.linears,

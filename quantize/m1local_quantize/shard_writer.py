@@ -69,7 +69,7 @@ class ShardWriter:
     """One safetensors file being written; rename and sync happen on leaving `with` unharmed."""
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, Stored], *, finished: Container[str] = ()
+        self, path: Path, tensors: Mapping[str, Stored], finished: Container[str] = ()
     ) -> None:
         """Lay out `tensors`; those in `finished` stand in the unfinished file already."""
         self.path = path

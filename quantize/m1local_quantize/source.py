@@ -1,7 +1,7 @@
 """The checkpoint to be quantized: opened, checked against its config, never written to.
 
-What it is: strict reading of a 16- or 32-bit Baichuan-M1 folder. What it is not: a download
-(a repository of the hub is fetched first).
+What it is: strict reading of a 16- or 32-bit Baichuan-M1 folder. What it is not: a download;
+its weights may still be on their way (arriving.py).
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from m1local.config import M1Config
 from m1local.errors import CheckpointError
 from m1local.generation_config import GenerationConfig
 from m1local.model import normalize_head
-from m1local.shards import TensorFiles
 from m1local.tokenizer import M1Tokenizer
 from m1local_quantize.hub import Record
+from m1local_quantize.source_files import LocalFiles, SourceFiles
 from m1local_quantize.text import Text
 
 
@@ -34,13 +34,16 @@ class Source:
 
     folder: Path
     config: M1Config
-    files: TensorFiles
+    files: SourceFiles
     tokenizer: M1Tokenizer
     generation: GenerationConfig
 
     @classmethod
-    def open(cls, folder: Path) -> "Source":
-        """Open `folder`; raises CheckpointError naming what is missing, foreign or damaged."""
+    def open(cls, folder: Path, files: SourceFiles | None = None) -> "Source":
+        """Open `folder`; its weights are `files`, or lie in it.
+
+        Raises CheckpointError naming what is missing, foreign or damaged.
+        """
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is no folder; give the folder of a checkpoint.")
         config = M1Config.from_file(folder / CONFIG)
@@ -51,7 +54,7 @@ class Source:
         # What the result could not be used without is found out now, not after an hour.
         tokenizer = M1Tokenizer.from_folder(folder)
         generation = GenerationConfig.from_folder(folder)
-        files = TensorFiles.from_folder(folder)
+        files = LocalFiles.from_folder(folder) if files is None else files
         check_tensors(files, expected_tensors(config, {}), tied=config.tie_word_embeddings)
         return cls(folder, config, files, tokenizer, generation)
 
@@ -88,8 +91,8 @@ class Source:
 
     def nbytes(self, name: str) -> int:
         """Bytes of the tensor `name`."""
-        whole = self.tensor(name)
-        return whole.numel() * whole.element_size()
+        stored = self.stored_name(name)
+        return torch.Size(self.files.shape(stored)).numel() * self.files.dtype(stored).itemsize
 
     def rows(self, name: str, whole: Tensor, start: int, stop: int) -> Tensor:
         """Rows of a matrix, checked to be numbers; the head's are normalized (NormHead)."""

@@ -20,7 +20,7 @@ from m1local.manifest import NAME as MANIFEST
 from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.disk import disk_error
-from m1local_quantize.journal import LOCK, MARKER
+from m1local_quantize.journal import HIDDEN, LOCK, MARKER
 
 SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")  # dropped there by nobody
 # What a run writes, so what the next may delete; anything else is the user's.
@@ -28,6 +28,7 @@ OWN_FILES = (
     *(
         LOCK,
         MARKER,
+        HIDDEN,
         MANIFEST,
         "*.part",
         "*.safetensors",

@@ -1,0 +1,62 @@
+"""The weights of a source as the pipeline meets them: lying in a folder, or still on their way.
+
+What it is: what the pipeline may ask of either; `LocalFiles` is the one that lies there. What it is
+not: the transfer (arriving.py is the other one).
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from m1local.manifest import FileRecord
+from m1local.shards import DescribedTensors, TensorFiles
+from m1local_quantize.transfer import BytesFetched
+
+
+class SourceFiles(DescribedTensors, Protocol):
+    """Tensors of a source."""
+
+    passing: bool  # whether files are fetched one by one, and dropped when they are done with
+
+    @property
+    def files(self) -> Collection[str]:
+        """The names of the files."""
+
+    def identity(self) -> Mapping[str, object]:
+        """By file, what changes when its content does, as far as it is cheap to know."""
+
+    def records(self) -> dict[str, FileRecord]:
+        """Size and SHA-256 of every file."""
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Say which tensors will be asked for, in which order."""
+
+    def fetch(self, names: Collection[str]) -> Iterator[BytesFetched]:
+        """Wait until the tensors `names` can be had."""
+
+    def release(self, file_names: Collection[str]) -> None:
+        """Say that files are done with."""
+
+
+class LocalFiles(TensorFiles):
+    """The files of a folder, which is never written to."""
+
+    passing = False
+
+    def identity(self) -> Mapping[str, object]:
+        """Size and time of every file."""
+        status = {name: (self.folder / name).stat() for name in sorted(self.files)}
+        return {name: [s.st_size, s.st_mtime_ns] for name, s in status.items()}
+
+    def records(self) -> dict[str, FileRecord]:
+        """Size and SHA-256 of every file; reads them all."""
+        return {name: FileRecord.of(self.folder / name) for name in self.files}
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Do nothing: all are there."""
+
+    def fetch(self, names: Collection[str]) -> Iterator[BytesFetched]:
+        """Do nothing: all are there."""
+        return iter(())
+
+    def release(self, file_names: Collection[str]) -> None:
+        """Do nothing: they are the user's."""
