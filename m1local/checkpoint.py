@@ -201,8 +201,11 @@ def install(
         suffix: files.tensor(f"{name}.{suffix}").to(device)
         for suffix in chosen.stored(shape[0], shape[1], spec)
     }
-    matrix = chosen.from_tensors(tensors, (shape[0], shape[1]), spec)
-    module = QuantizedEmbedding(matrix, dtype) if name == EMBEDDING else matrix
+    size = (shape[0], shape[1])
+    if name == EMBEDDING:
+        module: nn.Module = QuantizedEmbedding(chosen.table(tensors, size, spec), dtype)
+    else:
+        module = chosen.from_tensors(tensors, size, spec)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

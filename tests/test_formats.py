@@ -15,18 +15,21 @@ from torch import Tensor
 from m1local.errors import CheckpointError
 from m1local.formats import LinearSpec, format_class, int4pack
 from m1local.formats.base import ROWS_PER_SLICE, QuantizedEmbedding, QuantizedLinear
-from m1local.formats.int4 import Int4Linear, unpack_nibbles
+from m1local.formats.groups import GroupLinear, group_class, unpack_plane
 from m1local.formats.int8 import Int8Linear
 
 INT8, NF4, BNB_INT8 = LinearSpec("int8"), LinearSpec("bnb-nf4"), LinearSpec("bnb-int8")
 INT4 = [LinearSpec("int4", group_size) for group_size in (32, 64, 128)]
+GROUPS = [*INT4, LinearSpec("int3", 64), LinearSpec("int5", 32), LinearSpec("int6", 128)]
 NF4_DQ, FP4 = LinearSpec("bnb-nf4-dq"), LinearSpec("bnb-fp4")
-SPECS = [INT8, *INT4, NF4, NF4_DQ, FP4, BNB_INT8]
+SPECS = [INT8, *GROUPS, NF4, NF4_DQ, FP4, BNB_INT8]
 # Whole blocks of torch's packed operator; none; a single row; more than one slice of rows.
 SHAPES = [(192, 256), (70, 256), (1, 128), (ROWS_PER_SLICE + 44, 128)]
 
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.format)
-every_int4 = pytest.mark.parametrize("spec", INT4, ids=lambda spec: str(spec.group_size))
+every_group = pytest.mark.parametrize(
+    "spec", GROUPS, ids=lambda spec: f"{spec.format}-{spec.group_size}"
+)
 both_int8 = pytest.mark.parametrize("spec", [INT8, BNB_INT8], ids=lambda spec: spec.format)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 needs_int4_operator = pytest.mark.skipif(
@@ -108,23 +111,48 @@ def test_int8_takes_the_nearest_of_255_levels_up_to_the_rows_greatest(spec: Line
     assert (error <= least_error + 1e-4 * steps).all()
 
 
-@every_int4
-def test_int4_takes_the_nearest_of_16_levels_between_the_groups_least_and_greatest(
+@every_group
+def test_a_group_takes_the_nearest_of_even_levels_between_its_least_and_greatest(
     spec: LinearSpec,
 ) -> None:
     assert spec.group_size is not None
+    bits = int(spec.format.removeprefix("int"))
+    middle = {3: 4, 4: 8, 5: 8, 6: 24}[bits]
     weight = matrix((70, 256)).float()
     tensors = store(weight, spec)
     groups = weight.view(70, -1, spec.group_size)
-    scales = ((groups.max(dim=2).values - groups.min(dim=2).values) / 15).bfloat16()
-    zeros = (groups.min(dim=2).values + 8 * scales.float()).bfloat16()
+    least, greatest = groups.min(dim=2).values, groups.max(dim=2).values
+    scales = ((greatest - least) / (2**bits - 1)).bfloat16()
+    zeros = (least + middle * scales.float()).bfloat16()
     assert_bit_equal(tensors["scales"], scales)
     assert_bit_equal(tensors["zeros"], zeros)
-    levels = torch.arange(-8, 8) * scales.float()[..., None] + zeros.float()[..., None]
-    distances = (groups[..., None] - levels[:, :, None, :]).abs()  # (N, groups, group, 16)
+    codes = torch.arange(2**bits) - middle
+    levels = codes * scales.float()[..., None] + zeros.float()[..., None]
+    distances = (groups[..., None] - levels[:, :, None, :]).abs()  # (N, groups, group, codes)
     error = (weight - build(weight, spec).dequantize()).abs().view_as(groups)
     # A tie may go either way: then both levels are as near, but for float32 rounding.
     assert (error <= distances.amin(dim=3) + 1e-6 * groups.abs().amax(dim=2, keepdim=True)).all()
+
+
+@pytest.mark.parametrize(("bits", "widths"), [(3, (2, 1)), (4, (4,)), (5, (4, 1)), (6, (4, 2))])
+def test_codes_lie_in_planes_the_first_column_in_the_lowest_bits(
+    bits: int, widths: tuple[int, ...]
+) -> None:
+    codes = torch.randint(0, 2**bits, (5, 64), generator=torch.Generator().manual_seed(bits))
+    chosen = group_class(LinearSpec(f"int{bits}", 64))
+    planes = chosen.pack(codes.to(torch.uint8))
+    assert len(planes) == len(widths)
+    below = 0
+    for name, width in zip(("weight", "weight_high"), widths, strict=False):
+        for row in range(5):
+            stream = sum(
+                (int(code) >> below & (1 << width) - 1) << width * column
+                for column, code in enumerate(codes[row])
+            )
+            expected = stream.to_bytes(64 * width // 8, "little")
+            assert bytes(planes[name][row].tolist()) == expected
+        below += width
+    assert_bit_equal(chosen.unpack(planes), codes.to(torch.uint8))
 
 
 @every_spec
@@ -136,8 +164,8 @@ def test_a_zero_row_stays_zero(spec: LinearSpec) -> None:
     assert module(torch.ones(1, 128))[0, [0, 63]].tolist() == [0, 0]
 
 
-@every_int4
-def test_a_constant_int4_group_is_exact(spec: LinearSpec) -> None:
+@every_group
+def test_a_constant_group_is_exact(spec: LinearSpec) -> None:
     weight = matrix((64, 256))
     weight[5, 128:] = 0.7109375  # a bfloat16
     assert_bit_equal(build(weight, spec).dequantize()[5, 128:], weight[5, 128:].float())
@@ -169,9 +197,11 @@ def test_forward_multiplies_by_the_dequantized_matrix(
 ) -> None:
     module = build(matrix(shape), spec)
     x = activations(rows, shape[1]).to(dtype)
-    few = rows <= 8 and not (isinstance(module, Int4Linear) and not module.packed)
-    exact = spec in (INT8, *INT4) and dtype == torch.float32 and not few
-    rounded = INT8_ACTIVATIONS if spec == BNB_INT8 else BFLOAT16
+    few = rows <= 8 and not (isinstance(module, GroupLinear) and not module.packed)
+    exact = spec in (INT8, *GROUPS) and dtype == torch.float32 and not few
+    # Five and six bits are two halves, each rounded, of which one may be larger than the sum.
+    halves = spec.format in ("int5", "int6") and few
+    rounded = INT8_ACTIVATIONS if spec == BNB_INT8 else BFLOAT16 * (1 + halves)
     assert_products(module, x, tolerance=FLOAT32 if exact else rounded)
 
 
@@ -230,8 +260,13 @@ def test_a_module_dequantizes_the_same_before_and_after_use(spec: LinearSpec) ->
     torch.testing.assert_close(module.dequantize(), before, rtol=rounding, atol=0)
 
 
-def test_an_int8_embedding_reads_the_rows_it_is_asked_for() -> None:
-    table = build(matrix((70, 128)), INT8)
+@pytest.mark.parametrize("spec", [INT8, *GROUPS], ids=lambda spec: spec.format)
+@pytest.mark.parametrize("rows", [70, 128])
+def test_an_embedding_reads_the_rows_it_is_asked_for(spec: LinearSpec, rows: int) -> None:
+    weight = matrix((rows, 128))
+    chosen = format_class(spec.format)
+    table = chosen.table(store(weight, spec), (rows, 128), spec)
+    assert_bit_equal(table.dequantize(), build(weight, spec).dequantize())
     token_ids = torch.tensor([[3, 69, 3], [0, 1, 2]])
     embedded = QuantizedEmbedding(table, torch.bfloat16)(token_ids)
     assert_bit_equal(embedded, table.dequantize()[token_ids].bfloat16())
@@ -242,7 +277,7 @@ def test_an_int8_embedding_reads_the_rows_it_is_asked_for() -> None:
 def test_packed_codes_read_back_as_they_were_at_any_row(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     nibbles = torch.randint(0, 256, (rows, 48), generator=generator, dtype=torch.uint8)
-    packed, codes = int4pack.pack(nibbles), unpack_nibbles(nibbles)
+    packed, codes = int4pack.pack(nibbles), unpack_plane(nibbles, 4)
     assert packed.nbytes == nibbles.nbytes
     assert_bit_equal(int4pack.unpack(packed, 0, rows), codes)
     draw = random.Random(rows)
@@ -252,16 +287,16 @@ def test_packed_codes_read_back_as_they_were_at_any_row(rows: int) -> None:
         assert_bit_equal(int4pack.unpack(packed, start, stop), codes[start:stop])
 
 
-@every_int4
-def test_without_the_operator_int4_stays_as_stored_and_says_the_same(
+@every_group
+def test_without_the_operator_groups_stay_as_stored_and_say_the_same(
     spec: LinearSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = store(matrix((192, 256)), spec)
-    usual = Int4Linear.from_tensors(tensors, (192, 256), spec)
+    usual = group_class(spec).from_tensors(tensors, (192, 256), spec)
     assert usual.packed == (int4pack.layout() is not None)
     expected = usual.dequantize()
     monkeypatch.setattr(int4pack, "layout", lambda: None)
-    module = Int4Linear.from_tensors(tensors, (192, 256), spec)
+    module = group_class(spec).from_tensors(tensors, (192, 256), spec)
     assert module.codes is tensors["weight"]
     assert_bit_equal(module.dequantize(), expected)
     assert_products(module, activations(1, 256), tolerance=FLOAT32)
@@ -288,6 +323,7 @@ def test_an_operator_that_fails_or_packs_in_an_unknown_way_is_not_used(
     [
         (LinearSpec("int4"), 128, "group size is None"),
         (LinearSpec("int4", 16), 128, "int4 takes 32, 64 or 128"),
+        (LinearSpec("int5", 48), 192, "int5 takes 32, 64 or 128"),
         (LinearSpec("int4", 128), 192, "groups of 128 do not divide its 192 columns"),
         (NF4, 96, "blocks of 64 do not divide its 96 columns"),
         (LinearSpec("int4", 64), 192, None),
@@ -303,5 +339,8 @@ def test_a_matrix_that_a_format_cannot_hold_is_refused_by_name(
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(CheckpointError, match="int8, int4, bnb-nf4, bnb-nf4-dq, bnb-fp4, bnb-int8"):
-        format_class("int3")
+    with pytest.raises(
+        CheckpointError,
+        match="int8, int3, int4, int5, int6, bnb-nf4, bnb-nf4-dq, bnb-fp4, bnb-int8",
+    ):
+        format_class("int2")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from m1local.checkpoint import load_model
 from m1local.errors import CalibrationError
 from m1local.formats import LinearSpec
-from m1local.formats.int4 import Int4Linear, unpack_nibbles
+from m1local.formats.groups import Int4Linear, group_class, unpack_plane
 from m1local.manifest import CheckpointManifest
 from m1local_quantize.calibration import Calibrator
 from m1local_quantize.evaluate import Sample
@@ -41,8 +41,8 @@ def weights(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
 
 
-def restored(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    return Int4Linear.from_tensors(tensors, shape, SPEC).dequantize()
+def restored(tensors: dict[str, Tensor], shape: tuple[int, int], spec: LinearSpec = SPEC) -> Tensor:
+    return group_class(spec).from_tensors(tensors, shape, spec).dequantize()
 
 
 def output_error(weight: Tensor, found: Tensor, hessian: Tensor) -> float:
@@ -59,7 +59,8 @@ def textbook(weight: Tensor, hessian: Tensor) -> Tensor:
     columns = weight.shape[1]
     order = torch.argsort(hessian.diagonal(), descending=True).tolist()
     scales, zeros = (
-        part.to(torch.bfloat16).double() for part in refit.fit(weight.reshape(len(weight), -1, 32))
+        part.to(torch.bfloat16).double()
+        for part in refit.fit(weight.reshape(len(weight), -1, 32), Int4Linear)
     )
     damped = hessian.double() + 0.01 * hessian.diagonal().mean().double() * torch.eye(columns)
     work, codes = weight.double().clone(), torch.zeros(weight.shape)
@@ -79,12 +80,13 @@ def test_gptq_is_the_textbooks(columns: int) -> None:
     x, weight = correlated(400, columns), weights(12, columns)
     hessian = x.T @ x
     found = gptq.prepare(hessian.clone())(weight, SPEC)
-    codes, expected = unpack_nibbles(found["weight"]), textbook(weight, hessian)
+    codes, expected = unpack_plane(found["weight"], 4), textbook(weight, hessian)
     # float32 and float64 may round a near-tie differently, which changes what follows in its row.
     same_rows = (codes == expected).all(dim=1).float().mean()
     assert float(same_rows) >= 0.8
     error = output_error(weight, restored(dict(found), (12, columns)), hessian)
-    scales, zeros = (part.to(torch.bfloat16).float() for part in refit.fit(weight.view(12, -1, 32)))
+    fitted = refit.fit(weight.view(12, -1, 32), Int4Linear)
+    scales, zeros = (part.to(torch.bfloat16).float() for part in fitted)
     by_textbook = (expected.view(12, -1, 32) - 8) * scales[..., None] + zeros[..., None]
     assert error == pytest.approx(output_error(weight, by_textbook.flatten(1), hessian), rel=0.02)
 
@@ -98,11 +100,12 @@ def test_with_inputs_that_do_not_go_together_it_is_refit() -> None:
 
 
 @pytest.mark.parametrize("rows", [20, 400])  # fewer inputs than columns, and many
-def test_it_has_less_error_than_rounding_where_it_matters(rows: int) -> None:
-    x, weight = correlated(rows, 128), weights(40, 128)
+@pytest.mark.parametrize("name", ["int3", "int4", "int5", "int6"])
+def test_it_has_less_error_than_rounding_where_it_matters(name: str, rows: int) -> None:
+    x, weight, spec = correlated(rows, 128), weights(40, 128), LinearSpec(name, 32)
     hessian = x.T @ x
-    by_gptq = restored(dict(gptq.prepare(hessian)(weight, SPEC)), (40, 128))
-    by_refit = restored(dict(quantizer("refit", SPEC)(weight, SPEC)), (40, 128))
+    by_gptq = restored(dict(gptq.prepare(hessian)(weight, spec)), (40, 128), spec)
+    by_refit = restored(dict(quantizer("refit", spec)(weight, spec)), (40, 128), spec)
     error = output_error(weight, by_gptq, hessian)
     assert error < 0.6 * output_error(weight, by_refit, hessian)
 

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from m1local.checkpoint import load_model
 from m1local.formats import LinearSpec
-from m1local.formats.int4 import Int4Linear
+from m1local.formats.groups import Int4Linear, group_class
 from m1local.home import DEMO
 from m1local.tokenizer import M1Tokenizer, Message
 from m1local_quantize.evaluate import Sample, compare
 from m1local_quantize.methods import METHODS, hqq, method_for, quantizer, refit
 
 INT4 = [LinearSpec("int4", group_size) for group_size in (32, 64, 128)]
-every_int4 = pytest.mark.parametrize("spec", INT4, ids=lambda spec: str(spec.group_size))
+GROUPS = [*INT4, LinearSpec("int3", 64), LinearSpec("int5", 64), LinearSpec("int6", 64)]
+every_group = pytest.mark.parametrize(
+    "spec", GROUPS, ids=lambda spec: f"{spec.format}-{spec.group_size}"
+)
 
 
 def matrix(rows: int, columns: int, size: float = 1.0) -> Tensor:
@@ -27,7 +30,7 @@ def matrix(rows: int, columns: int, size: float = 1.0) -> Tensor:
 
 
 def dequantized(tensors: dict[str, Tensor], shape: tuple[int, int], spec: LinearSpec) -> Tensor:
-    return Int4Linear.from_tensors(tensors, shape, spec).dequantize()
+    return group_class(spec).from_tensors(tensors, shape, spec).dequantize()
 
 
 def error(method: str, weight: Tensor, spec: LinearSpec) -> float:
@@ -59,7 +62,7 @@ def test_hqq_is_the_textbooks(size: float) -> None:
     weight = matrix(3, 64, size)
     grouped = weight.float().reshape(3, 2, 32)
     low, high = grouped.amin(2), grouped.amax(2)
-    scales, zeros = hqq.optimize(grouped.double(), ((high - low) / 15).double(), low.double())
+    scales, zeros = hqq.optimize(grouped.double(), ((high - low) / 15).double(), low.double(), 15)
     for row in range(3):
         for group in range(2):
             expected = textbook_hqq_zero([float(w) for w in grouped[row, group]])
@@ -78,7 +81,7 @@ def test_hqq_lets_outliers_be_wrong_only_where_errors_are_large() -> None:
 def test_refit_is_the_regression_of_weights_on_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refit, "ITERATIONS", 1)
     grouped = matrix(2, 128).double().reshape(2, 4, 32)
-    scales, zeros = refit.fit(grouped)
+    scales, zeros = refit.fit(grouped, Int4Linear)
     for row in range(2):
         for group in range(4):
             weights = grouped[row, group].numpy()
@@ -89,7 +92,7 @@ def test_refit_is_the_regression_of_weights_on_codes(monkeypatch: pytest.MonkeyP
             assert float(zeros[row, group]) == pytest.approx(offset, rel=1e-6, abs=1e-9)
 
 
-@every_int4
+@every_group
 @pytest.mark.parametrize("columns", [128, 384])
 def test_each_method_has_less_error_than_the_one_before(spec: LinearSpec, columns: int) -> None:
     weight = matrix(300, columns, 0.02)
@@ -103,7 +106,7 @@ def test_refits_error_never_grows_from_round_to_round(monkeypatch: pytest.Monkey
     errors = []
     for rounds in range(6):
         monkeypatch.setattr(refit, "ITERATIONS", rounds)
-        scales, zeros = refit.fit(grouped := weight.float().reshape(64, -1, 32))
+        scales, zeros = refit.fit(grouped := weight.float().reshape(64, -1, 32), Int4Linear)
         codes = ((grouped - zeros[..., None]) / scales[..., None]).round().clamp(-8, 7)
         restored = codes * scales[..., None] + zeros[..., None]
         errors.append(float((restored - grouped).square().sum()))

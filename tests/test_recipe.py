@@ -30,8 +30,8 @@ BAD_RECIPES = {
         r"own.toml: unknown key 'groupsize' in the rule '\*'",
     ),
     "an unknown format": (
-        'method = "rtn"\n[[rules]]\nmatch = "*"\nformat = "int3"',
-        r"own.toml: the rule '\*' has format 'int3'; known: float, int8, int4",
+        'method = "rtn"\n[[rules]]\nmatch = "*"\nformat = "int2"',
+        r"own.toml: the rule '\*' has format 'int2'; known: float, int8, int3, int4",
     ),
     "a group size that is no integer": (
         f'method = "rtn"\n{RULE}group_size = "64"',
@@ -62,9 +62,9 @@ BAD_RECIPES = {
         'method = "rtn"\n[[rules]]\nmatch = "*proj"\nformat = "int4"\n' + RULE,
         r"but the group size is None; int4 takes 32, 64 or 128. Choose another group size",
     ),
-    "an embedding in 4 bits": (
-        'method = "rtn"\n[[rules]]\nmatch = "*"\nformat = "int4"\ngroup_size = 64',
-        r"model.embed_tokens as int4, but an embedding is stored as int8 or float",
+    "an embedding whose rows cannot be read": (
+        'method = "rtn"\n[[rules]]\nmatch = "*"\nformat = "bnb-nf4"',
+        r"model.embed_tokens as bnb-nf4, but an embedding's rows are read one by one",
     ),
 }
 

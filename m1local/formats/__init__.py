@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 # Modules are imported when a format is first asked for: bitsandbytes alone takes seconds.
 FORMATS = {
     "int8": "m1local.formats.int8:Int8Linear",
-    "int4": "m1local.formats.int4:Int4Linear",
+    "int3": "m1local.formats.groups:Int3Linear",
+    "int4": "m1local.formats.groups:Int4Linear",
+    "int5": "m1local.formats.groups:Int5Linear",
+    "int6": "m1local.formats.groups:Int6Linear",
     "bnb-nf4": "m1local.formats.bnb:BnbNf4Linear",
     "bnb-nf4-dq": "m1local.formats.bnb:BnbNf4DqLinear",
     "bnb-fp4": "m1local.formats.bnb:BnbFp4Linear",
     "bnb-int8": "m1local.formats.bnb:BnbInt8Linear",
 }
+GROUPED = frozenset({"int3", "int4", "int5", "int6"})  # a spec of theirs has a group size
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class QuantizedLinear(nn.Module):
     format: ClassVar[str]
     # Stored tensors that are the same for any slice of rows; all others grow with the rows.
     shared: ClassVar[frozenset[str]] = frozenset()
+    gathers: ClassVar[bool] = False  # whether an embedding can be stored so
 
     def __init__(self, out_features: int, in_features: int, spec: LinearSpec) -> None:
         """Hold a matrix of (N, K) = (out_features, in_features)."""
@@ -98,6 +99,11 @@ class QuantizedLinear(nn.Module):
     ) -> Self:
         """Build the module of a matrix of `shape` (N, K) from what the checkpoint stores."""
         raise NotImplementedError
+
+    @classmethod
+    def table(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], spec: LinearSpec) -> Self:
+        """As `from_tensors`, for an embedding, whose rows are read one by one."""
+        return cls.from_tensors(tensors, shape, spec)
 
     def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows `start` to `stop` of the matrix that forward multiplies by: (n, K)."""

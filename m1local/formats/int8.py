@@ -23,6 +23,7 @@ class Int8Linear(QuantizedLinear):
     """`x @ W.T` with W as int8 rows."""
 
     format = "int8"
+    gathers = True
     weight: Tensor  # (N, K) int8
     scales: Tensor  # (N,) float32
 

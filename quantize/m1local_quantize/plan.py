@@ -87,8 +87,8 @@ def _stored(
 ) -> dict[str, Stored]:
     chosen = format_class(spec.format)
     reason = chosen.check(*shape, spec)
-    if module == EMBEDDING and spec.format != "int8":
-        reason = f"an embedding is stored as int8 or float, not as {spec.format}"
+    if module == EMBEDDING and not chosen.gathers:
+        reason = f"an embedding's rows are read one by one, which {spec.format} cannot"
     if reason is not None:
         raise RecipeError(
             f"The recipe {recipe.name} stores {module} as {spec.format}, but {reason}. Choose "

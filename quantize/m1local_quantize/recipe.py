@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from m1local.errors import RecipeError
-from m1local.formats import FORMATS, LinearSpec
+from m1local.formats import FORMATS, GROUPED, LinearSpec
 from m1local_quantize.methods import METHODS, method_for
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -109,7 +109,7 @@ def _rule(raw: Any, method: str, where: str) -> Rule:
     group_size = raw.get("group_size")
     if group_size is not None and not isinstance(group_size, int):
         raise RecipeError(f"{where}: group_size is {group_size!r}, expected an integer.")
-    if group_size is not None and raw["format"] != "int4":
+    if group_size is not None and raw["format"] not in GROUPED:
         raise RecipeError(
             f"{where}: the rule {raw['match']!r} has a group_size, but {raw['format']} has no "
             "groups; remove it."

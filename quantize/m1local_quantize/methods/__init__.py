@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from m1local.formats import FORMATS, LinearSpec, format_class
+from m1local.formats import FORMATS, GROUPED, LinearSpec, format_class
 
 if TYPE_CHECKING:  # recipes are read without torch
     from torch import Tensor
@@ -29,10 +29,10 @@ class Method:
 
 METHODS = {
     "rtn": Method(frozenset(FORMATS)),
-    "hqq": Method(frozenset({"int4"}), "m1local_quantize.methods.hqq:quantize"),
+    "hqq": Method(GROUPED, "m1local_quantize.methods.hqq:quantize"),
     # With the inputs of a matrix it is gptq.prepare; without them, refit (see convert.py).
-    "gptq": Method(frozenset({"int4"}), "m1local_quantize.methods.refit:quantize"),
-    "refit": Method(frozenset({"int4"}), "m1local_quantize.methods.refit:quantize"),
+    "gptq": Method(GROUPED, "m1local_quantize.methods.refit:quantize"),
+    "refit": Method(GROUPED, "m1local_quantize.methods.refit:quantize"),
 }
 
 

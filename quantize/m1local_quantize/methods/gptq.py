@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec
-from m1local.formats.int4 import HIGHEST, MIDDLE, group_size_of, pack_nibbles
+from m1local.formats.groups import group_class, group_size_of
 from m1local_quantize.methods import refit
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 def quantize_ordered(
     rows: Tensor, spec: LinearSpec, order: Tensor, factor: Tensor
 ) -> dict[str, Tensor]:
-    """Quantize rows (n, K) to int4, column by column in `order`."""
-    size = group_size_of(spec)
+    """Quantize rows (n, K) to groups, column by column in `order`."""
+    size, chosen = group_size_of(spec), group_class(spec)
     wide = rows.float()
     scales, zeros = (
-        part.to(torch.bfloat16) for part in refit.fit(wide.reshape(wide.shape[0], -1, size))
+        part.to(torch.bfloat16) for part in refit.fit(wide.reshape(wide.shape[0], -1, size), chosen)
     )
     groups = order // size
     # (n, K) in the order of work; what is stored of each column's group.
@@ -81,7 +81,7 @@ def quantize_ordered(
         for column in range(start, stop):
             w = work[:, column]
             code = ((w - zero[:, column]) * inverse[:, column]).round_()
-            code.clamp_(-MIDDLE, HIGHEST - MIDDLE)
+            code.clamp_(-chosen.middle, chosen.highest - chosen.middle)
             codes[:, column] = code
             restored = code * scale[:, column] + zero[:, column]
             error = (w - restored) / factor[column, column]
@@ -89,5 +89,5 @@ def quantize_ordered(
             errors[:, column - start] = error
         work[:, stop:] -= errors @ factor[start:stop, stop:]
     stored = torch.empty_like(codes, dtype=torch.uint8)
-    stored[:, order] = (codes + MIDDLE).to(torch.uint8)
-    return {"weight": pack_nibbles(stored), "scales": scales, "zeros": zeros}
+    stored[:, order] = (codes + chosen.middle).to(torch.uint8)
+    return {**chosen.pack(stored), "scales": scales, "zeros": zeros}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec
-from m1local.formats.int4 import HIGHEST, MIDDLE, Int4Linear, group_size_of
+from m1local.formats.groups import group_class, group_size_of
 
 ITERATIONS = 5
 NORM = 0.7  # p of the l_p norm
@@ -21,21 +21,23 @@ SMALLEST = 1e-9
 
 
 def quantize(rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
-    """Quantize rows (n, K) to int4."""
+    """Quantize rows (n, K) to a format with groups."""
+    chosen = group_class(spec)
     grouped = rows.float().reshape(rows.shape[0], -1, group_size_of(spec))
     low, high = grouped.amin(dim=2), grouped.amax(dim=2)
-    scales, zeros = optimize(grouped, ((high - low) / HIGHEST).clamp_min(SMALLEST), low)
+    even = ((high - low) / chosen.highest).clamp_min(SMALLEST)
+    scales, zeros = optimize(grouped, even, low, chosen.highest)
     # Stored is the value at the middle code. Of a constant group that value is all there is.
-    middles = torch.where(high > low, scales * (MIDDLE - zeros), low)
+    middles = torch.where(high > low, scales * (chosen.middle - zeros), low)
     scales = torch.where(high > low, scales, 0)
-    return Int4Linear.encode(grouped, scales.to(torch.bfloat16), middles.to(torch.bfloat16))
+    return chosen.encode(grouped, scales.to(torch.bfloat16), middles.to(torch.bfloat16))
 
 
-def optimize(grouped: Tensor, scales: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+def optimize(grouped: Tensor, scales: Tensor, low: Tensor, highest: int) -> tuple[Tensor, Tensor]:
     """Scales as given and better zeros, both (n, groups), so that W ~ scale * (code - zero)."""
     scale, zero, beta = scales[..., None], (-low / scales)[..., None], BETA
     for _ in range(ITERATIONS):
-        codes = (grouped / scale + zero).round_().clamp_(0, HIGHEST)
+        codes = (grouped / scale + zero).round_().clamp_(0, highest)
         error = shrink(grouped - scale * (codes - zero), beta)
         zero = (codes - (grouped - error) / scale).mean(dim=2, keepdim=True)
         beta *= KAPPA

@@ -9,28 +9,30 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec
-from m1local.formats.int4 import HIGHEST, MIDDLE, Int4Linear, group_size_of
+from m1local.formats.groups import GroupLinear, group_class, group_size_of
 
 ITERATIONS = 5
 
 
 def quantize(rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
-    """Quantize rows (n, K) to int4."""
+    """Quantize rows (n, K) to a format with groups."""
     grouped = rows.float().reshape(rows.shape[0], -1, group_size_of(spec))
-    scales, zeros = fit(grouped)
-    return Int4Linear.encode(grouped, scales.to(torch.bfloat16), zeros.to(torch.bfloat16))
+    chosen = group_class(spec)
+    scales, zeros = fit(grouped, chosen)
+    return chosen.encode(grouped, scales.to(torch.bfloat16), zeros.to(torch.bfloat16))
 
 
-def fit(grouped: Tensor) -> tuple[Tensor, Tensor]:
+def fit(grouped: Tensor, chosen: type[GroupLinear]) -> tuple[Tensor, Tensor]:
     """Scales and middle values (n, groups) for groups (n, groups, group) of weights."""
     low, high = grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True)
-    scale = (high - low) / HIGHEST
-    zero = low + MIDDLE * scale
+    scale = (high - low) / chosen.highest
+    zero = low + chosen.middle * scale
+    lowest = -chosen.middle
     mean = grouped.mean(dim=2, keepdim=True)
     centred = grouped - mean
     for _ in range(ITERATIONS):
         inverse = torch.where(scale > 0, 1 / scale, 0)
-        codes = ((grouped - zero) * inverse).round_().clamp_(-MIDDLE, HIGHEST - MIDDLE)
+        codes = ((grouped - zero) * inverse).round_().clamp_(lowest, lowest + chosen.highest)
         middle = codes.mean(dim=2, keepdim=True)
         codes -= middle
         together = (codes * centred).sum(dim=2, keepdim=True)

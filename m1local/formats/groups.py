@@ -1,0 +1,247 @@
+"""int3 to int6: few bits per weight in groups along a row, w = (q - middle) * scale + zero.
+
+What it is: the affine formats of this project; with groups of 64 they take half a bit more than
+their name says. The zero is a float, the group's value at the middle code, so bfloat16 keeps it
+precise where |w| is small. On the CPU the codes are rearranged once, at load, for torch's packed
+4-bit operator (m1local/formats/int4pack.py): three bits in the place of four, five and six as a low
+and a high half, each of four, that are multiplied one after the other. Elsewhere they stay as
+stored and W is dequantized in slices. What it is not: as small in memory as on the disk, on the
+CPU, except for int4.
+
+Stored: codes in planes of 1, 2 or 4 bits, the even columns in the low bits of a byte: weight
+(N, K * width / 8) uint8 with the lowest bits, weight_high with the others; scales and zeros
+(N, K/group) bfloat16.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from m1local.formats import LinearSpec, format_class, int4pack
+from m1local.formats.base import QuantizedLinear, Stored
+
+GROUP_SIZES = (32, 64, 128)
+FEW_ROWS = 8  # up to here the packed operator beats slices of the dequantized matrix
+PLANES = {"weight": 0, "weight_high": 1}  # tensors that hold codes
+NIBBLE, NIBBLE_MIDDLE = 16, 8  # of torch's operator
+
+
+def group_size_of(spec: LinearSpec) -> int:
+    """The group size of a `spec` with groups; it always has one."""
+    if spec.group_size not in GROUP_SIZES:
+        raise ValueError(f"{spec.format} needs a group size of {GROUP_SIZES}: {spec.group_size}")
+    return spec.group_size
+
+
+def group_class(spec: LinearSpec) -> "type[GroupLinear]":
+    """The class of a `spec` with groups."""
+    found = format_class(spec.format)
+    if not issubclass(found, GroupLinear):
+        raise ValueError(f"{spec.format} has no groups")
+    return found
+
+
+class GroupLinear(QuantizedLinear):
+    """`x @ W.T` with W in groups of a few bits."""
+
+    gathers = True
+    planes: ClassVar[tuple[int, ...]]  # bits of each plane, the lowest first
+    # The code that means exactly `zero`: halves of four bits need it 8 above a multiple of 16.
+    middle: ClassVar[int]
+    highest: ClassVar[int]
+    codes: Tensor  # (N, K/2) uint8 in torch's packed order, or the plane as stored
+    high: Tensor | None  # the same for the upper half, where there is one
+    scales_zeros: Tensor  # (K/group, N, 2) bfloat16, as torch's operator wants them
+    packed: bool
+
+    @classmethod
+    def check(cls, out_features: int, in_features: int, spec: LinearSpec) -> str | None:
+        """Groups must divide the row."""
+        if spec.group_size not in GROUP_SIZES:
+            return f"the group size is {spec.group_size}; {cls.format} takes 32, 64 or 128"
+        if in_features % spec.group_size:
+            return f"groups of {spec.group_size} do not divide its {in_features} columns"
+        return None
+
+    @classmethod
+    def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:
+        """The planes of codes, scales and zeros."""
+        groups = in_features // group_size_of(spec)
+        codes = {
+            name: Stored((out_features, in_features * width // 8), torch.uint8)
+            for name, width in zip(PLANES, cls.planes, strict=False)
+        }
+        statistics = Stored((out_features, groups), torch.bfloat16)
+        return codes | {"scales": statistics, "zeros": statistics}
+
+    @classmethod
+    def quantize(cls, rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
+        """Spread the codes evenly from each group's least to its greatest value."""
+        grouped = rows.float().reshape(rows.shape[0], -1, group_size_of(spec))
+        low, high = grouped.amin(dim=2), grouped.amax(dim=2)  # eight times as fast as aminmax
+        # Rounded before the codes are chosen, so that the codes make up for it.
+        scales = ((high - low) / cls.highest).to(torch.bfloat16)
+        zeros = (low + cls.middle * scales.float()).to(torch.bfloat16)
+        return cls.encode(grouped, scales, zeros)
+
+    @classmethod
+    def encode(cls, grouped: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
+        """Choose the nearest codes of `grouped` (n, groups, group) for given scales and zeros."""
+        inverse = torch.where(scales > 0, 1 / scales.float(), 0)[..., None]
+        codes = ((grouped - zeros.float()[..., None]) * inverse).round_().add_(cls.middle)
+        codes = codes.clamp_(0, cls.highest).to(torch.uint8).flatten(1)
+        return {**cls.pack(codes), "scales": scales, "zeros": zeros}
+
+    @classmethod
+    def pack(cls, codes: Tensor) -> dict[str, Tensor]:
+        """Codes (n, K) as they are stored: by the name of each plane."""
+        if len(cls.planes) == 1:
+            return {"weight": pack_plane(codes, cls.planes[0])}
+        packed, below = {}, 0
+        for name, width in zip(PLANES, cls.planes, strict=False):
+            packed[name] = pack_plane(codes >> below & (1 << width) - 1, width)
+            below += width
+        return packed
+
+    @classmethod
+    def unpack(cls, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Codes (n, K) from stored planes."""
+        codes, below = None, 0
+        for name, width in zip(PLANES, cls.planes, strict=False):
+            plane = unpack_plane(tensors[name], width)
+            codes = plane if codes is None else codes | plane << below
+            below += width
+        assert codes is not None, f"{cls.format} has no planes"
+        return codes
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], spec: LinearSpec
+    ) -> Self:
+        """Rearrange the codes for torch's CPU operator where it serves; keep one copy only."""
+        if tensors["weight"].device.type != "cpu" or not int4pack.serves(*shape):
+            return cls.table(tensors, shape, spec)
+        scales_zeros = torch.stack((tensors["scales"].T, tensors["zeros"].T), dim=-1).contiguous()
+        if len(cls.planes) == 1:
+            return cls._of(shape, spec, int4pack.pack(tensors["weight"]), None, scales_zeros)
+        codes = cls.unpack(tensors)
+        if cls.highest < NIBBLE:
+            nibbles = pack_plane(codes + (NIBBLE_MIDDLE - cls.middle), 4)
+            return cls._of(shape, spec, int4pack.pack(nibbles), None, scales_zeros)
+        low, above = pack_plane(codes & NIBBLE - 1, 4), codes // NIBBLE
+        high = pack_plane(above + (NIBBLE_MIDDLE - cls.middle // NIBBLE), 4)
+        return cls._of(shape, spec, int4pack.pack(low), int4pack.pack(high), scales_zeros)
+
+    @classmethod
+    def table(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], spec: LinearSpec) -> Self:
+        """Keep the codes as stored."""
+        scales_zeros = torch.stack((tensors["scales"].T, tensors["zeros"].T), dim=-1).contiguous()
+        module = cls._of(shape, spec, tensors["weight"], tensors.get("weight_high"), scales_zeros)
+        module.packed = False
+        return module
+
+    @classmethod
+    def _of(
+        cls,
+        shape: tuple[int, int],
+        spec: LinearSpec,
+        codes: Tensor,
+        high: Tensor | None,
+        scales_zeros: Tensor,
+    ) -> Self:
+        module = cls(*shape, spec)
+        module.packed = True
+        module.register_buffer("codes", codes)
+        module.register_buffer("high", high)
+        module.register_buffer("scales_zeros", scales_zeros)
+        return module
+
+    def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Dequantized rows (n, K)."""
+        scales, zeros = self.scales_zeros[:, start:stop].float().permute(2, 1, 0)[..., None]
+        return self._restore(self._centred(start, stop), scales, zeros, dtype)
+
+    def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of an embedding: (...) ids -> (..., K)."""
+        if self.packed:
+            raise ValueError("rows are gathered from a table()")
+        flat = token_ids.flatten()
+        planes = {"weight": self.codes[flat]}
+        if self.high is not None:
+            planes["weight_high"] = self.high[flat]
+        scales, zeros = self.scales_zeros[:, flat].float().permute(2, 1, 0)[..., None]
+        rows = self._restore(self.unpack(planes).float() - self.middle, scales, zeros, dtype)
+        return rows.view(*token_ids.shape, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N) in x's dtype."""
+        if not self.packed or x.numel() > FEW_ROWS * self.in_features:
+            return self.multiply_sliced(x)
+        flat, size = x.reshape(-1, self.in_features), group_size_of(self.spec)
+        product = int4pack.multiply(flat, self.codes, size, self.scales_zeros).to(x.dtype)
+        if self.high is not None:
+            coarse = self.scales_zeros * self.scales_zeros.new_tensor([NIBBLE, 0])
+            product += int4pack.multiply(flat, self.high, size, coarse).to(x.dtype)
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def _centred(self, start: int, stop: int) -> Tensor:
+        """Codes (n, K) of rows, less the middle one, in float32."""
+        if not self.packed:
+            planes = {"weight": self.codes[start:stop]}
+            if self.high is not None:
+                planes["weight_high"] = self.high[start:stop]
+            return self.unpack(planes).float() - self.middle
+        centred = int4pack.unpack(self.codes, start, stop).float() - NIBBLE_MIDDLE
+        if self.high is not None:
+            above = int4pack.unpack(self.high, start, stop).float() - NIBBLE_MIDDLE
+            centred += NIBBLE * above
+        return centred
+
+    def _restore(
+        self, centred: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        grouped = centred.view(centred.shape[0], -1, group_size_of(self.spec))
+        rows: Tensor = (grouped * scales + zeros).flatten(1)
+        return rows.to(dtype)
+
+
+class Int3Linear(GroupLinear):
+    """Eight levels."""
+
+    format, planes, middle, highest = "int3", (2, 1), 4, 7
+
+
+class Int4Linear(GroupLinear):
+    """Sixteen levels."""
+
+    format, planes, middle, highest = "int4", (4,), 8, 15
+
+
+class Int5Linear(GroupLinear):
+    """Thirty-two levels."""
+
+    format, planes, middle, highest = "int5", (4, 1), 8, 31
+
+
+class Int6Linear(GroupLinear):
+    """Sixty-four levels."""
+
+    format, planes, middle, highest = "int6", (4, 2), 24, 63
+
+
+def pack_plane(codes: Tensor, width: int) -> Tensor:
+    """(n, K) codes of `width` bits -> (n, K * width / 8) bytes, the first in the lowest bits."""
+    per_byte = 8 // width
+    packed = codes[:, 0::per_byte].clone()
+    for place in range(1, per_byte):
+        packed |= codes[:, place::per_byte] << place * width
+    return packed
+
+
+def unpack_plane(packed: Tensor, width: int) -> Tensor:
+    """(n, bytes) -> (n, bytes * 8 / width) codes of `width` bits."""
+    shifts = range(0, 8, width)
+    mask = (1 << width) - 1
+    return torch.stack([packed >> shift & mask for shift in shifts], dim=-1).flatten(1)
