@@ -35,6 +35,11 @@ def sources() -> Path:
     return home() / "sources"
 
 
+def sensitivities() -> Path:
+    """What the recipe fit measured, by source and text."""
+    return home() / "sensitivities"
+
+
 def licences() -> Path:
     """Which licence notes were shown, and when."""
     return home() / "licences.json"

@@ -4,11 +4,28 @@ What it is: types for Typer, and the values gathered. What it is not: defaults o
 are the checkpoint's own (generation_config.json), which only a given flag overrides.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+DEFAULT_RECIPE = "int4"
+UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for suffix, base in (("b", 1000), ("ib", 1024), ("", 1000))
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "7GiB" (1024^3) or "8GB" (1000^3); raises typer.BadParameter."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found[2].lower() not in UNITS:
+        raise typer.BadParameter(f"{text!r} is no size; write it as 7GiB or 8GB.")
+    return int(float(found[1]) * UNITS[found[2].lower()])
+
 
 Model = Annotated[
     str | None,
@@ -22,7 +39,7 @@ RecipeName = Annotated[
     typer.Option(
         "--recipe",
         "-r",
-        help="int4 (default), int4-gptq, int8, bnb-nf4, bnb-int8, or a .toml file.",
+        help="int4 (default), int4-gptq, fit, int8, bnb-nf4, bnb-int8, or a .toml file.",
     ),
 ]
 TextFile = Annotated[
@@ -33,6 +50,19 @@ TextFile = Annotated[
         show_default=False,
     ),
 ]
+Budget = Annotated[
+    int | None,
+    typer.Option(
+        "--budget", parser=parse_size, metavar="SIZE", help="fit: bytes of all weights, as 7GiB."
+    ),
+]
+Device = Annotated[
+    int | None,
+    typer.Option(
+        "--for", parser=parse_size, metavar="SIZE",
+        help="fit: memory of the device that weights and context shall fit, as 8GB.",
+    ),
+]  # fmt: skip
 Offline = Annotated[
     bool, typer.Option("--offline", help="Fetch nothing; fail where something is missing.")
 ]

@@ -25,13 +25,14 @@ from m1local_app.kept import size_text
 
 if TYPE_CHECKING:
     from m1local_quantize.pipeline import Planned
+    from m1local_quantize.recipe import Recipe
     from m1local_quantize.source import Source
 
 
 def quantize_with_progress(
     source: "Source",
     target: Path,
-    recipe_name: str,
+    recipe: "Recipe",
     *,
     overwrite: bool = False,
     text: Path | None = None,
@@ -41,10 +42,8 @@ def quantize_with_progress(
     """Quantize `source` into `target`; returns the manifest of what was made."""
     # Imported here, as torch is heavy and `m1 --help` must not load it.
     from m1local_quantize.pipeline import CheckpointWritten, Planned, quantize_checkpoint
-    from m1local_quantize.recipe import Recipe
     from m1local_quantize.text import CALIBRATION, SHIPPED
 
-    recipe = Recipe.find(recipe_name)
     console = Console(stderr=True, highlight=False)
     begun, peak, manifest = time.monotonic(), 0, None
     with _bar(console) as bar:
@@ -86,13 +85,11 @@ def _say_what_was_made(
         )
 
 
-def dry_run(opened: "Source", recipe_name: str) -> str:
+def dry_run(opened: "Source", recipe: "Recipe") -> str:
     """What quantizing a source would take, without writing anything."""
     from m1local_quantize.estimate import estimate
     from m1local_quantize.plan import Plan
-    from m1local_quantize.recipe import Recipe
 
-    recipe = Recipe.find(recipe_name)
     expected = estimate(opened, Plan.of(opened, recipe))
     seconds = "not estimated" if expected.seconds is None else f"about {expected.seconds:,.0f} s"
     rows = (

@@ -12,6 +12,11 @@ a recipe cannot compute anything.
     format = "int4"
     group_size = 64
     method = "hqq"            # if this rule's is another
+
+Instead of a last rule for all there may be a list of formats, of which the best is chosen for each
+matrix that no rule matches, once a size is given (fit.py):
+
+    fit = ["int3/64", "int4/64", "int8"]          # format/group size
 """
 
 import tomllib
@@ -45,16 +50,31 @@ class Recipe:
     name: str
     method: str
     rules: tuple[Rule, ...]
+    candidates: tuple[LinearSpec, ...] = ()  # for what no rule matches: see fit.py
+
+    def closed_rule(self, module_name: str) -> Rule | None:
+        """What is done with the matrix `module_name`; None when no rule matches."""
+        matching = (rule for rule in self.rules if fnmatchcase(module_name, rule.pattern))
+        return next(matching, None)
 
     def rule_for(self, module_name: str) -> Rule:
         """What is done with the matrix `module_name`; raises RecipeError when no rule matches."""
-        for rule in self.rules:
-            if fnmatchcase(module_name, rule.pattern):
-                return rule
+        rule = self.closed_rule(module_name)
+        if rule is not None:
+            return rule
+        self.check_closed()
         raise RecipeError(
             f"The recipe {self.name} has no rule for {module_name}; end it with a rule that "
             'matches "*".'
         )
+
+    def check_closed(self) -> None:
+        """Raise RecipeError where formats are still to be chosen for a size."""
+        if self.candidates:
+            raise RecipeError(
+                f"The recipe {self.name} chooses formats for a size: give `m1 quantize` one with "
+                "--budget 7GiB, or a device's with --for 8GB."
+            )
 
     @classmethod
     def find(cls, name_or_path: str) -> Self:
@@ -75,23 +95,47 @@ class Recipe:
 
     @classmethod
     def _from_dict(cls, name: str, raw: Mapping[str, Any], where: str) -> Self:
-        unknown = raw.keys() - {"method", "rules"}
+        unknown = raw.keys() - {"method", "rules", "fit"}
         if unknown:
-            raise RecipeError(f"{where}: unknown key {min(unknown)!r}; a recipe has method, rules.")
+            raise RecipeError(
+                f"{where}: unknown key {min(unknown)!r}; a recipe has method, rules, fit."
+            )
         method = raw.get("method")
         if not isinstance(method, str) or method not in METHODS:
             raise RecipeError(f"{where}: method is {method!r}; known: {', '.join(METHODS)}.")
-        rules = raw.get("rules")
-        if not isinstance(rules, list) or not rules:
+        rules, candidates = raw.get("rules", []), _candidates(raw.get("fit", []), where)
+        if not isinstance(rules, list) or not (rules or candidates):
             raise RecipeError(f"{where} has no [[rules]].")
         return cls(
-            name=name, method=method, rules=tuple(_rule(rule, method, where) for rule in rules)
+            name=name,
+            method=method,
+            rules=tuple(_rule(rule, method, where) for rule in rules),
+            candidates=candidates,
         )
 
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def _candidates(raw: Any, where: str) -> tuple[LinearSpec, ...]:
+    if not isinstance(raw, list) or not all(isinstance(text, str) for text in raw):
+        raise RecipeError(f'{where}: fit is {raw!r}, expected a list such as ["int4/64", "int8"].')
+    found = []
+    for text in raw:
+        name, _, size = text.partition("/")
+        if (
+            name not in FORMATS
+            or (name in GROUPED) != size.isdecimal()
+            or (size and not size.isdecimal())
+        ):
+            raise RecipeError(
+                f"{where}: fit names {text!r}; a candidate is one of {', '.join(FORMATS)}, with "
+                "/64 or another group size for int3 to int6."
+            )
+        found.append(LinearSpec(name, int(size) if size else None))
+    return tuple(found)
 
 
 def _rule(raw: Any, method: str, where: str) -> Rule:

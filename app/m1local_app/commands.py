@@ -1,0 +1,188 @@
+"""The commands of `m1` that deal with checkpoints: made, shown, fetched, listed, checked, measured.
+
+What it is: Typer commands, each only wiring; cli.py joins them to `m1`. torch is imported inside
+functions, since `m1 --help` must answer at once. What it is not: where anything is decided.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from m1local_app import library, options
+from m1local_app.boundary import usage_error
+from m1local_app.options import DEFAULT_RECIPE
+
+
+class Measure(StrEnum):
+    """What `m1 eval` computes."""
+
+    ppl = "ppl"
+    kld = "kld"
+
+
+checkpoints = typer.Typer()
+
+
+@checkpoints.command()
+def quantize(
+    source: Annotated[
+        str, typer.Argument(help="The original: its folder, or OWNER/NAME on the model hub.")
+    ],
+    target: Annotated[Path, typer.Argument(help="New folder for the quantized one.")],
+    recipe: options.RecipeName = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")
+    ] = False,
+    text: options.TextFile = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text gptq learns from, .txt or .jsonl; not the one measured on."),
+    ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify/--no-certify", help="Measure the result's quality.")
+    ] = True,
+    offline: options.Offline = False,
+    keep_source: options.KeepSource = False,
+    budget: options.Budget = None,
+    device: options.Device = None,
+    ctx_size: options.ContextSize = None,
+    only_say: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")
+    ] = False,
+) -> None:
+    """Turn a 16-bit checkpoint into a 4- or 8-bit one.
+
+    A run that was cut off is continued by the same command.
+
+    Examples:  m1 quantize ./Baichuan-M1-14B-Instruct ./m1-int4 --recipe int4  ·
+    m1 quantize ./Baichuan-M1-14B-Instruct ./m1-8gb --recipe fit --for 8GB --ctx-size 8192
+    """
+    from m1local_app.fetching import fetched, open_source
+    from m1local_app.fitting import fitted_recipe
+    from m1local_app.progress import dry_run, quantize_with_progress
+    from m1local_quantize.recipe import Recipe
+
+    chosen = Recipe.find(recipe or DEFAULT_RECIPE)  # before gigabytes are fetched
+    found = fetched(source, offline=offline, keep_source=keep_source and not only_say)
+    original = open_source(found, offline=offline)
+    if chosen.candidates or budget is not None or device is not None:
+        chosen = fitted_recipe(
+            chosen,
+            original,
+            budget=budget,
+            device=device,
+            context_tokens=ctx_size,
+            calibration=calibration,
+        )
+    if only_say:
+        typer.echo(dry_run(original, chosen))
+        return
+    try:
+        quantize_with_progress(
+            original,
+            target,
+            chosen,
+            overwrite=overwrite,
+            text=text,
+            calibration=calibration,
+            certify=certify,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"{target} is unfinished; the same command continues it.", err=True)
+        raise
+    typer.echo(f"Wrote {target}. Chat with it: m1 chat {target}", err=True)
+
+
+@checkpoints.command()
+def show(model: options.Model = None) -> None:
+    """Say what a checkpoint is: origin, formats, size, context, licence.
+
+    Example:  m1 show ./m1-int4
+    """
+    from m1local_app.describe import describe
+
+    typer.echo(describe(library.find(model).folder))
+
+
+@checkpoints.command("pull")
+def pull_model(
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the model hub.")],
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit. [default: main, then as it was]")
+    ] = None,
+) -> None:
+    """Fetch an original model from the hub and check every file; called again, it goes on.
+
+    Example:  m1 pull baichuan-inc/Baichuan-M1-14B-Instruct
+    """
+    from m1local_app.fetching import pull_with_progress
+
+    if not library.is_repository(repository):
+        raise usage_error(f"{repository} is no repository's name; give OWNER/NAME.")
+    folder = library.source_folder(repository)
+    pull_with_progress(repository, folder, revision=revision)
+    typer.echo(f"{folder} holds {repository}. Chat with it: m1 run {repository}", err=True)
+
+
+@checkpoints.command("list")
+def list_kept() -> None:
+    """List the checkpoints that `m1 run` has made and kept."""
+    from m1local_app import kept
+
+    typer.echo(kept.table())
+
+
+@checkpoints.command("rm")
+def remove(
+    name: Annotated[str, typer.Argument(help="A name that `m1 list` shows.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a kept checkpoint; its source stays.
+
+    Example:  m1 rm m1-tiny-int4-1a2b3c4d
+    """
+    from m1local_app import kept
+    from m1local_quantize.target import remove_checkpoint
+
+    folder = kept.find(name)
+    if not yes and not typer.confirm(f"Delete {folder}?", err=True):
+        raise typer.Exit(1)
+    typer.echo(f"Deleted {name}: {kept.size_text(remove_checkpoint(folder))} freed.", err=True)
+
+
+@checkpoints.command()
+def verify(model: options.Model = None) -> None:
+    """Check every file of a quantized checkpoint against its SHA-256, and its structure.
+
+    Example:  m1 verify ./m1-int4
+    """
+    from m1local_app.checks import verify_checkpoint
+
+    typer.echo(verify_checkpoint(library.find(model).folder))
+
+
+@checkpoints.command("eval")
+def evaluate(
+    measure: Annotated[Measure, typer.Argument(help="ppl or kld.")],
+    model: Annotated[str, typer.Argument(help="The checkpoint's folder or name.")],
+    source: Annotated[
+        str | None, typer.Option("--source", help="kld: the original it was made of.")
+    ] = None,
+    text: options.TextFile = None,
+) -> None:
+    """Perplexity of a checkpoint on a text (ppl), or how far it is from its original (kld).
+
+    Examples:  m1 eval ppl ./m1-int4  ·  m1 eval kld ./m1-int4 --source ./Baichuan-M1-14B-Instruct
+    """
+    from m1local_app.checks import perplexity_line
+    from m1local_app.progress import measure_with_progress, quality_line
+
+    folder = library.find(model).folder
+    if measure is Measure.ppl:
+        typer.echo(perplexity_line(folder, text))
+        return
+    if source is None:
+        raise usage_error("kld compares with the original: add --source FOLDER.")
+    typer.echo(quality_line(measure_with_progress(library.find(source).folder, folder, text)))

@@ -1,0 +1,101 @@
+"""The recipe `fit` for a size: sensitivities measured with a progress bar, or read back.
+
+What it is: `--budget` and `--for` into a recipe with a rule for every matrix. What was measured is
+kept under M1_HOME, so that another size, or a continued run, need not measure again. What it is
+not: the measurement (m1local_quantize.sensitivity) or the choice (m1local_quantize.fit).
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from m1local import __version__, home
+from m1local.errors import RecipeError
+from m1local_app.kept import size_text
+from m1local_quantize.recipe import Recipe
+
+if TYPE_CHECKING:
+    from m1local_quantize.fit import Sensitivities
+    from m1local_quantize.source import Source
+
+
+def fitted_recipe(
+    recipe: Recipe,
+    source: "Source",
+    *,
+    budget: int | None,
+    device: int | None,
+    context_tokens: int | None,
+    calibration: Path | None,
+) -> Recipe:
+    """`recipe` for `budget` bytes of weights, or for a device of `device` bytes.
+
+    Raises RecipeError where nothing of that size can be had, or the source will not stay.
+    """
+    from m1local.engine import DEFAULT_CONTEXT_TOKENS  # torch: not for `m1 --help`
+    from m1local_quantize.fit import fitted, weights_within
+
+    if not recipe.candidates:
+        raise RecipeError(
+            f"The recipe {recipe.name} says itself what each matrix takes; --budget and --for go "
+            "with the recipe fit."
+        )
+    if budget is None and device is None:
+        raise RecipeError(
+            f"The recipe {recipe.name} needs a size: --budget 7GiB for the checkpoint, or --for "
+            "8GB for the device it shall fit, with --ctx-size."
+        )
+    if source.files.passing:
+        raise RecipeError(
+            f"The recipe {recipe.name} reads the original twice, so it must stay: add "
+            "--keep-source."
+        )
+    if budget is None and device is not None:
+        longest = min(DEFAULT_CONTEXT_TOKENS, source.config.max_position_embeddings)
+        budget = weights_within(device, source.config, context_tokens or longest)
+    assert budget is not None, (budget, device)
+    found = _sensitivities(recipe, source, calibration)
+    chosen = fitted(recipe, source, found, budget)
+    formats = Counter(rule.spec for rule in chosen.rules)
+    said = ", ".join(
+        f"{count} x {spec.format}{f'/{spec.group_size}' if spec.group_size else ''}"
+        for spec, count in sorted(formats.items(), key=lambda pair: str(pair[0]))
+    )
+    typer.echo(f"{recipe.name}: weights within {size_text(budget)}: {said}", err=True)
+    return chosen
+
+
+def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -> "Sensitivities":
+    from m1local_quantize.fit import Sensitivities
+    from m1local_quantize.sensitivity import measure_sensitivity
+    from m1local_quantize.text import CALIBRATION
+
+    text = source.read_text(calibration or CALIBRATION)
+    decisive = [
+        __version__, text.sha256, dict(source.files.identity()), list(map(str, recipe.candidates))
+    ]  # fmt: skip
+    name = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+    path = home.sensitivities() / f"{name}.json"
+    kept = Sensitivities.read(path)
+    if kept is not None:
+        return kept
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    console, costs = Console(stderr=True, highlight=False), {}
+    disabled = not sys.stderr.isatty()
+    with Progress(*columns, console=console, transient=True, disable=disabled) as bar:
+        task = bar.add_task("measuring what each matrix costs", total=None)
+        for event in measure_sensitivity(source, text.samples, recipe.candidates):
+            costs[event.module] = event.costs
+            bar.update(task, completed=event.done, total=event.total)
+    found = Sensitivities(costs)
+    found.write(path)
+    return found

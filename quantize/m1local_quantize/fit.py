@@ -1,0 +1,151 @@
+"""fit: the bits of every matrix, chosen so that the KL divergence is least within a size.
+
+What it is: measured costs (sensitivity.py) and a budget in bytes into a recipe with a rule for
+every matrix; the choice is the multiple-choice knapsack problem, solved by dynamic programming.
+What it is not: a measurement, or a guess at what a device needs beside the weights, except for
+`weights_within`, which says what it presumes.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy
+import torch
+
+from m1local.cache import KVCache
+from m1local.checkpoint import parameter_shapes
+from m1local.config import M1Config
+from m1local.errors import RecipeError
+from m1local.formats import LinearSpec, format_class
+from m1local_quantize.methods import method_for
+from m1local_quantize.recipe import Recipe, Rule
+from m1local_quantize.source import Source
+
+SLOTS = 1 << 17  # of the budget, at least, where sizes have no larger common measure
+WORKSPACE_BYTES = 640 << 20  # CUDA's own, kernels and activations: presumed, not measured
+Costs = Mapping[LinearSpec, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivities:
+    """Nats per token that each matrix costs in each format."""
+
+    costs: Mapping[str, Costs]
+
+    def write(self, path: Path) -> None:
+        """Keep them; a cut leaves nothing or all."""
+        rows = {
+            module: [[spec.format, spec.group_size, cost] for spec, cost in costs.items()]
+            for module, costs in self.costs.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.part")
+        unfinished.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """What `write` kept; None where nothing of use is there."""
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                {
+                    module: {LinearSpec(name, size): float(cost) for name, size, cost in costs}
+                    for module, costs in rows.items()
+                }
+            )
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+
+def fitted(recipe: Recipe, source: Source, found: Sensitivities, budget_bytes: int) -> Recipe:
+    """`recipe` with a rule for every matrix that it leaves open.
+
+    All tensors together take `budget_bytes` at most; raises RecipeError where they cannot.
+    """
+    shapes = parameter_shapes(source.config)
+    open_, spent = [], 0
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        rule = recipe.closed_rule(module) if len(shape) == 2 else None
+        if len(shape) != 2 or (rule is not None and rule.spec.format == "float"):
+            spent += source.nbytes(name)
+        elif rule is not None:
+            spent += stored_bytes((shape[0], shape[1]), rule.spec)
+        else:
+            open_.append((module, (shape[0], shape[1])))
+    choices = [
+        [
+            (spec, stored_bytes(shape, spec), cost)
+            for spec, cost in found.costs[module].items()
+            if spec in recipe.candidates
+        ]
+        for module, shape in open_
+    ]
+    if any(not options for options in choices):
+        module = next(m for (m, _), options in zip(open_, choices, strict=True) if not options)
+        raise RecipeError(
+            f"The recipe {recipe.name} has no format that {module} can be stored in; add one to "
+            "its list, or a rule for it."
+        )
+    least = spent + sum(min(nbytes for _, nbytes, _ in options) for options in choices)
+    if least > budget_bytes:
+        raise RecipeError(
+            f"{source.name} takes {least / 2**20:,.1f} MiB at least by the recipe {recipe.name}, "
+            f"but {max(budget_bytes, 0) / 2**20:,.1f} MiB are allowed. Allow more, or choose a "
+            "smaller --ctx-size."
+        )
+    sizes = [[(nbytes, cost) for _, nbytes, cost in options] for options in choices]
+    chosen = choose(sizes, budget_bytes - spent)
+    rules = [
+        Rule(module, options[index][0], method_for(recipe.method, options[index][0]))
+        for (module, _), options, index in zip(open_, choices, chosen, strict=True)
+    ]
+    return replace(recipe, rules=(*recipe.rules, *rules), candidates=())
+
+
+def choose(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int) -> list[int]:
+    """Which option (bytes, cost) of each item makes the sum of costs least within the budget.
+
+    Exact where the sizes' common measure divides the budget into fewer than SLOTS parts; else sizes
+    are rounded up to such a part. The cheapest options must fit.
+    """
+    base = [min(nbytes for nbytes, _ in item) for item in options]
+    room = budget_bytes - sum(base)
+    extra = [[nbytes - b for nbytes, _ in item] for item, b in zip(options, base, strict=True)]
+    measure = math.gcd(*(e for item in extra for e in item)) or 1
+    unit = max(measure, -(-room // SLOTS), 1)
+    slots = room // unit
+    best = numpy.zeros(slots + 1)
+    picked = []
+    for item, sizes in zip(options, extra, strict=True):
+        tried = numpy.full((len(item), slots + 1), numpy.inf)
+        for row, (size, (_, cost)) in enumerate(zip(sizes, item, strict=True)):
+            taken = -(-size // unit)
+            if taken <= slots:
+                tried[row, taken:] = best[: slots + 1 - taken] + cost
+        picked.append(tried.argmin(axis=0).astype(numpy.int8))
+        best = tried.min(axis=0)
+    chosen, left = [], slots
+    for sizes, pick in zip(reversed(extra), reversed(picked), strict=True):
+        chosen.append(int(pick[left]))
+        left -= -(-sizes[chosen[-1]] // unit)
+    return chosen[::-1]
+
+
+def stored_bytes(shape: tuple[int, int], spec: LinearSpec) -> int:
+    """Bytes of a matrix (N, K) stored as `spec`."""
+    return sum(stored.nbytes for stored in format_class(spec.format).stored(*shape, spec).values())
+
+
+def weights_within(device_bytes: int, config: M1Config, context_tokens: int) -> int:
+    """Bytes of weights that leave room on a device for a context and for WORKSPACE_BYTES.
+
+    Everything is presumed to lie on the device, keys and values in 16 bits.
+    """
+    cache = KVCache.allocate(config, context_tokens, dtype=torch.bfloat16, device="meta")
+    return device_bytes - cache.nbytes - WORKSPACE_BYTES
