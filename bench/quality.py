@@ -1,26 +1,34 @@
 """What each recipe costs in quality: `python -m bench.quality --text medquad_dev.jsonl`.
 
-What it is: the demo (or any checkpoint that fits in memory) quantized by every shipped recipe and
-compared with its 16-bit weights on held-out questions and answers. What it is not: a measure of
+What it is: the demo (or any checkpoint that fits in memory) quantized by every shipped recipe, by
+mlx-lm, and by `fit` at the sizes of the others, and compared with its 16-bit weights on held-out
+questions and answers. What it is not: a measure of
 medical knowledge. Prints a table last, and writes it as JSON for the README.
 """
 
 import argparse
 import json
 import tempfile
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from bench.machine import describe_machine
+from bench.mlx_peer import quantize_by_mlx
 from m1local.checkpoint import load_model, parameter_shapes
+from m1local.formats import LinearSpec
 from m1local.home import DEMO
-from m1local.manifest import CheckpointManifest
+from m1local.model import M1Model
 from m1local.tokenizer import M1Tokenizer, Message
 from m1local_quantize.evaluate import Divergence, Sample, compare
+from m1local_quantize.fit import Sensitivities, fitted
 from m1local_quantize.pipeline import quantize_checkpoint
-from m1local_quantize.recipe import Recipe, shipped_recipes
+from m1local_quantize.plan import Plan
+from m1local_quantize.recipe import Recipe, Rule, shipped_recipes
+from m1local_quantize.sensitivity import measure_sensitivity
+from m1local_quantize.source import Source
 from m1local_quantize.text import CALIBRATION
 
 DECODED_ROWS = 20  # token by token is slow: the first few answers are enough to see a difference
@@ -51,32 +59,81 @@ def every_nth_row(path: Path, rows: int, folder: Path) -> Path:
     return chosen
 
 
-def measure(
-    source: Path, recipe: str, samples: list[Sample], calibration: Path
-) -> dict[str, object]:
-    """One row of the table."""
-    reference = load_model(source, dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / recipe
-        for _ in quantize_checkpoint(
-            source, target, Recipe.find(recipe), text=None, calibration=calibration
-        ):
-            pass
-        manifest = CheckpointManifest.read(target)
-        nbytes = sum(r.nbytes for n, r in manifest.files.items() if n.endswith(".safetensors"))
-        model = load_model(target, dtype=torch.float32)
-        prefill: Divergence = compare(reference, model, samples)
-        decode = compare(reference, model, samples[:DECODED_ROWS], decode=True)
-    parameters = sum(
-        torch.Size(shape).numel() for shape in parameter_shapes(reference.config).values()
-    )
-    return {
-        "recipe": recipe,
-        "bits_per_weight": round(8 * nbytes / parameters, 2),
-        "mib": round(nbytes / 2**20, 2),
-        **{key: round(value, 5) for key, value in asdict(prefill).items()},
-        "mean_kl_decoding": round(decode.mean_kl, 5),
-    }
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What all contestants share."""
+
+    source: Source
+    samples: list[Sample]
+    calibration: Path
+    reference: M1Model
+    parameters: int
+
+    def row(self, name: str, model: M1Model, nbytes: int) -> dict[str, object]:
+        """One row of the table."""
+        found: Divergence = compare(self.reference, model, self.samples)
+        decode = compare(self.reference, model, self.samples[:DECODED_ROWS], decode=True)
+        row = {
+            "recipe": name,
+            "bits_per_weight": round(8 * nbytes / self.parameters, 2),
+            "mib": round(nbytes / 2**20, 2),
+            **{key: round(value, 5) for key, value in asdict(found).items()},
+            "mean_kl_decoding": round(decode.mean_kl, 5),
+        }
+        print(
+            f"{name:28} {row['bits_per_weight']:6} {found.perplexity:8.3f} "
+            f"{found.reference_perplexity:8.3f} {found.mean_kl:9.5f} {found.p99_kl:8.4f} "
+            f"{100 * found.top1_agreement:6.2f}%",
+            flush=True,
+        )
+        return row
+
+    def quantized(self, name: str, recipe: Recipe) -> dict[str, object]:
+        """The row of a recipe."""
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "quantized"
+            for _ in quantize_checkpoint(
+                self.source, target, recipe, text=None, calibration=self.calibration
+            ):
+                pass
+            model = load_model(target, dtype=torch.float32)
+            return self.row(name, model, Plan.of(self.source, recipe).target_bytes)
+
+
+def everywhere(format_name: str, method: str) -> Recipe:
+    """One format with groups of 64 for every matrix, embedding and head included."""
+    spec = LinearSpec(format_name, 64)
+    return Recipe(name=format_name, method=method, rules=(Rule("*", spec, method),))
+
+
+def contestants(held: Held) -> Iterator[dict[str, object]]:
+    """All rows: shipped recipes, uniform ones, mlx-lm's, and fit at the size of each."""
+    sizes: dict[str, int] = {}
+    for name in shipped_recipes():
+        recipe = Recipe.find(name)
+        if not recipe.candidates:
+            sizes[name] = Plan.of(held.source, recipe).target_bytes
+            yield held.quantized(f"`{name}`", recipe)
+    by_mlx = quantize_by_mlx(held.source.folder, bits=4, group_size=64)
+    yield held.row(f"mlx-lm {by_mlx.version}, 4 bits, groups of 64", by_mlx.model, by_mlx.nbytes)
+    yield held.quantized("int4 everywhere, refit", everywhere("int4", "refit"))
+    for name in ("int3", "int4", "int5", "int6"):
+        recipe = everywhere(name, "gptq")
+        sizes[f"{name} everywhere"] = Plan.of(held.source, recipe).target_bytes
+        yield held.quantized(f"{name} everywhere, gptq", recipe)
+    fit = Recipe.find("fit")
+    text = held.source.read_text(held.calibration)
+    measured = measure_sensitivity(held.source, text.samples, fit.candidates)
+    found = Sensitivities({event.module: event.costs for event in measured})
+    for name in (
+        "int3 everywhere",
+        "int4 everywhere",
+        "int5 everywhere",
+        "int4",
+        "int6 everywhere",
+    ):
+        recipe = fitted(fit, held.source, found, sizes[name])
+        yield held.quantized(f"`fit`, size of {name}", recipe)
 
 
 def main() -> None:
@@ -86,20 +143,25 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEMO, help="an original checkpoint")
     parser.add_argument("--system", default="Answer in detail.", help="the demo answers at length")
     parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="for int4-gptq")
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="for gptq and fit")
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("bench/results/quality.json"))
     arguments = parser.parse_args()
-    tokenizer = M1Tokenizer.from_folder(arguments.model)
-    length = load_model(arguments.model).config.max_position_embeddings
+    source = Source.open(arguments.model)
     samples = read_samples(
-        arguments.text, tokenizer, system=arguments.system, rows=arguments.rows, length=length
+        arguments.text,
+        source.tokenizer,
+        system=arguments.system,
+        rows=arguments.rows,
+        length=source.config.max_position_embeddings,
     )
+    shapes = parameter_shapes(source.config).values()
+    print(f"{'recipe':28} {'bits':>6} {'ppl':>8} {'bf16':>8} {'KL':>9} {'KL 99%':>8} {'top-1':>7}")
     with tempfile.TemporaryDirectory() as folder:
         calibration = every_nth_row(arguments.calibration, arguments.calibration_rows, Path(folder))
-        rows = [
-            measure(arguments.model, recipe, samples, calibration) for recipe in shipped_recipes()
-        ]
+        reference = load_model(arguments.model, dtype=torch.float32)
+        parameters = sum(torch.Size(shape).numel() for shape in shapes)
+        rows = list(contestants(Held(source, samples, calibration, reference, parameters)))
     result = {
         "command": (
             f"python -m bench.quality --text {arguments.text.name} --rows {arguments.rows} "
@@ -111,13 +173,6 @@ def main() -> None:
         "rows": rows,
     }
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{'recipe':10} {'bits':>6} {'ppl':>8} {'bf16':>8} {'KL':>9} {'KL 99%':>8} {'top-1':>7}")
-    for row in rows:
-        print(
-            f"{row['recipe']:10} {row['bits_per_weight']:6} {row['perplexity']:8.3f} "
-            f"{row['reference_perplexity']:8.3f} {row['mean_kl']:9.5f} {row['p99_kl']:8.4f} "
-            f"{100 * float(str(row['top1_agreement'])):6.2f}%"
-        )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def quality(result: dict[str, Any]) -> str:
     )
     rows: list[tuple[object, ...]] = [
         (
-            f"`{row['recipe']}`",
+            row["recipe"],
             row["bits_per_weight"],
             row["mib"],
             f"{row['perplexity']:.3f}",

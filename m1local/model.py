@@ -159,7 +159,9 @@ class M1Backbone(nn.Module):
         """Build the layers that `config` describes."""
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Its own initial values take torch two seconds of imports, and nobody needs them.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
         self.layers = nn.ModuleList(
             M1Layer(config, layer) for layer in range(config.num_hidden_layers)
         )

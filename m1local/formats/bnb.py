@@ -19,7 +19,7 @@ from torch import Tensor
 
 from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
-from m1local.formats.base import ROWS_PER_SLICE, QuantizedLinear, Stored
+from m1local.formats.base import ROWS_QUANTIZED, QuantizedLinear, Stored
 
 BLOCK = 64  # weights that share one absmax; along a row, since rows are multiples of it
 ROWS_REARRANGED = 32  # bitsandbytes' AVX512-BF16 operator asserts whole blocks of so many rows
@@ -181,7 +181,7 @@ class BnbNf4DqLinear(Bnb4bitLinear):
         shape: tuple[int, int],
         spec: LinearSpec,
         quantize: Callable[[Tensor, LinearSpec], Mapping[str, Tensor]] | None = None,
-        rows_per_slice: int = ROWS_PER_SLICE,
+        rows_per_slice: int = ROWS_QUANTIZED,
     ) -> dict[str, Tensor]:
         """As NormalFloat 4, then what `quantize_4bit(compress_statistics=True)` does to it.
 

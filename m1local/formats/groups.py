@@ -13,6 +13,7 @@ Stored: codes in planes of 1, 2 or 4 bits, the even columns in the low bits of a
 (N, K/group) bfloat16.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
@@ -90,8 +91,8 @@ class GroupLinear(QuantizedLinear):
     def encode(cls, grouped: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
         """Choose the nearest codes of `grouped` (n, groups, group) for given scales and zeros."""
         inverse = torch.where(scales > 0, 1 / scales.float(), 0)[..., None]
-        codes = ((grouped - zeros.float()[..., None]) * inverse).round_().add_(cls.middle)
-        codes = codes.clamp_(0, cls.highest).to(torch.uint8).flatten(1)
+        codes = torch.sub(grouped, zeros.float()[..., None]).mul_(inverse).round_()
+        codes = codes.add_(cls.middle).clamp_(0, cls.highest).flatten(1).to(torch.uint8)
         return {**cls.pack(codes), "scales": scales, "zeros": zeros}
 
     @classmethod
@@ -234,6 +235,9 @@ class Int6Linear(GroupLinear):
 def pack_plane(codes: Tensor, width: int) -> Tensor:
     """(n, K) codes of `width` bits -> (n, K * width / 8) bytes, the first in the lowest bits."""
     per_byte = 8 // width
+    if per_byte == 2 and sys.byteorder == "little":  # two at a time: three times as fast
+        pairs = codes.contiguous().view(torch.int16)
+        return (pairs | pairs >> 4).to(torch.uint8)
     packed = codes[:, 0::per_byte].clone()
     for place in range(1, per_byte):
         packed |= codes[:, place::per_byte] << place * width

@@ -39,9 +39,9 @@ class Int8Linear(QuantizedLinear):
     def quantize(cls, rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Scale each row (n, K) so that its largest magnitude becomes 127."""
         wide = rows.float()
-        scales = wide.abs().amax(dim=1) / 127
+        scales = torch.maximum(wide.amax(dim=1), -wide.amin(dim=1)) / 127
         inverse = torch.where(scales > 0, 1 / scales, 0)
-        codes = (wide * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        codes = torch.mul(wide, inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
         return {"weight": codes, "scales": scales}
 
     @classmethod

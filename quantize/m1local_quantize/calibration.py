@@ -61,6 +61,7 @@ class Calibrator:
     def __init__(self, source: Source, target: Path, plan: Plan, samples: Sequence[Sample]) -> None:
         """Begin before the first layer."""
         self._source = source
+        self.inputs = sum(len(sample.token_ids) for sample in samples)
         self._written = Stream(source.config, Written(target, plan), plan.linears, samples)
         self._layer = -1
         self._hessians: dict[str, Tensor] = {}

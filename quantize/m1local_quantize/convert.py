@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m1local.formats import format_class
-from m1local.formats.base import ROWS_PER_SLICE
+from m1local.formats.base import ROWS_PER_SLICE, ROWS_QUANTIZED
 from m1local_quantize.calibration import Calibrator
 from m1local_quantize.methods import gptq, quantizer
 from m1local_quantize.plan import Plan, Step
@@ -40,9 +40,10 @@ class Converter:
                 copy[start:stop] = source.rows(step.name, whole, start, stop)
             return {step.name: copy}
         module = step.name.removesuffix(".weight")
-        quantize, rows_per_slice = quantizer(step.method, step.spec), ROWS_PER_SLICE
+        quantize, rows_per_slice = quantizer(step.method, step.spec), ROWS_QUANTIZED
         if step.method == "gptq" and self._calibrator is not None and module.startswith(LAYER):
-            quantize = gptq.prepare(self._calibrator.hessian(module))
+            hessian = self._calibrator.hessian(module)
+            quantize = gptq.prepare(hessian, self._calibrator.inputs)
             rows_per_slice = gptq.ROWS_PER_SLICE
         tensors = format_class(step.spec.format).quantize_matrix(
             lambda start, stop: source.rows(step.name, whole, start, stop),

@@ -8,7 +8,7 @@ disk may be slower than the processor, and gptq is not timed.
 import time
 from dataclasses import dataclass
 
-from m1local.formats.base import ROWS_PER_SLICE
+from m1local.formats.base import ROWS_QUANTIZED
 from m1local_quantize.methods import quantizer
 from m1local_quantize.plan import Plan, Step
 from m1local_quantize.source import Source
@@ -32,7 +32,7 @@ def estimate(source: Source, plan: Plan) -> Estimate:
     """Estimate `plan` for `source` on this machine; reads a few rows of some matrices."""
     largest = max((step.nbytes for step in plan.steps), default=0)
     widest = max((step.shape[-1] for step in plan.steps if step.is_quantized), default=0)
-    slices = COPIES * ROWS_PER_SLICE * widest * FLOAT32_BYTES
+    slices = COPIES * ROWS_QUANTIZED * widest * FLOAT32_BYTES
     return Estimate(
         source_bytes=plan.source_bytes,
         target_bytes=plan.target_bytes,
@@ -58,7 +58,7 @@ def _weights(step: Step) -> int:
 
 def _seconds_per_weight(source: Source, step: Step) -> float:
     whole = source.tensor(step.name)
-    rows = min(ROWS_PER_SLICE, step.shape[0])
+    rows = min(ROWS_QUANTIZED, step.shape[0])
     quantize = quantizer(step.method, step.spec)
     times = []
     for _ in range(ROUNDS):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from m1local.checkpoint import EMBEDDING, HEAD, load_modules, matrix_names
 from m1local.formats import LinearSpec, format_class
-from m1local.formats.base import ROWS_PER_SLICE
+from m1local.formats.base import ROWS_QUANTIZED
 from m1local.model import M1Model
 from m1local_quantize.evaluate import Sample
 from m1local_quantize.methods import quantizer
@@ -147,9 +147,9 @@ class _Backwards:
         whole = self._source.tensor(name)
         fitting = self._fitting(module, (whole.shape[0], whole.shape[1]))
         sums = dict.fromkeys(fitting, 0.0)
-        for start in range(0, whole.shape[0], ROWS_PER_SLICE):
-            stop = min(start + ROWS_PER_SLICE, whole.shape[0])
-            rows = self._source.rows(name, whole, start, stop).float()
+        for start in range(0, whole.shape[0], ROWS_QUANTIZED):
+            stop = min(start + ROWS_QUANTIZED, whole.shape[0])
+            rows = self._source.rows(name, whole, start, stop)
             for spec in fitting:
                 change = x @ self._error(rows, spec).T
                 sums[spec] += float((change.square_() * weights[:, start:stop]).sum())
@@ -169,7 +169,7 @@ class _Backwards:
         name = f"{HEAD}.weight"
         for start in range(0, head.shape[0], ROWS_OF_HEAD):
             stop = min(start + ROWS_OF_HEAD, head.shape[0])
-            yield self._source.rows(name, head, start, stop).float()
+            yield self._source.rows(name, head, start, stop)
 
     def _load(self, prefix: str) -> None:
         cpu = torch.device("cpu")

@@ -4,7 +4,10 @@ What it is: what the pipeline may ask of either; `LocalFiles` is the one that li
 not: the transfer (arriving.py is the other one).
 """
 
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Protocol
 
 from m1local.manifest import FileRecord
@@ -38,9 +41,17 @@ class SourceFiles(DescribedTensors, Protocol):
 
 
 class LocalFiles(TensorFiles):
-    """The files of a folder, which is never written to."""
+    """The files of a folder, which is never written to.
+
+    Their hashes are computed beside the quantizing, each file's while it is being read anyway.
+    """
 
     passing = False
+
+    def __init__(self, folder: Path, file_names: list[str]) -> None:
+        """Open `file_names` in `folder`; raises CheckpointError for the first that is damaged."""
+        super().__init__(folder, file_names)
+        self._hashing: dict[str, Future[FileRecord]] = {}
 
     def identity(self) -> Mapping[str, object]:
         """Size and time of every file."""
@@ -48,15 +59,31 @@ class LocalFiles(TensorFiles):
         return {name: [s.st_size, s.st_mtime_ns] for name, s in status.items()}
 
     def records(self) -> dict[str, FileRecord]:
-        """Size and SHA-256 of every file; reads them all."""
-        return {name: FileRecord.of(self.folder / name) for name in self.files}
+        """Size and SHA-256 of every file."""
+        self._hash(self.files)
+        return {name: self._hashing[name].result() for name in self.files}
 
     def expect(self, names: Sequence[str]) -> None:
         """Do nothing: all are there."""
 
     def fetch(self, names: Collection[str]) -> Iterator[BytesFetched]:
-        """Do nothing: all are there."""
+        """Begin to hash the files that are going to be read; all are there."""
+        self._hash({self.file_of(name) for name in names})
         return iter(())
 
     def release(self, file_names: Collection[str]) -> None:
         """Do nothing: they are the user's."""
+
+    def _hash(self, file_names: Collection[str]) -> None:
+        for name in sorted(set(file_names) - self._hashing.keys()):
+            found: Future[FileRecord] = Future()
+            self._hashing[name] = found
+
+            def run(path: Path = self.folder / name, found: Future[FileRecord] = found) -> None:
+                try:
+                    found.set_result(FileRecord.of(path))
+                except OSError as error:
+                    found.set_exception(error)
+
+            # A daemon: whoever stops quantizing must not wait for it.
+            threading.Thread(target=run, daemon=True).start()
