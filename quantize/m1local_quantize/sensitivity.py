@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from m1local.checkpoint import EMBEDDING, HEAD, load_modules, matrix_names
 from m1local.formats import LinearSpec, format_class
-from m1local.formats.base import ROWS_QUANTIZED
+from m1local.formats.base import ROWS_QUANTIZED, for_slices
 from m1local.model import M1Model
 from m1local_quantize.evaluate import Sample
 from m1local_quantize.methods import quantizer
@@ -146,14 +146,17 @@ class _Backwards:
         name = f"{module}.weight"
         whole = self._source.tensor(name)
         fitting = self._fitting(module, (whole.shape[0], whole.shape[1]))
-        sums = dict.fromkeys(fitting, 0.0)
-        for start in range(0, whole.shape[0], ROWS_QUANTIZED):
-            stop = min(start + ROWS_QUANTIZED, whole.shape[0])
+
+        @torch.inference_mode()  # which a thread does not inherit
+        def work(start: int, stop: int) -> list[float]:
             rows = self._source.rows(name, whole, start, stop)
-            for spec in fitting:
-                change = x @ self._error(rows, spec).T
-                sums[spec] += float((change.square_() * weights[:, start:stop]).sum())
-        return {spec: found / (2 * self._judged) for spec, found in sums.items()}
+            changes = (x @ self._error(rows, spec).T for spec in fitting)
+            return [float((c.square_() * weights[:, start:stop]).sum()) for c in changes]
+
+        sums = zip(*for_slices(work, whole.shape[0], ROWS_QUANTIZED), strict=True)
+        return {
+            spec: sum(found) / (2 * self._judged) for spec, found in zip(fitting, sums, strict=True)
+        }
 
     def _fitting(self, module: str, shape: tuple[int, int]) -> list[LinearSpec]:
         return [spec for spec in self._candidates if fits(module, shape, spec)]
