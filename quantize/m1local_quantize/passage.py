@@ -6,7 +6,8 @@ that no later stage reads are let go. What it is not: the arithmetic (convert.py
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class Passage:
         self.quality: Mapping[str, str | int | float] | None = None
         self._source, self._target, self._plan, self._journal = source, target, plan, journal
         self._layers = source.config.num_hidden_layers
+        self._pending: Future[None] | None = None
         self._converter = Converter(source, target, plan, calibrated_on)
         self._text, self._measurement = measured_on, None
         if measured_on is not None:
@@ -64,15 +66,22 @@ class Passage:
         source.files.expect([self._stored(step) for step in plan.steps if self._needs(step)])
 
     def run(self) -> Iterator[Passed]:
-        """Write what is missing, in order."""
+        """Write what is missing, in order; the disk gets a matrix while the next is computed."""
+        with ThreadPoolExecutor(max_workers=1) as self._storing:
+            yield from self._run()
+
+    def _run(self) -> Iterator[Passed]:
         done = 0
         for file_name, steps in self._plan.shards.items():
             path = self._target / file_name
             layout = {name: stored for step in steps for name, stored in step.tensors.items()}
             is_whole = path.is_file()
             with (
-                nullcontext() if is_whole else ShardWriter(path, layout, self._journal.finished)
-            ) as writer:
+                (
+                    nullcontext() if is_whole else ShardWriter(path, layout, self._journal.finished)
+                ) as writer,
+                self._settled(),
+            ):
                 for step in steps:
                     stage = stage_of(step.name, self._layers)
                     if step is self._stages[stage][0]:
@@ -107,11 +116,30 @@ class Passage:
         return self._source.files.fetch([self._stored(step) for step in steps])
 
     def _write(self, writer: ShardWriter, step: Step) -> None:
-        converted = self._converter.convert(step).items()
-        missing = {name: t for name, t in converted if name not in self._journal.finished}
-        self._journal.add({name: writer.write(name, t) for name, t in missing.items()})
+        converted = self._converter.convert(step)
+        self._settle()
+
+        def store() -> None:
+            missing = {n: t for n, t in converted.items() if n not in self._journal.finished}
+            self._journal.add({name: writer.write(name, t) for name, t in missing.items()})
+
+        self._pending = self._storing.submit(store)
+
+    def _settle(self) -> None:
+        """Wait until what was computed is written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._settle()
 
     def _leave(self, stage: int) -> Iterator[StageMeasured]:
+        self._settle()
         last = stage > self._layers
         if self._measurement is not None and self._text is not None:
             while self._measurement.passed <= stage:
