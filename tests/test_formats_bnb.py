@@ -108,11 +108,11 @@ def test_importing_bitsandbytes_never_imports_kernels_and_says_nothing(tmp_path:
 def test_a_loaded_kernels_package_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = ModuleType("kernels")
     monkeypatch.setitem(sys.modules, "kernels", kernels)
-    bnb.bitsandbytes.__wrapped__()
+    bnb._import.__wrapped__()
     assert sys.modules["kernels"] is kernels
 
 
 def test_a_missing_bitsandbytes_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(DependencyError, match="pip install bitsandbytes"):
-        bnb.bitsandbytes.__wrapped__()
+        bnb._import.__wrapped__()

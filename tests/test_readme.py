@@ -25,10 +25,14 @@ def test_the_tables_are_what_the_results_say() -> None:
 
 def test_every_shipped_recipe_was_measured() -> None:
     measured = {
-        name: {row["recipe"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+        name: {
+            found[1]
+            for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+            if (found := re.match(r"`?([\w-]+)`?(,|$)", row["recipe"]))
+        }
         for name, path in ((n, readme.RESULTS / f"{n}.json") for n in ("quality", "memory"))
     }
-    assert measured["quality"] == set(shipped_recipes())
+    assert set(shipped_recipes()) <= measured["quality"]
     assert {"int4", "int8"} <= measured["memory"] <= set(shipped_recipes())
 
 

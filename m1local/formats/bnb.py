@@ -8,6 +8,7 @@ Source: bitsandbytes 0.50, nn/modules.py and functional.py.
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
@@ -21,6 +22,7 @@ from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
 from m1local.formats.base import ROWS_QUANTIZED, QuantizedLinear, Stored
 
+IMPORTING = threading.Lock()
 BLOCK = 64  # weights that share one absmax; along a row, since rows are multiples of it
 ROWS_REARRANGED = 32  # bitsandbytes' AVX512-BF16 operator asserts whole blocks of so many rows
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -28,13 +30,18 @@ NESTED_BLOCK = 256  # block sizes that share one float32, with double quantizati
 NESTED_STATE_BYTES = 256  # some 170 and blanks; it is JSON
 
 
-@cache
 def bitsandbytes() -> ModuleType:
     """Import bitsandbytes without letting it fetch kernels from the hub or complain about it.
 
     On CPUs with AVX512-BF16 it looks for the package `kernels`, downloads through it where it is
     installed, and warns where it is not.
     """
+    with IMPORTING:  # slices are quantized by several threads
+        return _import()
+
+
+@cache
+def _import() -> ModuleType:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     hidden = sys.modules.get("kernels")
     sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail

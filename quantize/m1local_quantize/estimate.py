@@ -5,17 +5,24 @@ converting a few rows of one matrix of each kind on this machine. What it is not
 disk may be slower than the processor, and gptq is not timed.
 """
 
+import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 
-from m1local.formats.base import ROWS_QUANTIZED
-from m1local_quantize.methods import quantizer
+import torch
+
+from m1local.formats.base import ROWS_QUANTIZED, for_slices
+from m1local_quantize.methods import gptq, quantizer
 from m1local_quantize.plan import Plan, Step
 from m1local_quantize.source import Source
+from m1local_quantize.stream import LAYER
 
 FLOAT32_BYTES = 4
 ROUNDS = 3
-COPIES = 4  # of a slice in float32 that a method works with, about
+SLICES = 4  # for each thread
+COPIES = 6  # of a slice in float32 that a method works with, about
+HESSIANS = 3  # matrices of its size that gptq holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +39,16 @@ def estimate(source: Source, plan: Plan) -> Estimate:
     """Estimate `plan` for `source` on this machine; reads a few rows of some matrices."""
     largest = max((step.nbytes for step in plan.steps), default=0)
     widest = max((step.shape[-1] for step in plan.steps if step.is_quantized), default=0)
-    slices = COPIES * ROWS_QUANTIZED * widest * FLOAT32_BYTES
+    rows = (
+        gptq.ROWS_PER_SLICE if plan.needs_calibration else ROWS_QUANTIZED * torch.get_num_threads()
+    )
+    memory = 2 * largest + COPIES * rows * widest * FLOAT32_BYTES
+    if plan.needs_calibration:
+        memory += (HESSIANS * widest**2 + _layer_weights(plan)) * FLOAT32_BYTES
     return Estimate(
         source_bytes=plan.source_bytes,
         target_bytes=plan.target_bytes,
-        memory_bytes=largest + slices,
+        memory_bytes=memory,
         seconds=None if plan.needs_calibration else _seconds(source, plan),
     )
 
@@ -52,17 +64,29 @@ def _seconds(source: Source, plan: Plan) -> float:
     )
 
 
+def _layer_weights(plan: Plan) -> int:
+    layer: Counter[str] = Counter()
+    for step in plan.steps:
+        if step.name.startswith(LAYER):
+            layer[step.name.removeprefix(LAYER).partition(".")[0]] += math.prod(step.shape)
+    return max(layer.values(), default=0)
+
+
 def _weights(step: Step) -> int:
     return step.shape[0] * step.shape[1]
 
 
 def _seconds_per_weight(source: Source, step: Step) -> float:
     whole = source.tensor(step.name)
-    rows = min(ROWS_QUANTIZED, step.shape[0])
+    rows = min(SLICES * ROWS_QUANTIZED * torch.get_num_threads(), step.shape[0])
     quantize = quantizer(step.method, step.spec)
+
+    def work(start: int, stop: int) -> None:
+        quantize(source.rows(step.name, whole, start, stop), step.spec)
+
     times = []
     for _ in range(ROUNDS):
         begun = time.perf_counter()
-        quantize(source.rows(step.name, whole, 0, rows), step.spec)
+        for_slices(work, rows, ROWS_QUANTIZED)
         times.append(time.perf_counter() - begun)
     return min(times) / (rows * step.shape[1])

@@ -25,7 +25,7 @@ DAMPING = 0.01  # of the mean of the diagonal; ten times as much where the facto
 # as the columns. Found on m1-tiny, where 638 tokens for 384 columns want 0.1 to 1.
 SCARCITY = 0.3
 BLOCK = 128  # columns whose feedback to the rest is one matrix product
-ROWS_PER_SLICE = 4096  # rows are independent; more at once means fewer small operations
+ROWS_PER_SLICE = 2048  # rows are independent; more at once means fewer small operations
 
 
 def prepare(hessian: Tensor, inputs: int | None = None) -> "QuantizeRows":
