@@ -5,9 +5,6 @@ oracle of `forward`. For the formats of bitsandbytes the package itself is the o
 """
 
 import random
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
 from unittest.mock import Mock
 
@@ -19,14 +16,11 @@ from m1local.errors import CheckpointError
 from m1local.formats import LinearSpec, format_class, int4pack
 from m1local.formats.base import (
     ROWS_PER_SLICE,
-    ROWS_QUANTIZED,
     QuantizedEmbedding,
     QuantizedLinear,
-    for_slices,
 )
 from m1local.formats.groups import GroupLinear, group_class, unpack_plane
 from m1local.formats.int8 import Int8Linear
-from tests.conftest import ROOT
 
 INT8, NF4, BNB_INT8 = LinearSpec("int8"), LinearSpec("bnb-nf4"), LinearSpec("bnb-int8")
 INT4 = [LinearSpec("int4", group_size) for group_size in (32, 64, 128)]
@@ -94,52 +88,6 @@ def test_a_matrix_quantized_in_slices_equals_one_quantized_whole(spec: LinearSpe
     sliced = store(weight, spec)
     for name, tensor in format_class(spec.format).quantize(weight, spec).items():
         assert_bit_equal(sliced[name], tensor)
-
-
-@every_spec
-def test_several_threads_quantize_to_the_same_bytes(spec: LinearSpec) -> None:
-    weight = matrix((5 * ROWS_QUANTIZED + 20, 128))
-    alone = store(weight, spec)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        together = store(weight, spec)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-    assert_bit_equal(together, alone)
-
-
-@pytest.mark.parametrize("spec", [NF4, BNB_INT8], ids=lambda spec: spec.format)
-def test_threads_may_be_the_first_to_need_bitsandbytes(spec: LinearSpec) -> None:
-    code = (
-        "import torch\n"
-        "torch.set_num_threads(3)\n"
-        "from m1local.formats import LinearSpec, format_class\n"
-        f"spec = {spec!r}\n"
-        "weight = torch.randn(640, 128)\n"
-        "format_class(spec.format).quantize_matrix(lambda a, b: weight[a:b], (640, 128), spec)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_an_error_in_a_slice_is_raised_and_the_rest_is_left() -> None:
-    before, done = torch.get_num_threads(), []
-
-    def work(start: int, stop: int) -> None:
-        if start == 2 * ROWS_QUANTIZED:
-            raise ValueError("a bad row")
-        done.append(start)
-        time.sleep(0.01)
-
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(ValueError, match="a bad row"):
-            for_slices(work, 1000 * ROWS_QUANTIZED, ROWS_QUANTIZED)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert len(done) < 900
 
 
 @every_spec
