@@ -54,9 +54,9 @@ def attention(
 
     length = len(h)
     packed = h @ weights[name + "W_pack.weight"].T
-    q = packed[:, : num_heads * head_dim].reshape(length, num_heads, head_dim)
-    k = packed[:, -2 * kv_size : -kv_size].reshape(length, num_kv_heads, head_dim)
-    v = packed[:, -kv_size:].reshape(length, num_kv_heads, head_dim)
+    q: Array = packed[:, : num_heads * head_dim].reshape(length, num_heads, head_dim)
+    k: Array = packed[:, -2 * kv_size : -kv_size].reshape(length, num_kv_heads, head_dim)
+    v: Array = packed[:, -kv_size:].reshape(length, num_kv_heads, head_dim)
 
     k = rope(convolve(k, weights[name + "conv_k"]), config["rope_theta"])
     v = convolve(v, weights[name + "conv_v"])

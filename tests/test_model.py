@@ -52,7 +52,7 @@ def golden_weights() -> Weights:
     weights = {}
     for name in sorted(GOLDEN["tensors"]):
         shape = GOLDEN["tensors"][name]
-        values = np.empty(int(np.prod(shape)))
+        values: NDArray[np.float64] = np.empty(int(np.prod(shape)))
         for i in range(len(values)):
             state = (1664525 * state + 1013904223) % 2**32
             values[i] = (state >> 8) / 2**24 - 0.5
