@@ -12,7 +12,7 @@ from torch import Tensor
 from m1local.formats import format_class
 from m1local.formats.base import ROWS_PER_SLICE, ROWS_QUANTIZED
 from m1local_quantize.calibration import Calibrator
-from m1local_quantize.methods import gptq, quantizer
+from m1local_quantize.methods import gptq, optimum_gptq, quantizer
 from m1local_quantize.plan import Plan, Step
 from m1local_quantize.source import Source
 from m1local_quantize.stream import LAYER
@@ -23,10 +23,13 @@ class Converter:
     """Quantizes the tensors of one source, in their order."""
 
     def __init__(self, source: Source, target: Path, plan: Plan, text: Text | None) -> None:
-        """`text` is what gptq is calibrated with; None where the plan does not need it."""
+        """`text` is what gptq and optimum are calibrated with; None where neither is used."""
         self._source = source
         self._calibrator = (
             Calibrator(source, target, plan, text.samples) if text is not None else None
+        )
+        self._optimum = (
+            optimum_gptq.Quantized(source, plan, text.samples) if text is not None else None
         )
 
     def convert(self, step: Step) -> dict[str, Tensor]:
@@ -40,6 +43,9 @@ class Converter:
                 copy[start:stop] = source.rows(step.name, whole, start, stop)
             return {step.name: copy}
         module = step.name.removesuffix(".weight")
+        if self._optimum is not None and module in self._optimum:
+            found = self._optimum.tensors(module)
+            return {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}
         quantize, rows_per_slice = quantizer(step.method, step.spec), ROWS_QUANTIZED
         if step.method == "gptq" and self._calibrator is not None and module.startswith(LAYER):
             hessian = self._calibrator.hessian(module)

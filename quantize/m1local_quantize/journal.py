@@ -19,6 +19,7 @@ import torch
 from m1local import __version__
 from m1local.manifest import FORMAT_VERSION, HASH_BLOCK
 from m1local.manifest import NAME as MANIFEST
+from m1local_quantize.methods import optimum_gptq
 from m1local_quantize.plan import Plan, Step
 from m1local_quantize.shard_writer import Layout, partial_path
 from m1local_quantize.source import Source
@@ -84,6 +85,7 @@ def _fingerprint(source: Source, plan: Plan, calibration: Text | None) -> str:
     decisive = {
         "m1local": [__version__, FORMAT_VERSION],
         "torch": torch.__version__,
+        "optimum": optimum_gptq.versions(plan),
         "calibration": None if calibration is None else calibration.sha256,
         "source": dict(source.files.identity()),
         "plan": {

@@ -24,6 +24,7 @@ from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.disk import disk_error
 from m1local_quantize.journal import take_up
+from m1local_quantize.methods import optimum_gptq
 from m1local_quantize.notice import NAME as NOTICE
 from m1local_quantize.notice import notice
 from m1local_quantize.passage import Passage, Passed
@@ -79,6 +80,7 @@ def quantize_checkpoint(
     if isinstance(source, Path):
         source = Source.open(source)
     plan = Plan.of(source, recipe, shard_bytes=shard_bytes)
+    optimum_gptq.check(source, plan)
     measured_on = None if text is None else source.read_text(text)
     calibrated_on = source.read_text(calibration) if plan.needs_calibration else None
     with prepared(target, source.folder, plan.target_bytes, overwrite=overwrite):

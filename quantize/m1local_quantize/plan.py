@@ -12,6 +12,7 @@ from m1local.checkpoint import EMBEDDING, parameter_shapes
 from m1local.errors import RecipeError
 from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import Stored
+from m1local_quantize.methods import NEED_INPUTS
 from m1local_quantize.recipe import Recipe
 from m1local_quantize.source import Source
 
@@ -56,7 +57,7 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         """Whether some matrix' values are chosen by what comes into it."""
-        return any(step.method == "gptq" for step in self.steps)
+        return any(step.method in NEED_INPUTS for step in self.steps)
 
     @property
     def target_bytes(self) -> int:

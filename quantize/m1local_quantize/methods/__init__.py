@@ -33,7 +33,10 @@ METHODS = {
     # With the inputs of a matrix it is gptq.prepare; without them, refit (see convert.py).
     "gptq": Method(GROUPED, "m1local_quantize.methods.refit:quantize"),
     "refit": Method(GROUPED, "m1local_quantize.methods.refit:quantize"),
+    # As gptq's: the matrices of layers come from optimum_gptq.Quantized, a head from refit.
+    "optimum-gptq": Method(frozenset({"int4"}), "m1local_quantize.methods.refit:quantize"),
 }
+NEED_INPUTS = frozenset({"gptq", "optimum-gptq"})  # a text that comes into the matrices
 
 
 def method_for(method: str, spec: LinearSpec) -> str:
