@@ -31,7 +31,7 @@ from m1local_quantize.sensitivity import measure_sensitivity
 from m1local_quantize.source import Source
 from m1local_quantize.text import CALIBRATION
 
-DECODED_ROWS = 20  # token by token is slow: the first few answers are enough to see a difference
+DECODED_ROWS = 5  # token by token is slow: the first few answers are enough to see a difference
 
 
 def read_samples(
