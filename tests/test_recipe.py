@@ -83,7 +83,7 @@ def test_a_bad_recipe_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("name", ["int5", "", "../int8", "none", "int8.toml", "no/such.toml"])
 def test_an_unknown_recipe_is_answered_with_those_there_are(name: str) -> None:
-    shipped = "bnb-int8, bnb-nf4, int4, int4-gptq, int8"
+    shipped = "bnb-int8, bnb-nf4, fit, int4, int4-gptq, int8"
     match = rf"There is no recipe {name!r}. Shipped: {shipped}; or give the path"
     with refused(RecipeError, match):
         Recipe.find(name)
