@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.machine import describe_machine
-from bench.quality import Held, every_nth_row, read_samples
+from bench.quality import Held, Remembered, every_nth_row, read_samples
 from m1local.checkpoint import EMBEDDING, HEAD, load_model, parameter_shapes
 from m1local.formats import LinearSpec
 from m1local.home import DEMO
@@ -51,7 +51,7 @@ def main() -> None:
     samples = read_samples(
         text, source.tokenizer, system=arguments.system, rows=arguments.rows, length=length
     )
-    reference = load_model(arguments.model, dtype=torch.float32)
+    reference = Remembered(load_model(arguments.model, dtype=torch.float32))
     parameters = sum(torch.Size(s).numel() for s in parameter_shapes(source.config).values())
     with tempfile.TemporaryDirectory() as folder:
         calibration = every_nth_row(learned, arguments.calibration_rows, Path(folder))

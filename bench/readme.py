@@ -94,9 +94,42 @@ def memory(result: dict[str, Any]) -> str:
     )
 
 
+def speed(result: dict[str, Any]) -> str:
+    """Rates of quantizing beside llama-quantize's."""
+    peers = [row["name"] for row in result["rows"] if row["name"] not in result["ratios"]]
+    header = ("", "seconds", "GB of source a second", "bits per weight")
+    rows: list[tuple[object, ...]] = [
+        (
+            f"llama-quantize {row['name']}" if row["name"] in peers else f"`{row['name']}`",
+            row["seconds"],
+            f"{row['gb_per_second']:.2f}",
+            row["bits_per_weight"],
+            *(result["ratios"].get(row["name"], dict.fromkeys(peers, "")).values()),
+        )
+        for row in result["rows"]
+    ]
+    return (
+        f"{table((*header, *(f'rate / {name}' for name in peers)), rows)}\n\n{result['layers']} "
+        f"layers of the 14B's dimensions; {result['timed']}; {result['rounds']} rounds. Ours check "
+        f"every value and hash source and result. {result['peer']}. {machine_line(result)}"
+    )
+
+
+def full(result: dict[str, Any]) -> str:
+    """One whole 14B."""
+    (row,) = result["rows"]
+    found = row["quantize"]
+    return (
+        f"The whole 14B ({result['source']}, {result['source_gib']} GiB) to `{row['recipe']}`, "
+        f"{row['checkpoint_gib']} GiB: {found['seconds']} s, {found['anonymous_and_shared_gib']} "
+        f"GiB of memory held at most, without the certificate. {machine_line(result)}"
+    )
+
+
 def render(text: str) -> str:
     """README text with every block filled from its results."""
-    for name, block in (("quality", quality), ("memory", memory)):
+    blocks = {"quality": quality, "memory": memory, "quantize_speed": speed, "memory_full": full}
+    for name, block in blocks.items():
         path = RESULTS / f"{name}.json"
         filled = block(json.loads(path.read_text(encoding="utf-8")))
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"

@@ -19,7 +19,14 @@ from m1local_app import fitting, options
 from m1local_app.cli import cli
 from m1local_quantize import sensitivity
 from m1local_quantize.evaluate import compare
-from m1local_quantize.fit import Sensitivities, choose, fitted, stored_bytes, weights_within
+from m1local_quantize.fit import (
+    GPTQ_GAIN,
+    Sensitivities,
+    choose,
+    fitted,
+    stored_bytes,
+    weights_within,
+)
 from m1local_quantize.methods import quantizer
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.plan import Plan
@@ -143,8 +150,13 @@ def test_more_bytes_never_cost_more(tiny_checkpoint: Path, found: Sensitivities)
             chosen = fitted(recipe, source, found, budget)
         except RecipeError:
             continue
-        specs = {rule.pattern: rule.spec for rule in chosen.rules}
-        costs.append(sum(found.costs[module][spec] for module, spec in specs.items()))
+        costs.append(
+            sum(
+                found.costs[rule.pattern][rule.spec]
+                * (GPTQ_GAIN if rule.method == "gptq" and "layers" in rule.pattern else 1)
+                for rule in chosen.rules
+            )
+        )
     assert len(costs) > 5
     assert costs == sorted(costs, reverse=True)
 

@@ -7,7 +7,7 @@ two models are apart, not how good either is.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -74,9 +74,15 @@ class Tally:
 
 @torch.inference_mode()
 def compare(
-    reference: M1Model, model: M1Model, samples: Iterable[Sample], *, decode: bool = False
+    reference: Callable[[Tensor], Tensor],
+    model: M1Model,
+    samples: Iterable[Sample],
+    *,
+    decode: bool = False,
 ) -> Divergence:
     """Compare `model` with `reference` on `samples`; raises ValueError when nothing is judged.
+
+    `reference` gives logits (1, T, V) for token ids (1, T), as a model does.
 
     With `decode` the model reads token by token through its cache, as it does while answering;
     its few-row operators round differently from those that read a prompt.
