@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from m1local import __version__, home
 from m1local.errors import RecipeError
+from m1local_app.boundary import usage_error
 from m1local_app.kept import size_text
 from m1local_quantize.recipe import Recipe
 
@@ -40,13 +41,17 @@ def fitted_recipe(
     Raises RecipeError where nothing of that size can be had, or the source will not stay.
     """
     from m1local.engine import DEFAULT_CONTEXT_TOKENS  # torch: not for `m1 --help`
-    from m1local_quantize.fit import fitted, weights_within
+    from m1local_quantize.fit import Choices, fitted, weights_within
 
     if not recipe.candidates:
         raise RecipeError(
             f"The recipe {recipe.name} says itself what each matrix takes; --budget and --for go "
             "with the recipe fit."
         )
+    if budget is not None and device is not None:
+        raise usage_error("Give --budget or --for, not both.")
+    if device is None and context_tokens is not None:
+        raise usage_error("--ctx-size goes with --for; --budget is the weights alone.")
     if budget is None and device is None:
         raise RecipeError(
             f"The recipe {recipe.name} needs a size: --budget 7GiB for the checkpoint, or --for "
@@ -55,12 +60,13 @@ def fitted_recipe(
     if source.files.passing:
         raise RecipeError(
             f"The recipe {recipe.name} reads the original twice, so it must stay: add "
-            "--keep-source."
+            f"--keep-source, or fetch it first with `m1 pull {source.name}`."
         )
     if budget is None and device is not None:
         longest = min(DEFAULT_CONTEXT_TOKENS, source.config.max_position_embeddings)
         budget = weights_within(device, source.config, context_tokens or longest)
     assert budget is not None, (budget, device)
+    Choices.of(recipe, source).check(budget)  # before an hour is spent
     found = _sensitivities(recipe, source, calibration)
     chosen = fitted(recipe, source, found, budget)
     formats = Counter(rule.spec for rule in chosen.rules)
@@ -73,6 +79,7 @@ def fitted_recipe(
 
 
 def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -> "Sensitivities":
+    from m1local.checkpoint import matrix_names
     from m1local_quantize.fit import Sensitivities
     from m1local_quantize.sensitivity import measure_sensitivity
     from m1local_quantize.text import CALIBRATION
@@ -84,7 +91,7 @@ def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -
     name = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
     path = home.sensitivities() / f"{name}.json"
     kept = Sensitivities.read(path)
-    if kept is not None:
+    if kept is not None and kept.costs.keys() == set(matrix_names(source.config)):
         return kept
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -97,5 +104,8 @@ def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -
             costs[event.module] = event.costs
             bar.update(task, completed=event.done, total=event.total)
     found = Sensitivities(costs)
-    found.write(path)
+    try:
+        found.write(path)
+    except OSError as error:
+        console.print(f"what was measured could not be kept in {path.parent} ({error.strerror})")
     return found

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 DEFAULT_RECIPE = "int4"
+MOST_BYTES = 1 << 60
 UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("kmgt", 1)
@@ -24,7 +25,10 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].lower() not in UNITS:
         raise typer.BadParameter(f"{text!r} is no size; write it as 7GiB or 8GB.")
-    return int(float(found[1]) * UNITS[found[2].lower()])
+    number = float(found[1]) * UNITS[found[2].lower()]
+    if not number < MOST_BYTES:
+        raise typer.BadParameter(f"{text[:40]!r} is more than any machine has.")
+    return int(number)
 
 
 Model = Annotated[

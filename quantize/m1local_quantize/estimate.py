@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from m1local.formats.base import ROWS_QUANTIZED, for_slices
-from m1local_quantize.methods import gptq, quantizer
+from m1local_quantize.methods import gptq, optimum_gptq, quantizer
 from m1local_quantize.plan import Plan, Step
 from m1local_quantize.source import Source
 from m1local_quantize.stream import LAYER
@@ -45,11 +45,15 @@ def estimate(source: Source, plan: Plan) -> Estimate:
     memory = 2 * largest + COPIES * rows * widest * FLOAT32_BYTES
     if plan.needs_calibration:
         memory += (HESSIANS * widest**2 + _layer_weights(plan)) * FLOAT32_BYTES
+    if whole := optimum_gptq.matrices(plan):
+        weights = sum(_weights(step) for step in plan.steps if _module(step) in whole)
+        memory += weights * FLOAT32_BYTES  # the original, as a whole
+    timed = not plan.needs_calibration and not source.files.passing  # which would fetch them
     return Estimate(
         source_bytes=plan.source_bytes,
         target_bytes=plan.target_bytes,
         memory_bytes=memory,
-        seconds=None if plan.needs_calibration else _seconds(source, plan),
+        seconds=_seconds(source, plan) if timed else None,
     )
 
 
@@ -70,6 +74,10 @@ def _layer_weights(plan: Plan) -> int:
         if step.name.startswith(LAYER):
             layer[step.name.removeprefix(LAYER).partition(".")[0]] += math.prod(step.shape)
     return max(layer.values(), default=0)
+
+
+def _module(step: Step) -> str:
+    return step.name.removesuffix(".weight")
 
 
 def _weights(step: Step) -> int:

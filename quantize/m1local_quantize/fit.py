@@ -22,7 +22,9 @@ from m1local.config import M1Config
 from m1local.errors import RecipeError
 from m1local.formats import LinearSpec, format_class
 from m1local_quantize.methods import method_for
+from m1local_quantize.plan import stored_tensors
 from m1local_quantize.recipe import Recipe, Rule
+from m1local_quantize.sensitivity import fits
 from m1local_quantize.source import Source
 from m1local_quantize.stream import LAYER
 
@@ -64,49 +66,70 @@ class Sensitivities:
             return None
 
 
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a recipe leaves open for a source, and how much it needs at least."""
+
+    recipe: Recipe
+    source: Source
+    fixed_bytes: int
+    options: Mapping[str, Sequence[tuple[LinearSpec, int]]]  # by module: formats and their bytes
+
+    @classmethod
+    def of(cls, recipe: Recipe, source: Source) -> Self:
+        """Raises RecipeError where a rule does not fit its matrix, or nothing of the list does."""
+        fixed, options = 0, {}
+        for name, shape in parameter_shapes(source.config).items():
+            module = name.removesuffix(".weight")
+            rule = recipe.closed_rule(module) if len(shape) == 2 else None
+            if len(shape) != 2 or (rule is not None and rule.spec.format == "float"):
+                fixed += source.nbytes(name)
+                continue
+            size = (shape[0], shape[1])
+            if rule is not None:
+                stored = stored_tensors(recipe, module, size, rule.spec).values()
+                fixed += sum(tensor.nbytes for tensor in stored)
+                continue
+            fitting = [spec for spec in recipe.candidates if fits(module, size, spec)]
+            if not fitting:
+                raise RecipeError(
+                    f"The recipe {recipe.name} has no format that {module} can be stored in; add "
+                    "one to its list, or a rule for it."
+                )
+            options[module] = [(spec, stored_bytes(size, spec)) for spec in fitting]
+        return cls(recipe, source, fixed, options)
+
+    def check(self, budget_bytes: int) -> None:
+        """Raise RecipeError where not even the smallest formats stay within `budget_bytes`."""
+        smallest = sum(min(nbytes for _, nbytes in options) for options in self.options.values())
+        least = self.fixed_bytes + smallest
+        if least > budget_bytes:
+            raise RecipeError(
+                f"{self.source.name} takes {least / 2**20:,.1f} MiB at least by the recipe "
+                f"{self.recipe.name}, but {max(budget_bytes, 0) / 2**20:,.1f} MiB are allowed. "
+                "Allow more, or choose a smaller --ctx-size."
+            )
+
+
 def fitted(recipe: Recipe, source: Source, found: Sensitivities, budget_bytes: int) -> Recipe:
     """`recipe` with a rule for every matrix that it leaves open.
 
     All tensors together take `budget_bytes` at most; raises RecipeError where they cannot.
     """
-    shapes = parameter_shapes(source.config)
-    open_, spent = [], 0
-    for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        rule = recipe.closed_rule(module) if len(shape) == 2 else None
-        if len(shape) != 2 or (rule is not None and rule.spec.format == "float"):
-            spent += source.nbytes(name)
-        elif rule is not None:
-            spent += stored_bytes((shape[0], shape[1]), rule.spec)
-        else:
-            open_.append((module, (shape[0], shape[1])))
-    choices = [
+    choices = Choices.of(recipe, source)
+    choices.check(budget_bytes)
+    items = [
         [
-            (spec, stored_bytes(shape, spec), cost * _gain(recipe, module, spec))
-            for spec, cost in found.costs[module].items()
-            if spec in recipe.candidates
+            (nbytes, found.costs[module][spec] * _gain(recipe, module, spec))
+            for spec, nbytes in open_
         ]
-        for module, shape in open_
+        for module, open_ in choices.options.items()
     ]
-    if any(not options for options in choices):
-        module = next(m for (m, _), options in zip(open_, choices, strict=True) if not options)
-        raise RecipeError(
-            f"The recipe {recipe.name} has no format that {module} can be stored in; add one to "
-            "its list, or a rule for it."
-        )
-    least = spent + sum(min(nbytes for _, nbytes, _ in options) for options in choices)
-    if least > budget_bytes:
-        raise RecipeError(
-            f"{source.name} takes {least / 2**20:,.1f} MiB at least by the recipe {recipe.name}, "
-            f"but {max(budget_bytes, 0) / 2**20:,.1f} MiB are allowed. Allow more, or choose a "
-            "smaller --ctx-size."
-        )
-    sizes = [[(nbytes, cost) for _, nbytes, cost in options] for options in choices]
-    chosen = choose(sizes, budget_bytes - spent)
-    rules = [
-        Rule(module, options[index][0], method_for(recipe.method, options[index][0]))
-        for (module, _), options, index in zip(open_, choices, chosen, strict=True)
-    ]
+    rules = []
+    picked = choose(items, budget_bytes - choices.fixed_bytes)
+    for (module, open_), index in zip(choices.options.items(), picked, strict=True):
+        spec = open_[index][0]
+        rules.append(Rule(module, spec, method_for(recipe.method, spec)))
     return replace(recipe, rules=(*recipe.rules, *rules), candidates=())
 
 

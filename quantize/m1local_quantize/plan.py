@@ -78,14 +78,15 @@ class Plan:
                 spec, method = rule.spec, rule.method
                 linears[module] = spec
                 if spec.format != FLOAT.format:
-                    tensors = _stored(recipe, module, (shape[0], shape[1]), spec)
+                    tensors = stored_tensors(recipe, module, (shape[0], shape[1]), spec)
             steps.append(Step(name, shape, spec, method, tensors))
         return cls(_group(steps, shard_bytes), linears, source_bytes)
 
 
-def _stored(
+def stored_tensors(
     recipe: Recipe, module: str, shape: tuple[int, int], spec: LinearSpec
 ) -> dict[str, Stored]:
+    """What is stored of a matrix (N, K); raises RecipeError where `spec` does not fit it."""
     chosen = format_class(spec.format)
     reason = chosen.check(*shape, spec)
     if module == EMBEDDING and not chosen.gathers:

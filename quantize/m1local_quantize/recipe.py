@@ -31,6 +31,7 @@ from m1local.formats import FORMATS, GROUPED, LinearSpec
 from m1local_quantize.methods import METHODS, method_for
 
 FOLDER = Path(__file__).parent / "recipes"
+FITTED = GROUPED | {"int8"}  # what `fit` may choose from
 RULE_KEYS = {"match", "format", "group_size", "method"}
 
 
@@ -131,8 +132,8 @@ def _candidates(raw: Any, where: str) -> tuple[LinearSpec, ...]:
             or (size and not size.isdecimal())
         ):
             raise RecipeError(
-                f"{where}: fit names {text!r}; a candidate is one of {', '.join(FORMATS)}, with "
-                "/64 or another group size for int3 to int6."
+                f"{where}: fit names {text!r}; a candidate is int8, or one of "
+                "int3 to int6 with /32, /64 or /128 for its group size."
             )
         found.append(LinearSpec(name, int(size) if size else None))
     return tuple(found)

@@ -10,6 +10,7 @@ cost is that of one matrix alone, and takes errors for small, which those of 3 b
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from m1local_quantize.stream import LAYER, ROWS_OF_HEAD, Stream
 
 METHOD = "refit"  # gptq's errors are less, by about the same factor everywhere
 SEED = 0
+MOST_TOKENS = (
+    2048  # of the text; more would change little, and their states are held for all layers
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +46,10 @@ def measure_sensitivity(
 ) -> Iterator[MatrixMeasured]:
     """Measure every matrix of `source`, from the head to the embedding, in all `candidates`.
 
-    The files of the source must stay: they are read twice.
+    Whole samples are used up to MOST_TOKENS tokens, and the first in any case. The files of the
+    source must stay: they are read twice.
     """
-    measured = _Backwards(source, samples, candidates)
+    measured = _Backwards(source, _first(samples), candidates)
     total = len(matrix_names(source.config))
     for done, (module, costs) in enumerate(measured.run(), 1):
         yield MatrixMeasured(module, costs, done, total)
@@ -80,7 +85,8 @@ class _Backwards:
         """Draw labels; the second moment of their gradient over logits is p (1 - p), exactly."""
         self._load("model.norm")
         head, draw = self._source.tensor(f"{HEAD}.weight"), torch.Generator().manual_seed(SEED)
-        inputs, weights = [], []
+        inputs, weights = [], torch.empty(self._judged, head.shape[0])
+        done = 0
         for sample, state in zip(self._samples, hidden, strict=True):
             x = state.clone().requires_grad_()
             normed = self._model.model.norm(x)[0]
@@ -89,7 +95,8 @@ class _Backwards:
             p = torch.cat([judged @ part.T for part in self._head_slices(head)], 1).softmax(-1)
             labels = p.multinomial(1, generator=draw)
             inputs.append(judged)
-            weights.append(p * (1 - p))
+            torch.mul(p, 1 - p, out=weights[done : done + len(p)])
+            done += len(p)
             towards = p.neg_().scatter_add_(1, labels, torch.ones(labels.shape))
             gradient = torch.zeros(normed.shape)
             start = 0
@@ -97,7 +104,7 @@ class _Backwards:
                 gradient[rows] += towards[:, start : start + part.shape[0]] @ part
                 start += part.shape[0]
             self._gradients += torch.autograd.grad(normed, x, gradient)
-        return self._costs(HEAD, torch.cat(inputs), torch.cat(weights))
+        return self._costs(HEAD, torch.cat(inputs), weights)
 
     def _pass_layer(
         self, layer: int, before: list[Tensor]
@@ -177,6 +184,12 @@ class _Backwards:
     def _load(self, prefix: str) -> None:
         cpu = torch.device("cpu")
         load_modules(self._model, prefix, self._source.files, {}, dtype=torch.float32, device=cpu)
+
+
+def _first(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Whole samples until there are enough tokens."""
+    ends = accumulate(len(sample.token_ids) for sample in samples)
+    return samples[: max(1, sum(end <= MOST_TOKENS for end in ends))]
 
 
 def fits(module: str, shape: tuple[int, int], spec: LinearSpec) -> bool:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from m1local.manifest import FileRecord
 from m1local.shards import DescribedTensors, TensorFiles
+from m1local_quantize.hub import RECORD, Record
 from m1local_quantize.transfer import BytesFetched
 
 
@@ -54,8 +55,16 @@ class LocalFiles(TensorFiles):
         self._hashing: dict[str, Future[FileRecord]] = {}
 
     def identity(self) -> Mapping[str, object]:
-        """Size and time of every file."""
+        """Size and time of every file; the published hashes, where they are as they were fetched.
+
+        Files that arrive have these too, so that a run of either kind continues the other.
+        """
         status = {name: (self.folder / name).stat() for name in sorted(self.files)}
+        record = Record.read(self.folder)
+        if record is not None and record.complete and status.keys() <= record.checked.keys():
+            recorded = (self.folder / RECORD).stat().st_mtime_ns
+            if all(s.st_mtime_ns <= recorded for s in status.values()):
+                return {name: record.checked[name] for name in status}
         return {name: [s.st_size, s.st_mtime_ns] for name, s in status.items()}
 
     def records(self) -> dict[str, FileRecord]:
