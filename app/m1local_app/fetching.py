@@ -59,6 +59,19 @@ def fetched(model: str | None, *, offline: bool, keep_source: bool) -> Chosen:
     return Chosen(folder, model.partition("/")[2], repository=model)
 
 
+def completed(chosen: Chosen, *, offline: bool) -> Chosen:
+    """A quantized checkpoint that is used as it is: of a repository, its weights come too.
+
+    Raises HubError where they would have to and `offline` is set.
+    """
+    if chosen.repository is None:
+        return chosen
+    if offline:
+        raise HubError(_not_here(chosen.repository))
+    pull_with_progress(chosen.repository, chosen.folder)
+    return library.find(chosen.repository)
+
+
 def open_source(chosen: Chosen, *, offline: bool) -> "Source":
     """The original to be quantized, whose weights may still have to come; its licence is noted.
 
@@ -74,16 +87,17 @@ def open_source(chosen: Chosen, *, offline: bool) -> "Source":
             show_licence_once(folder if record is None else record.repository)
         return source
     if offline:
-        raise HubError(
-            f"The weights of {chosen.repository} are not on this disk, and --offline forbids to "
-            "fetch them."
-        )
+        raise HubError(_not_here(chosen.repository))
     from m1local_quantize.arriving import ArrivingFiles
 
     record = Record.read(chosen.folder)
     asked = None if record is None else record.asked
     found = Repository.find(chosen.repository, chosen.folder, revision=asked)
     return Source.open(chosen.folder, ArrivingFiles.of(found))
+
+
+def _not_here(repository: str) -> str:
+    return f"The weights of {repository} are not on this disk, and --offline forbids to fetch them."
 
 
 def pull_with_progress(
