@@ -178,6 +178,12 @@ def tokenizer(tiny_checkpoint: Path) -> M1Tokenizer:
     return M1Tokenizer.from_folder(tiny_checkpoint)
 
 
+@pytest.fixture(autouse=True)
+def _no_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what a test does not look at out of the home of whoever runs it."""
+    monkeypatch.setenv("M1_HOME", str(tmp_path_factory.mktemp("home")))
+
+
 @pytest.fixture
 def m1_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty M1_HOME of this test's own."""

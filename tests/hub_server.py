@@ -1,7 +1,7 @@
 """A model hub on loopback that behaves as badly as it is told to.
 
 What it is: the few addresses of the hub's protocol that fetching uses, served from a folder. What
-it is not: a hub; nothing can be uploaded.
+it is not: a hub; nothing can be uploaded (that is hub_upload_server.py).
 """
 
 import hashlib
@@ -26,6 +26,7 @@ class Hub:
         self.faults: list[str] = []  # "cut", "wrong byte", "stall", "503", each for one file's GET
         self.requests: list[str] = []
         self.status: int | None = None  # answered to everything, if set
+        self.private = False
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -36,6 +37,12 @@ class Hub:
 
             def do_GET(self) -> None:
                 hub._answer(self, body=True)
+
+            def do_POST(self) -> None:
+                hub._receive(self)
+
+            def do_PUT(self) -> None:
+                hub._receive(self)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -69,6 +76,9 @@ class Hub:
             return self._send(request, 404, {"X-Error-Code": "RevisionNotFound"}, b"")
         self._send_file(request, file, body=body)
 
+    def _receive(self, request: Any) -> None:
+        self._send(request, 405, {}, b"")
+
     def _info(self) -> dict[str, Any]:
         siblings = []
         for file in sorted(self.folder.iterdir()):
@@ -79,7 +89,7 @@ class Hub:
                 sha256 = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
             siblings.append(entry)
-        return {"id": self.name, "sha": self.commit, "siblings": siblings, "private": False}
+        return {"id": self.name, "sha": self.commit, "siblings": siblings, "private": self.private}
 
     def _send_file(self, request: Any, file: Path, *, body: bool) -> None:
         content = file.read_bytes()

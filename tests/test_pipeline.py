@@ -352,7 +352,7 @@ def test_a_recipe_may_leave_everything_as_it_is_but_normalizes_the_head(
 def test_licences_travel_along_and_code_does_not(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "out"
     write_checkpoint(source)
-    licences = {"LICENSE", "M1 community licence.pdf", "License.txt"}
+    licences = {"LICENSE", "M1 community licence.pdf", "License.txt", "M1模型社区许可协议.pdf"}
     for name in (*licences, "special_tokens_map.json", "modeling_baichuan.py", "README.md"):
         (source / name).write_text(f"{name} of the source")
     list(quantize_checkpoint(source, target, Recipe.find("int8")))

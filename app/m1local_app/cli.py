@@ -144,10 +144,10 @@ cli.add_typer(commands.checkpoints)
 def _quantized(
     chosen: Chosen, recipe_name: str | None, *, announce_demo: bool, offline: bool
 ) -> Chosen:
-    """The quantized form of `chosen`, made now if need be."""
+    """The quantized form of `chosen`, made or fetched now if need be."""
     from m1local.checkpoint import is_quantized
     from m1local.manifest import CheckpointManifest
-    from m1local_app.fetching import open_source
+    from m1local_app.fetching import completed, open_source
     from m1local_app.progress import quantize_with_progress
     from m1local_quantize.recipe import Recipe
 
@@ -164,7 +164,7 @@ def _quantized(
                 f"{chosen.folder} was quantized by the recipe {made_by}; leave --recipe out, or "
                 "name the original checkpoint."
             )
-        return chosen
+        return completed(chosen, offline=offline)
     recipe = Recipe.find(recipe_name or DEFAULT_RECIPE)
     recipe.check_closed()
     target = library.kept_folder(chosen, recipe)

@@ -113,7 +113,7 @@ def pull_model(
         str | None, typer.Option(help="A branch, tag or commit. [default: main, then as it was]")
     ] = None,
 ) -> None:
-    """Fetch an original model from the hub and check every file; called again, it goes on.
+    """Fetch a model from the hub and check every file; called again, it goes on.
 
     Example:  m1 pull baichuan-inc/Baichuan-M1-14B-Instruct
     """
@@ -124,6 +124,26 @@ def pull_model(
     folder = library.source_folder(repository)
     pull_with_progress(repository, folder, revision=revision)
     typer.echo(f"{folder} holds {repository}. Chat with it: m1 run {repository}", err=True)
+
+
+@checkpoints.command()
+def push(
+    model: Annotated[str, typer.Argument(help="The quantized checkpoint's folder or name.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the model hub.")],
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Who sees a new repository.")
+    ] = True,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Publish a quantized checkpoint on the model hub, with a model card; asks first.
+
+    The login is that of `hf auth login`. Called again after a cut, it goes on.
+
+    Example:  m1 push ./m1-int4 me/Baichuan-M1-14B-int4
+    """
+    from m1local_app.publishing import push as push_checkpoint
+
+    push_checkpoint(library.find(model).folder, repository, private=private, ask=not yes)
 
 
 @checkpoints.command("list")

@@ -3,7 +3,6 @@
 What it is: facts from its files as aligned lines. What it is not: a check of its weights.
 """
 
-from collections import Counter
 from pathlib import Path
 
 from m1local.checkpoint import CONFIG, is_quantized, parameter_shapes
@@ -12,6 +11,7 @@ from m1local.formats import LinearSpec
 from m1local.generation_config import GenerationConfig
 from m1local.manifest import CheckpointManifest
 from m1local_app.progress import quality_line
+from m1local_quantize.card import format_shares
 
 
 def describe(folder: Path) -> str:
@@ -60,12 +60,8 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def _formats(manifest: CheckpointManifest, config: M1Config) -> str:
-    shapes = parameter_shapes(config)
-    counts: Counter[str] = Counter()
-    for name, spec in manifest.linears.items():
-        counts[_spec(spec)] += _size(shapes[f"{name}.weight"])
-    total = sum(counts.values())
-    return ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in counts.most_common())
+    shares = format_shares(manifest, config)
+    return ", ".join(f"{_spec(spec)} {100 * share:.0f} %" for spec, _, share in shares)
 
 
 def _spec(spec: LinearSpec) -> str:

@@ -3,6 +3,7 @@
 What it is: the hub's events drawn for a person. What it is not: the transfer.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     from m1local_quantize.source import Source
 
 NOTE = (
-    "Licence: the weights of {repository} are their maker's, under the licence in its repository. "
-    "For Baichuan-M1 that is a community licence: free for research and personal use, commercial "
-    "use only by written permission. Answers are no medical advice."
+    "Licence: the weights of {source} are their maker's, under the licence they came with. For "
+    "Baichuan-M1 that is a community licence: free for research and personal use, commercial use "
+    "only by written permission. Answers are no medical advice."
 )
 
 
@@ -58,26 +59,45 @@ def fetched(model: str | None, *, offline: bool, keep_source: bool) -> Chosen:
     return Chosen(folder, model.partition("/")[2], repository=model)
 
 
+def completed(chosen: Chosen, *, offline: bool) -> Chosen:
+    """A quantized checkpoint that is used as it is: of a repository, its weights come too.
+
+    Raises HubError where they would have to and `offline` is set.
+    """
+    if chosen.repository is None:
+        return chosen
+    if offline:
+        raise HubError(_not_here(chosen.repository))
+    pull_with_progress(chosen.repository, chosen.folder)
+    return library.find(chosen.repository)
+
+
 def open_source(chosen: Chosen, *, offline: bool) -> "Source":
-    """The original to be quantized, whose weights may still have to come.
+    """The original to be quantized, whose weights may still have to come; its licence is noted.
 
     Raises HubError where they would and `offline` is set.
     """
     from m1local_quantize.source import Source  # torch, which `m1 --help` must not load
 
     if chosen.repository is None:
-        return Source.open(chosen.folder)
+        source = Source.open(chosen.folder)
+        if chosen.folder.resolve() != home.DEMO.resolve():  # which is this project's own
+            record = Record.read(chosen.folder)
+            folder = str(chosen.folder.resolve())
+            show_licence_once(folder if record is None else record.repository)
+        return source
     if offline:
-        raise HubError(
-            f"The weights of {chosen.repository} are not on this disk, and --offline forbids to "
-            "fetch them."
-        )
+        raise HubError(_not_here(chosen.repository))
     from m1local_quantize.arriving import ArrivingFiles
 
     record = Record.read(chosen.folder)
     asked = None if record is None else record.asked
     found = Repository.find(chosen.repository, chosen.folder, revision=asked)
     return Source.open(chosen.folder, ArrivingFiles.of(found))
+
+
+def _not_here(repository: str) -> str:
+    return f"The weights of {repository} are not on this disk, and --offline forbids to fetch them."
 
 
 def pull_with_progress(
@@ -107,16 +127,18 @@ def pull_with_progress(
         console.print(f"{repository}: {size_text(total)} in {seconds:.0f} s, every hash checked")
 
 
-def show_licence_once(repository: str) -> None:
-    """Print the licence note unless it was shown for this repository, and record that it was."""
+def show_licence_once(source: str) -> None:
+    """Print the licence note unless it was shown for this source, and record that it was."""
     path = home.licences()
     try:
         shown = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         shown = {}
-    if repository in shown:
+    if source in shown:
         return
-    Console(stderr=True, highlight=False).print(NOTE.format(repository=repository))
-    shown[repository] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+    Console(stderr=True, highlight=False).print(NOTE.format(source=source), markup=False)
+    shown[source] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    # Where nothing can be recorded it is shown again next time; that stops nobody's work.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Fetching an original checkpoint from the model hub, file by file, and checking every byte.
+"""Fetching a checkpoint from the model hub, file by file, and checking every byte.
 
 What it is: huggingface_hub does the transfer (resumed where it was cut, mirrors through
 HF_ENDPOINT); this adds a revision that stays the same from attempt to attempt, and our own
-comparison of every file with the hash that the hub publishes. What it is not: a cache shared with
+comparison of every file with the hash that the hub publishes, and of a quantized checkpoint with
+its manifest. What it is not: a cache shared with
 other programs; the files lie in a folder like any other checkpoint.
 """
 
@@ -15,13 +16,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from m1local.errors import HubError
+from m1local.errors import CheckpointError, HubError
+from m1local.manifest import NAME as MANIFEST
+from m1local.manifest import CheckpointManifest
 from m1local_quantize.disk import disk_error
 from m1local_quantize.transfer import BytesFetched, Place, Published, Transfer, with_words
 
 RECORD = "m1local-source.json"  # which repository and revision the folder is, and what was checked
 WEIGHTS = "*.safetensors"
-WANTED = ("*.json", WEIGHTS, "tokenizer.model", "LICENSE*", "NOTICE*", "*.pdf")
+LICENCES = ("*icen[cs]e*", "*ICEN[CS]E*", "*许可协议*")
+WANTED = ("*.json", WEIGHTS, "tokenizer.model", "NOTICE*", "*.pdf", *LICENCES)
 TIMEOUT_SECONDS = 20.0
 
 
@@ -134,7 +138,8 @@ def pull(
         folder.mkdir(parents=True, exist_ok=True)
         check_space(folder, files)
         whole = all(found.record.has(file, folder) for file in found.files)
-        replace(found.record, complete=whole).write(folder)
+        known = whole and not (folder / MANIFEST).is_file()  # otherwise that is to be seen
+        replace(found.record, complete=known).write(folder)
         for file in files:
             if not found.record.has(file, folder):
                 for received in Transfer(found.place, file).wait():
@@ -142,12 +147,34 @@ def pull(
                 found.note(file)
             done += file.nbytes
             yield FileFetched(file.name, done, total)
+        if weights or whole:
+            _check_manifest(folder, name)
         if weights:
             forget_transfers(folder)
         replace(found.record, complete=weights or whole, described=True).write(folder)
     except OSError as error:
         raise disk_error(error, folder) from error
     yield Pulled(folder, name, found.place.commit)
+
+
+def _check_manifest(folder: Path, name: str) -> None:
+    """Raise HubError unless a quantized checkpoint is what its manifest says it is."""
+    if not (folder / MANIFEST).is_file():
+        return
+    try:
+        manifest = CheckpointManifest.read(folder)
+        manifest.check_files(folder)
+        manifest.check_hashes(folder)
+    except CheckpointError as error:
+        raise HubError(
+            f"{name} came as the hub has it, but is no whole checkpoint there: {error} Tell "
+            "whoever publishes it, or take another."
+        ) from error
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file of that name is a licence, or a vendor's agreement."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in LICENCES)
 
 
 def forget_transfers(folder: Path) -> None:
@@ -176,9 +203,7 @@ def _published(
         digest = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}"
         files.append(Published(entry.rfilename, entry.size or 0, digest))
     if not any(file.name.endswith(".safetensors") for file in files):
-        raise HubError(
-            f"{repository} holds no .safetensors file; name the repository of an original model."
-        )
+        raise HubError(f"{repository} holds no .safetensors file; name the repository of a model.")
     return info.sha, sorted(files, key=lambda file: file.name)
 
 

@@ -23,6 +23,7 @@ from m1local.manifest import CheckpointManifest, FileRecord
 from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.disk import disk_error
+from m1local_quantize.hub import LICENCES
 from m1local_quantize.journal import take_up
 from m1local_quantize.methods import optimum_gptq
 from m1local_quantize.notice import NAME as NOTICE
@@ -35,7 +36,6 @@ from m1local_quantize.target import prepared, write_index
 from m1local_quantize.text import CALIBRATION, SHIPPED, Text
 
 COPIED = (*TOKENIZER_FILES, "special_tokens_map.json", GENERATION_CONFIG)
-LICENCES = ("*icen[cs]e*", "LICENSE*", "LICENCE*")
 
 
 @dataclass(frozen=True, slots=True)

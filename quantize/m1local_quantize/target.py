@@ -20,6 +20,7 @@ from m1local.manifest import NAME as MANIFEST
 from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.disk import disk_error
+from m1local_quantize.hub import LICENCES
 from m1local_quantize.journal import HIDDEN, LOCK, MARKER
 
 SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")  # dropped there by nobody
@@ -34,9 +35,8 @@ OWN_FILES = (
         "*.safetensors",
         INDEX,
         "NOTICE",
-        "*icen[cs]e*",
-        "*ICEN[CS]E*",
     ),
+    *LICENCES,
     *("config.json", GENERATION_CONFIG, "special_tokens_map.json", *TOKENIZER_FILES),
 )
 SPARE_BYTES = 64 << 20  # for the small files, and for the disk not to be full to the last byte

@@ -93,7 +93,7 @@ class Transfer:
         place, file = self._place, self.file
         for again in (False, True):  # `again` discards what was received before
             path = with_words(place.repository, place.commit, partial(self._download, again))
-            if path.stat().st_size == file.nbytes and _hash(path, file.hash) == file.hash:
+            if path.stat().st_size == file.nbytes and file_hash(path, file.hash) == file.hash:
                 return
             path.unlink()
         raise HubError(
@@ -130,7 +130,7 @@ class Transfer:
         return Counter
 
 
-def _hash(path: Path, like: str) -> str:
+def file_hash(path: Path, like: str) -> str:
     """The file's hash of the same kind as `like`."""
     kind = like.partition(":")[0]
     digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
@@ -167,7 +167,7 @@ def with_words(repository: str, revision: str | None, call: Callable[[], T]) -> 
         except RevisionNotFoundError as error:
             raise HubError(f"{repository} has no revision {revision}.") from error
         except Exception as error:
-            if not _is_connection(error):
+            if not is_connection(error):
                 raise
             refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
             if refused or attempt == ATTEMPTS - 1:
@@ -180,7 +180,7 @@ def with_words(repository: str, revision: str | None, call: Callable[[], T]) -> 
     raise AssertionError("unreachable")
 
 
-def _is_connection(error: Exception) -> bool:
+def is_connection(error: Exception) -> bool:
     """Whether the network is at fault, and not this disk or this program."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(
