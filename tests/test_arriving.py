@@ -18,11 +18,12 @@ from m1local.errors import CheckpointError, HubError
 from m1local_quantize import transfer
 from m1local_quantize.arriving import ArrivingFiles
 from m1local_quantize.convert import Converter
-from m1local_quantize.hub import RECORD, Repository, pull
+from m1local_quantize.estimate import estimate
+from m1local_quantize.hub import RECORD, Repository, missing_bytes, pull
 from m1local_quantize.journal import HIDDEN
 from m1local_quantize.passage import TensorWritten
 from m1local_quantize.pipeline import Planned, Stage, quantize_checkpoint
-from m1local_quantize.plan import Step
+from m1local_quantize.plan import Plan, Step
 from m1local_quantize.recipe import Recipe
 from m1local_quantize.source import Source
 from m1local_quantize.transfer import BytesFetched
@@ -298,3 +299,60 @@ def test_sigkill_while_fetching_and_quantizing(
         _, errors = process.communicate()
         assert (process.returncode == 0) == (lines_before_kill is None), errors
     assert bytes_of(target) == expected
+
+
+def test_two_runs_never_share_what_one_of_them_drops(served: Hub, tmp_path: Path) -> None:
+    first = run(arriving(served, tmp_path / "m"), tmp_path / "a")
+    list(islice(first, 5))
+    with refused(HubError, "Another run is fetching into .*m, or quantizing from there; wait"):
+        list(run(opened(served, tmp_path / "m"), tmp_path / "b", "int8"))
+    with refused(HubError, "Another run is fetching into"):
+        list(pull(NAME, tmp_path / "m", endpoint=served.url))
+    list(first)
+    assert (tmp_path / "a" / "m1local.json").is_file()
+    list(run(opened(served, tmp_path / "m"), tmp_path / "b", "int8"))
+
+
+def test_a_source_fetched_whole_goes_on_where_an_arriving_one_was_cut(
+    served: Hub, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    events = run(arriving(served, tmp_path / "m"), tmp_path / "out")
+    list(islice((event for event in events if isinstance(event, TensorWritten)), 30))
+    events.close()  # type: ignore[attr-defined]  # a generator
+    list(pull(NAME, tmp_path / "m", endpoint=served.url))
+    first, *_ = run(Source.open(tmp_path / "m"), tmp_path / "out")
+    assert isinstance(first, Planned)
+    assert not first.started_over
+    assert first.resumed_bytes > 0
+    assert bytes_of(tmp_path / "out") == expected
+
+
+def test_states_of_another_recipe_are_never_gone_on_with(
+    served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = run(arriving(served, tmp_path / "m"), tmp_path / "out")
+    list(islice((event for event in events if isinstance(event, TensorWritten)), 30))
+    events.close()  # type: ignore[attr-defined]  # a generator
+    assert (tmp_path / "out" / HIDDEN).is_file()
+    with monkeypatch.context() as patch:  # killed as soon as the journal is the new run's
+        patch.setattr("m1local_quantize.journal.MANIFEST", "\0")
+        with pytest.raises(ValueError, match="null"):
+            next(run(opened(served, tmp_path / "m"), tmp_path / "out", "int8"))
+    assert not (tmp_path / "out" / HIDDEN).is_file()
+
+
+def test_only_the_missing_rest_of_a_file_needs_room(served: Hub, tmp_path: Path) -> None:
+    found = Repository.find(NAME, tmp_path, endpoint=served.url)
+    file = found.weights[0]
+    assert missing_bytes(tmp_path, [file]) == file.nbytes
+    begun = tmp_path / ".cache" / "huggingface" / "download" / "x.incomplete"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(bytes(file.nbytes - 10))
+    assert missing_bytes(tmp_path, [file]) == 10
+
+
+def test_a_dry_run_fetches_no_weights(served: Hub, tmp_path: Path) -> None:
+    source = arriving(served, tmp_path / "m")
+    found = estimate(source, Plan.of(source, Recipe.find("int4")))
+    assert found.seconds is None
+    assert not list((tmp_path / "m").rglob("*.safetensors"))

@@ -1,6 +1,7 @@
 """The recipe fit: costs that foretell divergences, the best choice in a size, and its command."""
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,9 +217,38 @@ def test_sizes_are_read_as_they_are_written(text: str, expected: int) -> None:
     assert options.parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "7XB", "7 GiB of memory"])
+@pytest.mark.parametrize("candidates", [["bnb-nf4"], ["int4"], ["int8/64"], ["int4/x"], "int8"])
+def test_a_list_that_cannot_be_chosen_from_is_refused(
+    candidates: list[str] | str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.toml").write_text(f'method = "rtn"\nfit = {json.dumps(candidates)}\n')
+    with refused(RecipeError, "own.toml: fit "):
+        Recipe.find(str(tmp_path / "own.toml"))
+
+
+def test_a_home_that_cannot_be_written_costs_no_measurement(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("M1_HOME", str(tmp_path / "file"))
+    arguments = ("quantize", str(tiny_checkpoint), str(tmp_path / "out"), "-r", "fit")
+    result = m1(*arguments, "--budget", "110kB", "--no-certify")
+    assert "could not be kept" in result.stderr
+    assert CheckpointManifest.read(tmp_path / "out").recipe == "fit"
+
+
+def test_only_so_many_tokens_are_measured(tiny_checkpoint: Path) -> None:
+    samples = Source.open(tiny_checkpoint).read_text(CALIBRATION).samples
+    assert sensitivity._first(samples * 100)[0] == samples[0]
+    used = sensitivity._first(samples * 100)
+    tokens = sum(len(sample.token_ids) for sample in used)
+    assert tokens <= sensitivity.MOST_TOKENS < tokens + 512
+    assert len(sensitivity._first(samples[:1])) == 1
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "", "GB", "-1GB", "7XB", "7 GiB of memory"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is no size; write it as 7GiB"):
+    with pytest.raises(typer.BadParameter, match=r"is (no size; write|more than any)"):
         options.parse_size(text)
 
 
@@ -254,15 +284,26 @@ def test_fit_from_the_command_line_measures_once(
         (["-r", "fit", "--budget", "1kB"], "at least by the recipe fit"),
         (["-r", "fit", "--for", "600MB"], "at least by the recipe fit"),
         (["-r", "int4", "--budget", "1GB"], "go with the recipe fit"),
+        (["-r", "bad.toml", "--budget", "1GB"], "group size is None"),
     ],
 )
 def test_a_size_that_does_not_fit_is_one_line(
-    tiny_checkpoint: Path, tmp_path: Path, m1_home: Path, arguments: list[str], complaint: str
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    m1_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    complaint: str,
 ) -> None:
+    rule = '[[rules]]\nmatch = "*o_proj"\nformat = "int4"\n'
+    (tmp_path / "bad.toml").write_text(f'method = "rtn"\nfit = ["int8"]\n{rule}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", None)  # found out before that
     result = m1("quantize", str(tiny_checkpoint), str(tmp_path / "out"), *arguments)
     assert result.exit_code == 1
-    assert complaint in result.stderr
-    assert result.stderr.strip().count("\n") == 0
+    error = result.stderr[result.stderr.index("error: ") :]
+    assert complaint in error
+    assert error.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
 
 

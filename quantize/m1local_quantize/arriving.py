@@ -7,8 +7,9 @@ the layers; in another order, as many as it takes. What it is not: the transfer 
 (transfer.py).
 """
 
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,13 @@ from m1local.errors import CheckpointError, HubError
 from m1local.manifest import FileRecord
 from m1local.shards import TensorFiles, known_dtype
 from m1local_quantize.disk import disk_error
-from m1local_quantize.hub import Repository, check_space, forget_transfers
+from m1local_quantize.hub import (
+    Repository,
+    alone,
+    check_space,
+    forget_transfers,
+    missing_bytes,
+)
 from m1local_quantize.transfer import BytesFetched, Published, Transfer, with_words
 
 MOST_FILES = 2  # on the disk or on their way, unless more are needed at the same moment
@@ -93,6 +100,10 @@ class ArrivingFiles:
             for name, file in self._published.items()
         }
 
+    def held(self) -> AbstractContextManager[None]:
+        """Let no other run fetch into the folder, or delete from it."""
+        return alone(self.folder)
+
     def expect(self, names: Sequence[str]) -> None:
         """Say which tensors will be asked for, in which order."""
         self._order = list(dict.fromkeys(self._file_of[name] for name in names))
@@ -141,7 +152,11 @@ class ArrivingFiles:
 
     def _look_ahead(self) -> None:
         waiting = [f for f in self._order if f not in self._open and f not in self._coming]
-        if waiting and len(self._open) + len(self._coming) < MOST_FILES:
+        if not waiting or len(self._open) + len(self._coming) >= MOST_FILES:
+            return
+        coming = [self._published[file] for file in (*self._coming, waiting[0])]
+        # Where there is no room for it yet, there will be once the present one is dropped.
+        if missing_bytes(self.folder, coming) <= shutil.disk_usage(self.folder).free:
             self._begin(waiting[0])
 
     def _progress(self) -> BytesFetched:

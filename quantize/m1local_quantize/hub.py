@@ -11,10 +11,13 @@ import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from m1local.errors import CheckpointError, HubError
 from m1local.manifest import NAME as MANIFEST
@@ -132,29 +135,55 @@ def pull(
     """
     found = Repository.find(name, folder, revision=revision, endpoint=endpoint)
     files = found.files if weights else [f for f in found.files if f not in found.weights]
-    total = sum(file.nbytes for file in files)
-    done = 0
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_space(folder, files)
-        whole = all(found.record.has(file, folder) for file in found.files)
-        known = whole and not (folder / MANIFEST).is_file()  # otherwise that is to be seen
-        replace(found.record, complete=known).write(folder)
-        for file in files:
-            if not found.record.has(file, folder):
-                for received in Transfer(found.place, file).wait():
-                    yield BytesFetched(done + received, total)
-                found.note(file)
-            done += file.nbytes
-            yield FileFetched(file.name, done, total)
-        if weights or whole:
-            _check_manifest(folder, name)
-        if weights:
-            forget_transfers(folder)
-        replace(found.record, complete=weights or whole, described=True).write(folder)
+        with alone(folder):
+            yield from _pull(found, files, weights=weights)
     except OSError as error:
         raise disk_error(error, folder) from error
     yield Pulled(folder, name, found.place.commit)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold `folder` as the one that this run alone fetches into, or deletes from.
+
+    Raises HubError where another run does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise HubError(
+            f"Another run is fetching into {folder}, or quantizing from there; wait for it."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _pull(
+    found: Repository, files: Sequence[Published], *, weights: bool
+) -> Iterator[BytesFetched | FileFetched]:
+    folder, name, done = found.place.folder, found.place.repository, 0
+    total = sum(file.nbytes for file in files)
+    check_space(folder, files)
+    whole = all(found.record.has(file, folder) for file in found.files)
+    known = whole and not (folder / MANIFEST).is_file()  # otherwise that is to be seen
+    replace(found.record, complete=known).write(folder)
+    for file in files:
+        if not found.record.has(file, folder):
+            for received in Transfer(found.place, file).wait():
+                yield BytesFetched(done + received, total)
+            found.note(file)
+        done += file.nbytes
+        yield FileFetched(file.name, done, total)
+    if weights or whole:
+        _check_manifest(folder, name)
+    if weights:
+        forget_transfers(folder)
+    replace(found.record, complete=weights or whole, described=True).write(folder)
 
 
 def _check_manifest(folder: Path, name: str) -> None:
@@ -209,14 +238,20 @@ def _published(
 
 def check_space(folder: Path, files: Iterable[Published]) -> None:
     """Raise HubError unless what is missing of `files` fits on the disk of `folder`."""
-    missing = sum(
-        file.nbytes - min(file.nbytes, path.stat().st_size if path.is_file() else 0)
-        for file in files
-        for path in [folder / file.name]
-    )
-    free = shutil.disk_usage(folder).free
+    missing, free = missing_bytes(folder, files), shutil.disk_usage(folder).free
     if free < missing:
         raise HubError(
             f"{missing / 2**30:.1f} GiB are still to come, but the disk of {folder} has only "
             f"{free / 2**30:.1f} GiB left. Free some space, or set M1_HOME to another disk."
         )
+
+
+def missing_bytes(folder: Path, files: Iterable[Published]) -> int:
+    """What is still to come of `files`, less what has come of unfinished ones."""
+    begun = sum(path.stat().st_size for path in (folder / ".cache").rglob("*.incomplete"))
+    missing = sum(
+        file.nbytes - min(file.nbytes, path.stat().st_size if path.is_file() else 0)
+        for file in files
+        for path in [folder / file.name]
+    )
+    return max(0, missing - begun)

@@ -83,7 +83,10 @@ def quantize_checkpoint(
     optimum_gptq.check(source, plan)
     measured_on = None if text is None else source.read_text(text)
     calibrated_on = source.read_text(calibration) if plan.needs_calibration else None
-    with prepared(target, source.folder, plan.target_bytes, overwrite=overwrite):
+    with (
+        prepared(target, source.folder, plan.target_bytes, overwrite=overwrite),
+        source.files.held(),
+    ):
         try:
             journal = take_up(target, source, plan, calibrated_on)
             resumed = sum(source.nbytes(step.name) for step in plan.steps if journal.has(step))

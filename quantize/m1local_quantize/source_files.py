@@ -7,6 +7,7 @@ not: the transfer (arriving.py is the other one).
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,9 @@ class SourceFiles(DescribedTensors, Protocol):
 
     def records(self) -> dict[str, FileRecord]:
         """Size and SHA-256 of every file."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other runs from changing the files meanwhile, where they would."""
 
     def expect(self, names: Sequence[str]) -> None:
         """Say which tensors will be asked for, in which order."""
@@ -71,6 +75,10 @@ class LocalFiles(TensorFiles):
         """Size and SHA-256 of every file."""
         self._hash(self.files)
         return {name: self._hashing[name].result() for name in self.files}
+
+    def held(self) -> AbstractContextManager[None]:
+        """Do nothing: whoever changes them is noticed by their times."""
+        return nullcontext()
 
     def expect(self, names: Sequence[str]) -> None:
         """Do nothing: all are there."""
