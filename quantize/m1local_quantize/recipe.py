@@ -126,11 +126,8 @@ def _candidates(raw: Any, where: str) -> tuple[LinearSpec, ...]:
     found = []
     for text in raw:
         name, _, size = text.partition("/")
-        if (
-            name not in FORMATS
-            or (name in GROUPED) != size.isdecimal()
-            or (size and not size.isdecimal())
-        ):
+        has_size = "/" in text
+        if name not in FITTED or has_size != (name in GROUPED) or has_size != size.isdecimal():
             raise RecipeError(
                 f"{where}: fit names {text!r}; a candidate is int8, or one of "
                 "int3 to int6 with /32, /64 or /128 for its group size."
