@@ -121,8 +121,8 @@ def full(result: dict[str, Any]) -> str:
     found = row["quantize"]
     return (
         f"The whole 14B ({result['source']}, {result['source_gib']} GiB) to `{row['recipe']}`, "
-        f"{row['checkpoint_gib']} GiB: {found['seconds']} s, {found['anonymous_and_shared_gib']} "
-        f"GiB of memory held at most, without the certificate. {machine_line(result)}"
+        f"{row['checkpoint_gib']} GiB: {found['anonymous_and_shared_gib']} GiB of memory held at "
+        f"most, without the certificate. {machine_line(result)}"
     )
 
 
