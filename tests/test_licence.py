@@ -28,6 +28,7 @@ def test_it_is_shown_once_for_a_folder_and_again_for_another(
     tiny_checkpoint: Path, m1_home: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    assert "Licence" not in m1("quantize", tiny_checkpoint, tmp_path / "a", "--dry-run").stderr
     first = m1("quantize", tiny_checkpoint, tmp_path / "a", "--no-certify")
     assert first.stderr.count("Licence: the weights of") == 1
     assert "commercial use only by written permission" in " ".join(first.stderr.split())

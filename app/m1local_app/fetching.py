@@ -73,19 +73,14 @@ def completed(chosen: Chosen, *, offline: bool) -> Chosen:
 
 
 def open_source(chosen: Chosen, *, offline: bool) -> "Source":
-    """The original to be quantized, whose weights may still have to come; its licence is noted.
+    """The original to be quantized, whose weights may still have to come.
 
     Raises HubError where they would and `offline` is set.
     """
     from m1local_quantize.source import Source  # torch, which `m1 --help` must not load
 
     if chosen.repository is None:
-        source = Source.open(chosen.folder)
-        if chosen.folder.resolve() != home.DEMO.resolve():  # which is this project's own
-            record = Record.read(chosen.folder)
-            folder = str(chosen.folder.resolve())
-            show_licence_once(folder if record is None else record.repository)
-        return source
+        return Source.open(chosen.folder)
     if offline:
         raise HubError(_not_here(chosen.repository))
     from m1local_quantize.arriving import ArrivingFiles
@@ -125,6 +120,13 @@ def pull_with_progress(
     seconds = time.monotonic() - begun
     if weights:
         console.print(f"{repository}: {size_text(total)} in {seconds:.0f} s, every hash checked")
+
+
+def note_licence(folder: Path) -> None:
+    """Show the licence note of the source in `folder` once; the demo is this project's own."""
+    if folder.resolve() != home.DEMO.resolve():
+        record = Record.read(folder)
+        show_licence_once(str(folder.resolve()) if record is None else record.repository)
 
 
 def show_licence_once(source: str) -> None:

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from m1local.manifest import CheckpointManifest
+from m1local_app.fetching import note_licence
 from m1local_app.kept import size_text
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ def quantize_with_progress(
     calibration: Path | None = None,
     certify: bool = True,
 ) -> CheckpointManifest:
-    """Quantize `source` into `target`; returns the manifest of what was made."""
+    """Quantize `source` into `target`, its licence noted; returns the manifest of what was made."""
     # Imported here, as torch is heavy and `m1 --help` must not load it.
     from m1local_quantize.pipeline import CheckpointWritten, Planned, quantize_checkpoint
     from m1local_quantize.text import CALIBRATION, SHIPPED
 
+    note_licence(source.folder)
     console = Console(stderr=True, highlight=False)
     begun, peak, manifest = time.monotonic(), 0, None
     with _bar(console) as bar:
