@@ -278,9 +278,9 @@ def test_an_unneeded_table_of_rotations_is_ignored(source: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("model.layers.0.mlp.gate_proj.weight", "rows 0 to 127"),
-        ("model.embed_tokens.weight", "rows 256 to 511"),
-        ("lm_head.weight", "rows 256 to 511"),
+        ("model.layers.0.mlp.gate_proj.weight", "rows 64 to 127"),
+        ("model.embed_tokens.weight", "rows 448 to 511"),
+        ("lm_head.weight", "rows 448 to 511"),
         ("model.norm.weight", "rows 0 to 63"),
         ("model.layers.1.self_attn.conv_k", "rows 0 to 0"),
     ],
