@@ -182,7 +182,8 @@ def main() -> None:
     result = {
         "command": (
             f"python -m bench.quality --text {arguments.text.name} --rows {arguments.rows} "
-            f"--calibration {arguments.calibration.name}"
+            f"--calibration {arguments.calibration.name} "
+            f"--calibration-rows {arguments.calibration_rows}"
         ),
         "machine": describe_machine(),
         "text": f"{len(samples)} answers of {arguments.text.name}, given their questions",
