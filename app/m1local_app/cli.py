@@ -71,6 +71,7 @@ def run(
     Examples:  m1 run  ·  m1 run baichuan-inc/Baichuan-M1-14B-Instruct  ·  m1 run ./FOLDER --ui
     """
     from m1local_app.fetching import fetched
+    from m1local_quantize.recipe import Recipe
 
     wanted = ChatOptions(
         prompt=prompt, system=system, context_tokens=ctx_size, max_new_tokens=predict,
@@ -80,6 +81,7 @@ def run(
     if model is None or not library.is_repository(model):
         library.find(model)  # a wrong name is the first thing to be said
     question = None if ui else _question(wanted)
+    Recipe.find(recipe or DEFAULT_RECIPE).check_closed()  # before gigabytes are fetched
     found = fetched(model, offline=offline, keep_source=keep_source)
     chosen = _quantized(found, recipe, announce_demo=model is None, offline=offline)
     _serve_page(chosen, wanted) if ui else _converse(chosen, wanted, question)
@@ -131,7 +133,9 @@ def ui(
     Example:  m1 ui ./Baichuan-M1-14B-Instruct
     """
     from m1local_app.fetching import fetched
+    from m1local_quantize.recipe import Recipe
 
+    Recipe.find(recipe or DEFAULT_RECIPE).check_closed()  # before gigabytes are fetched
     found = fetched(model, offline=offline, keep_source=keep_source)
     chosen = _quantized(found, recipe, announce_demo=model is None, offline=offline)
     wanted = ChatOptions(system=system, context_tokens=ctx_size, threads=threads)
