@@ -63,8 +63,8 @@ def take_up(target: Path, source: Source, plan: Plan, calibration: Text | None) 
     lines: list[dict[str, Any]] = [{"note": NOTE, "fingerprint": fingerprint}]
     lines += [{"tensors": {name: recorded[name]}} for name in verified if recorded]
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    if recorded is None:  # before the journal is this run's: the states are of another one
-        (target / HIDDEN).unlink(missing_ok=True)
+    if recorded is None and (target / HIDDEN).exists():
+        (target / HIDDEN).unlink()  # before the journal is this run's: they are another one's
     journal.started_over = recorded is None and journal.path.exists()
     os.replace(partial, journal.path)
     (target / MANIFEST).unlink(missing_ok=True)
