@@ -307,6 +307,16 @@ def test_a_size_that_does_not_fit_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_occupied_target_is_refused_before_anything_is_measured(
+    tiny_checkpoint: Path, tmp_path: Path, m1_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", None)
+    (tmp_path / "mine.txt").touch()
+    result = m1("quantize", str(tiny_checkpoint), str(tmp_path), "-r", "fit", "--budget", "1GB")
+    assert result.exit_code == 1
+    assert "holds other files ('mine.txt')" in result.stderr
+
+
 def test_run_says_where_fit_is_to_be_had(tiny_checkpoint: Path, m1_home: Path) -> None:
     result = m1("run", str(tiny_checkpoint), "-r", "fit", "-p", "hello")
     assert result.exit_code == 1

@@ -110,6 +110,18 @@ def test_it_has_less_error_than_rounding_where_it_matters(name: str, rows: int) 
     assert error < 0.6 * output_error(weight, by_refit, hessian)
 
 
+def test_few_inputs_are_believed_less() -> None:
+    """What matters is the error on inputs that were not seen."""
+    x, weight = correlated(2000, 128), weights(40, 128)
+    seen, unseen = x[:60], x[60:]
+    hessian = seen.T @ seen
+    errors = {}
+    for inputs in (None, len(seen)):
+        found = restored(dict(gptq.prepare(hessian.clone(), inputs)(weight, SPEC)), (40, 128))
+        errors[inputs] = output_error(weight, found, unseen.T @ unseen)
+    assert errors[60] < 0.9 * errors[None]
+
+
 def test_columns_that_never_have_input_do_no_harm() -> None:
     x, weight = correlated(200, 64), weights(5, 64)
     x[:, 10:20] = 0

@@ -38,8 +38,8 @@ def for_slices(work: Callable[[int, int], T], rows: int, rows_per_slice: int) ->
     """`work(start, stop)` for all slices of so many rows; their results in order.
 
     Small slices go to as many threads as torch has, each of which computes alone: torch's own
-    threads would wait for each other after every small operation, twenty times as long as it takes
-    where another program uses a core too.
+    threads would wait for each other after every small operation, most of the time where another
+    program uses a core too.
     """
     slices = [(at, min(at + rows_per_slice, rows)) for at in range(0, rows, rows_per_slice)]
     threads = torch.get_num_threads()

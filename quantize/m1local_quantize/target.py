@@ -51,7 +51,7 @@ def prepared(target: Path, source: Path, nbytes: int, *, overwrite: bool) -> Ite
     fit. Refusing leaves everything as it is, and so does this function itself.
     """
     _refuse_source(target, source)
-    _check_contents(target, overwrite=overwrite)
+    check_contents(target, overwrite=overwrite)
     try:
         _check_space(target, nbytes)
         target.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def prepared(target: Path, source: Path, nbytes: int, *, overwrite: bool) -> Ite
     except OSError as error:
         raise disk_error(error, target) from error
     try:
-        _check_contents(target, overwrite=overwrite)  # another run may just have finished
+        check_contents(target, overwrite=overwrite)  # another run may just have finished
         yield
     finally:
         lock.release()
@@ -79,7 +79,7 @@ def remove_checkpoint(folder: Path) -> int:
     """
     if not (folder / MANIFEST).is_file() and not (folder / MARKER).is_file():
         raise StorageError(f"{folder} holds no checkpoint made by m1local; nothing was deleted.")
-    _check_contents(folder, overwrite=True)
+    check_contents(folder, overwrite=True)
     try:
         lock = FileLock(folder / LOCK)
         with lock.acquire(timeout=0):
@@ -141,7 +141,8 @@ def write_index(target: Path, weight_map: dict[str, str], total_bytes: int) -> N
     (target / INDEX).write_text(text, encoding="utf-8", newline="\n")
 
 
-def _check_contents(target: Path, *, overwrite: bool) -> None:
+def check_contents(target: Path, *, overwrite: bool) -> None:
+    """Raise StorageError where `target` holds what may not be replaced."""
     if not target.exists():
         return
     if not target.is_dir():
