@@ -10,12 +10,13 @@ import threading
 import time
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from torch import Tensor
 
 from m1local.engine import Engine
 from m1local.tokenizer import Message
@@ -27,8 +28,15 @@ pytestmark = [
     # Deprecations between gradio and the libraries it brings are theirs to mend.
     pytest.mark.filterwarnings("default"),
 ]
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 120
 ANSWER_TOKENS = 6000
+TOKEN_SECONDS = (
+    0.03  # a real model's pace; the page could not draw the tiny one's on a busy machine
+)
+# How many stop buttons are to be seen.
+STOPS_SHOWN = (
+    "return [...document.querySelectorAll('button.stop-button')].filter(b => b.offsetParent).length"
+)
 LABEL = "tiny <b>model</b>"
 
 
@@ -37,6 +45,13 @@ class Page:
 
     def __init__(self, folder: Path) -> None:
         self.engine = Engine.load(folder)
+        feed = self.engine.context.feed
+
+        def feed_slowly(token_ids: Sequence[int]) -> Tensor:
+            time.sleep(TOKEN_SECONDS)
+            return feed(token_ids)
+
+        self.engine.context.feed = feed_slowly  # type: ignore[method-assign]  # a slower model
         settings = self.engine.settings(max_new_tokens=ANSWER_TOKENS, seed=1)
         self.blocks = web.build(self.engine, settings, LABEL, system="")
         _, self.url, self.share_url = web.launch(self.blocks, port=0, browser=False)
@@ -152,6 +167,10 @@ def ask_and_stop(page: Page, browser: Any, question: str, *, answers: int) -> No
         time.sleep(0.1)
     browser.execute_script("document.querySelector('button.stop-button').click()")
     assert page.wait_until_idle() < ANSWER_TOKENS
+    # A question asked before the page has taken the stop to its end would be stopped with it.
+    while browser.execute_script(STOPS_SHOWN):
+        assert time.monotonic() < until + PATIENCE_SECONDS, "the stop button stays"
+        time.sleep(0.1)
 
 
 def test_in_the_browser_an_answer_streams_stops_and_another_follows(
