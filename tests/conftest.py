@@ -3,6 +3,7 @@
 import io
 import json
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from m1local.config import M1Config
 from m1local.model import M1Model
 from m1local.tokenizer import M1Tokenizer
+from m1local_app import language
 
 torch.set_num_threads(1)  # matrices this small are slower with more
 
@@ -182,6 +184,16 @@ def tokenizer(tiny_checkpoint: Path) -> M1Tokenizer:
 def _no_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a test does not look at out of the home of whoever runs it."""
     monkeypatch.setenv("M1_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(autouse=True)
+def _english(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Speak English whatever the locale of whoever runs the tests."""
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.setenv(name, "C.UTF-8")
+    language.choose("en")
+    yield
+    language.choose("en")
 
 
 @pytest.fixture
