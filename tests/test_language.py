@@ -19,7 +19,7 @@ def said() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "tr":
                 assert isinstance(node.args[0], ast.Constant), f"{path}: {ast.unparse(node)}"
-                texts.add(node.args[0].value)
+                texts.add(str(node.args[0].value))
     return texts
 
 
@@ -45,7 +45,7 @@ def chinese() -> None:
 def test_a_text_is_said_in_the_chosen_language_and_filled_in(
     chinese: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(CATALOGUE, "{n} words", "{n} 个词")  # type: ignore[arg-type]  # a dict
+    monkeypatch.setitem(CATALOGUE, "{n} words", "{n} 个词")
     assert tr("{n} words", n=3) == "3 个词"
     choose("en")
     assert tr("{n} words", n=3) == "3 words"
