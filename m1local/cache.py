@@ -22,6 +22,8 @@ from m1local.config import HeadLayout, M1Config
 from m1local.errors import ContextLengthError
 
 DEFAULT_MAX_CHUNK = 512
+MOST_BOUNDARIES = 128  # some 64 turns; each costs a key and a value per layer
+REWIND_TOKENS = 2048  # an answer of the usual length can be taken back where windows moved on
 RAW_TOKENS = 16  # so 15 positions can be taken back without a remembered boundary
 
 
@@ -39,6 +41,7 @@ class LayerCache:
         self, layout: HeadLayout, slots: int, *, batch_size: int, dtype: torch.dtype, device: str
     ) -> None:
         """Allocate (B, Hkv, slots, D) for keys and for values, and the raw tail."""
+        self.layout = layout
         self.window = layout.window
         self.slots = slots
         self.written = 0  # one past the highest position ever stored: says what was overwritten
@@ -50,6 +53,16 @@ class LayerCache:
         self.raw_k = torch.zeros(tail, dtype=dtype, device=device)
         self.raw_v = torch.zeros(tail, dtype=dtype, device=device)
         self.boundaries: dict[int, RawState] = {}
+
+    def another(self) -> "LayerCache":
+        """An empty layer of the same size."""
+        return LayerCache(
+            self.layout,
+            self.slots,
+            batch_size=self.k.shape[0],
+            dtype=self.k.dtype,
+            device=str(self.k.device),
+        )
 
     def raw_before(self, position: int) -> RawState:
         """Raw key and value of the token before `position`; zeros at the start of a sequence."""
@@ -111,6 +124,8 @@ class LayerCache:
         """Keep the raw state at `position`, so that a later rollback may end there."""
         raw = self.raw_before(position)
         self.boundaries[position] = RawState(raw.k.clone(), raw.v.clone())
+        while len(self.boundaries) > MOST_BOUNDARIES:
+            del self.boundaries[min(self.boundaries)]
 
     def forget_after(self, position: int) -> None:
         """Drop what belongs to tokens that are no longer part of the sequence."""
@@ -144,11 +159,14 @@ class KVCache:
         dtype: torch.dtype,
         device: str = "cpu",
         max_chunk: int = DEFAULT_MAX_CHUNK,
+        rewind_tokens: int = 0,
         batch_size: int = 1,
     ) -> Self:
         """Allocate a cache for `max_length` tokens.
 
-        Raises ContextLengthError when that is more than the model was made for.
+        Sliding layers keep `rewind_tokens` more than their window, so that the sequence can be cut
+        back so far, as by a retry, even where the window has moved on. Raises ContextLengthError
+        when `max_length` is more than the model was made for.
         """
         if not 0 < max_length <= config.max_position_embeddings:
             raise ContextLengthError(
@@ -162,11 +180,16 @@ class KVCache:
             slots = max_length
             if layout.window is not None:
                 # A query sees window - 1 older keys; the chunk being stored must not evict them.
-                slots = min(max_length, layout.window - 1 + max_chunk)
+                slots = min(max_length, layout.window - 1 + max_chunk + rewind_tokens)
             layers.append(
                 LayerCache(layout, slots, batch_size=batch_size, dtype=dtype, device=device)
             )
         return cls(layers, capacity=max_length, max_chunk=max_chunk)
+
+    def another(self) -> "KVCache":
+        """An empty cache of the same size."""
+        layers = [layer.another() for layer in self.layers]
+        return KVCache(layers, capacity=self.capacity, max_chunk=self.max_chunk)
 
     def check_room(self, new_tokens: int) -> None:
         """Raise when `new_tokens` more do not fit, before anything is written."""

@@ -22,7 +22,11 @@ class Context:
         self.model = model
         self.cache = cache
         self.token_ids: list[int] = []
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
+
+    def another(self) -> "Context":
+        """An empty context of the same size for the same model."""
+        return Context(self.model, self.cache.another())
 
     @property
     def capacity(self) -> int:
@@ -45,8 +49,9 @@ class Context:
     def keep_common(self, prompt: Sequence[int]) -> int:
         """Cut back to what `prompt` begins with; returns how many of its tokens are held.
 
-        At least its last token is left to be fed, since its logits are wanted. Also mends what an
-        interrupted forward pass left half written.
+        At least its last token is left to be fed, since its logits are wanted. Where it was cut is
+        remembered: a question that is edited begins there again. Also mends what an interrupted
+        forward pass left half written.
         """
         held = min(len(self.token_ids), self.cache.position, len(prompt) - 1)
         common = next(
@@ -55,13 +60,14 @@ class Context:
         )
         kept = self.cache.nearest_boundary(common)
         self.cache.rollback(kept)
+        self.cache.remember(kept)
         del self.token_ids[kept:]
         return kept
 
     @torch.inference_mode()
     def feed(self, token_ids: Sequence[int]) -> Tensor:
         """Append ids, at most `cache.max_chunk` of them; returns the last one's logits (V,)."""
-        batch = torch.tensor([token_ids], device=self._device)
+        batch = torch.tensor([token_ids], device=self.device)
         logits = self.model(batch, self.cache, last_only=True)
         self.token_ids += token_ids
         last: Tensor = logits[0, -1]

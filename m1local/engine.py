@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from m1local.cache import KVCache
+from m1local.cache import REWIND_TOKENS, KVCache
 from m1local.checkpoint import compute_dtype, load_model
 from m1local.config import M1Config
 from m1local.context import Context
+from m1local.contexts import ContextPool
 from m1local.errors import TokenizerError
 from m1local.generate import Event, GenerationSettings, generate
 from m1local.generation_config import GenerationConfig
@@ -22,6 +23,8 @@ from m1local.model import M1Model
 from m1local.tokenizer import M1Tokenizer
 
 DEFAULT_CONTEXT_TOKENS = 8192
+OWN_SETTINGS = ("max_new_tokens", "stop", "loop_guard", "json_schema")  # the rest is sampling's
+RAW_TEXT = 0  # the key of the context that raw text is continued in; conversations count from 1
 
 
 class Engine:
@@ -40,6 +43,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.generation = generation
         self.context = context
+        self.contexts = ContextPool(context)
 
     @classmethod
     def load(
@@ -57,6 +61,7 @@ class Engine:
             context_tokens or min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings),
             dtype=dtype,
             device=str(device),
+            rewind_tokens=REWIND_TOKENS,
         )
         model = load_model(folder, device=device, dtype=dtype)
         return cls(model, tokenizer, generation, Context(model, cache))
@@ -75,12 +80,14 @@ class Engine:
     def complete(self, text: str, settings: GenerationSettings | None = None) -> Iterator[Event]:
         """Continue raw text, as a Base model does; without a template."""
         prompt = self.tokenizer.encode(text) or [self.model.config.bos_token_id]
-        return generate(self.context, self.tokenizer, prompt, settings or self.defaults)
+        return generate(
+            self.contexts.of(RAW_TEXT), self.tokenizer, prompt, settings or self.defaults
+        )
 
     def settings(self, **changes: object) -> GenerationSettings:
         """The defaults with some sampling parameters or limits changed; None changes nothing."""
         given = {name: value for name, value in changes.items() if value is not None}
-        own = {name: given.pop(name) for name in ("max_new_tokens", "stop") if name in given}
+        own = {name: given.pop(name) for name in OWN_SETTINGS if name in given}
         defaults = self.defaults
         sampling = replace(defaults.sampling, **given)  # type: ignore[arg-type]  # checked by replace
         return replace(defaults, sampling=sampling, **own)  # type: ignore[arg-type]  # as above

@@ -10,13 +10,15 @@ the caller, and lose it when another thread resumes the generator.
 
 import enum
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from m1local.context import Context
+from m1local.json_schema import JsonSchema
+from m1local.loop_guard import LoopGuard
 from m1local.sampling import Sampler, SamplingParams
 from m1local.text_stream import TextStream
 from m1local.tokenizer import M1Tokenizer
@@ -28,6 +30,7 @@ class FinishReason(enum.Enum):
     STOP = "stop"
     LENGTH = "length"
     CONTEXT = "context"
+    LOOP = "loop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +66,39 @@ class Finished:
         return max(self.new_tokens - 1, 0) / self.decode_seconds if self.decode_seconds else 0.0
 
 
-Event = PrefillProgress | TextDelta | Finished
+@dataclass(frozen=True, slots=True)
+class TurnsDropped:
+    """Turns that the model no longer sees, so that the rest fits; always said, never silent."""
+
+    turns: int
+    tokens: int
+
+
+Event = PrefillProgress | TextDelta | TurnsDropped | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class ShorterPrompt:
+    """What to go on with when the context is full in the middle of an answer."""
+
+    prompt: Sequence[int]
+    dropped: TurnsDropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSettings:
-    """How an answer is made."""
+    """How an answer is made.
+
+    `stop` are strings that end it and are not shown; `loop_guard` ends one that repeats itself
+    without end; `json_schema`, the text of a JSON schema, lets nothing else come.
+    """
 
     sampling: SamplingParams
     max_new_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
+    loop_guard: bool = True
+    json_schema: str | None = None
 
 
 @torch.inference_mode()
@@ -82,51 +107,115 @@ def generate(
     tokenizer: M1Tokenizer,
     prompt: Sequence[int],
     settings: GenerationSettings,
+    make_room: Callable[[int], ShorterPrompt | None] = lambda answer_tokens: None,
 ) -> Iterator[Event]:
     """Answer `prompt`, keeping what the context already holds of it.
 
-    Raises ContextLengthError before anything is computed when the prompt does not fit.
+    When the context is full, `make_room` is asked for a shorter prompt, with which the answer of so
+    many tokens goes on; None ends it. Raises ContextLengthError before anything is computed when
+    the prompt does not fit.
     """
     context.check_prompt(prompt)
-    sampler = Sampler(settings.sampling, tokenizer.vocab_size)
-    sampler.observe(prompt)
-    text = TextStream(tokenizer.decoder(), settings.stop)
+    answer = _Answer(tokenizer, prompt, settings)
     cached_tokens = context.keep_common(prompt)
     begun = time.perf_counter()
     logits = yield from _prefill(context, prompt, cached_tokens)
     prefilled = time.perf_counter()
 
-    reason, new_tokens = FinishReason.LENGTH, 0
-    unseen: list[int] = []  # tokens whose text has not been released yet
-    while new_tokens < settings.max_new_tokens:
-        token_id = sampler(logits)
-        if token_id in settings.stop_token_ids:
-            reason = FinishReason.STOP
+    reason = None
+    while reason is None:
+        reason = answer.extend(logits)
+        if piece := answer.released():
+            yield piece
+        if reason is not None:
             break
-        new_tokens += 1
-        unseen.append(token_id)
-        if piece := text.push(token_id):
-            yield TextDelta(piece, tuple(unseen))
-            unseen.clear()
-        if text.stopped:
-            reason = FinishReason.STOP
-            break
-        if not context.room:
+        if context.room:
+            logits = context.feed(answer.token_ids[-1:])
+        elif (shorter := make_room(len(answer.token_ids))) is not None:
+            yield shorter.dropped
+            logits = yield from _read_again(context, [*shorter.prompt, *answer.token_ids])
+        else:
             reason = FinishReason.CONTEXT
-            break
-        logits = context.feed([token_id])
-    if (tail := text.flush()) or unseen:
-        yield TextDelta(tail, tuple(unseen))
-    if text.stopped:  # a stop string may become whole only with the last, broken character
-        reason = FinishReason.STOP
+    reason, rest = answer.end(reason)
+    if rest is not None:
+        yield rest
     yield Finished(
         reason=reason,
         prompt_tokens=len(prompt),
         cached_tokens=cached_tokens,
-        new_tokens=new_tokens,
+        new_tokens=len(answer.token_ids),
         prefill_seconds=prefilled - begun,
         decode_seconds=time.perf_counter() - prefilled,
     )
+
+
+class _Answer:
+    """The tokens of one answer, their text, and what may end it."""
+
+    def __init__(
+        self, tokenizer: M1Tokenizer, prompt: Sequence[int], settings: GenerationSettings
+    ) -> None:
+        self.token_ids: list[int] = []
+        self._settings = settings
+        self._sampler = _sampler(tokenizer, prompt, settings)
+        self._text = TextStream(tokenizer.decoder(), settings.stop)
+        self._guard = LoopGuard() if settings.loop_guard else None
+        self._piece = ""
+        self._unseen: list[int] = []  # tokens whose text has not been released yet
+
+    def extend(self, logits: Tensor) -> FinishReason | None:
+        """Draw one more token; returns the reason when there is none, or it is the last."""
+        if len(self.token_ids) >= self._settings.max_new_tokens:
+            return FinishReason.LENGTH
+        token_id = self._sampler(logits)
+        if token_id in self._settings.stop_token_ids:
+            return FinishReason.STOP
+        self.token_ids.append(token_id)
+        self._unseen.append(token_id)
+        self._piece = self._text.push(token_id)
+        if self._text.stopped or self._sampler.finished:
+            return FinishReason.STOP
+        if self._guard is not None and self._guard.push(token_id):
+            return FinishReason.LOOP
+        return None
+
+    def released(self) -> TextDelta | None:
+        """The text that became certain with the last token, if any did."""
+        return self._delta(self._piece) if self._piece else None
+
+    def end(self, reason: FinishReason) -> tuple[FinishReason, TextDelta | None]:
+        """Why the answer ended, and the text that was held back."""
+        tail = self._text.flush()
+        if self._text.stopped:  # a stop string may become whole only with a broken character
+            reason = FinishReason.STOP
+        return reason, self._delta(tail) if tail or self._unseen else None
+
+    def _delta(self, text: str) -> TextDelta:
+        delta = TextDelta(text, tuple(self._unseen))
+        self._piece = ""
+        self._unseen.clear()
+        return delta
+
+
+def _sampler(
+    tokenizer: M1Tokenizer, prompt: Sequence[int], settings: GenerationSettings
+) -> Sampler:
+    """A sampler that has seen `prompt` and keeps to the settings' schema."""
+    params = settings.sampling
+    constraint = None
+    if settings.json_schema is not None:
+        constraint = JsonSchema(settings.json_schema, tokenizer, settings.stop_token_ids)
+    breakers: frozenset[int] = frozenset()
+    if params.dry_multiplier:
+        breakers = tokenizer.ids_containing(params.dry_sequence_breakers)
+    sampler = Sampler(params, tokenizer.vocab_size, breakers=breakers, constraint=constraint)
+    sampler.observe(prompt)
+    return sampler
+
+
+def _read_again(context: Context, prompt: Sequence[int]) -> Generator[Event, None, Tensor]:
+    """Feed what the context does not hold of `prompt`; returns the last token's logits (V,)."""
+    return (yield from _prefill(context, prompt, context.keep_common(prompt)))
 
 
 def _prefill(

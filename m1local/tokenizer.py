@@ -135,6 +135,11 @@ class M1Tokenizer:
         return len(self._token_bytes)
 
     @property
+    def token_bytes(self) -> Sequence[bytes]:
+        """The bytes of each id; none for a special token."""
+        return self._token_bytes
+
+    @property
     def added_token_ids(self) -> frozenset[int]:
         """The ids no text may yield."""
         return frozenset(self._added)
@@ -162,6 +167,15 @@ class M1Tokenizer:
     def decoder(self) -> IncrementalDecoder:
         """A fresh decoder for one answer."""
         return IncrementalDecoder(self._token_bytes)
+
+    def ids_containing(self, strings: Iterable[str]) -> frozenset[int]:
+        """The ids whose text contains one of `strings`, and the special ones, which have none."""
+        wanted = [text.encode() for text in strings if text]
+        return frozenset(
+            i
+            for i, text in enumerate(self._token_bytes)
+            if not text or any(part in text for part in wanted)
+        )
 
     def marker(self, role: Role) -> int:
         """The id that begins a turn of `role`."""

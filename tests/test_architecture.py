@@ -32,15 +32,16 @@ FORBIDDEN = {
 # Inside the runtime a module imports only from the lines above its own.
 RUNTIME_ORDER = (
     ("errors",),
-    ("folder", "home", "formats"),
+    ("folder", "home", "memory", "formats"),
     ("config", "rope"),
     ("formats.base", "formats.int4pack"),
     ("formats.groups", "formats.int8", "formats.bnb"),
     ("cache", "shards", "manifest"),
     ("model",),
-    ("checkpoint", "tokenizer", "sampling"),
+    ("checkpoint", "tokenizer", "penalties", "loop_guard"),
+    ("sampling", "json_schema"),
     ("generation_config", "text_stream", "context"),
-    ("generate",),
+    ("contexts", "generate"),
     ("engine",),
     ("chat",),
 )

@@ -370,4 +370,4 @@ def test_an_answer_cut_by_a_stop_string_goes_on_from_what_was_shown(
         assert session.messages[1].content == free.partition(stop)[0]
         rendered = engine.tokenizer.render([*session.messages, Message("user", "Why?")])
         list(session.send("Why?"))
-        assert engine.context.token_ids[: len(rendered)] == rendered
+        assert session.context.token_ids[: len(rendered)] == rendered

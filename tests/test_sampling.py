@@ -51,7 +51,29 @@ PARAMS = [
     SamplingParams(temperature=1.0, repetition_penalty=0.5),
     SamplingParams(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05),
     SamplingParams(temperature=1.7, top_k=12, top_p=0.8, min_p=0.2, repetition_penalty=1.3),
+    SamplingParams(temperature=1.0, repetition_penalty=1.5, repeat_last_n=2),
+    SamplingParams(temperature=1.0, repetition_penalty=1.5, repeat_last_n=0),
+    SamplingParams(temperature=1.0, presence_penalty=0.7),
+    SamplingParams(temperature=1.0, frequency_penalty=0.4, repeat_last_n=1000),
+    SamplingParams(temperature=1.0, presence_penalty=-0.5, frequency_penalty=0.4, repeat_last_n=4),
+    SamplingParams(temperature=1.0, dry_multiplier=0.8),
+    SamplingParams(temperature=1.0, dry_multiplier=0.8, dry_base=3, dry_allowed_length=1),
+    SamplingParams(temperature=1.0, dry_multiplier=0.8, dry_penalty_last_n=4, dry_allowed_length=1),
+    SamplingParams(temperature=1.0, dry_multiplier=0.8, dry_penalty_last_n=0),
+    SamplingParams(temperature=1.0, logit_bias=((3, 2.5), (4, -math.inf), (5, -1.0))),
+    SamplingParams(
+        temperature=0.8,
+        top_k=9,
+        top_p=0.9,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        dry_multiplier=1.0,
+        dry_allowed_length=1,
+        logit_bias=((7, 1.0),),
+    ),
 ]
+BREAKERS = frozenset({0, 1})
 
 
 def softmax(scores: dict[int, float]) -> dict[int, float]:
@@ -61,12 +83,40 @@ def softmax(scores: dict[int, float]) -> dict[int, float]:
     return {i: weight / total for i, weight in weights.items()}
 
 
+def last(tokens: list[int], count: int) -> list[int]:
+    return tokens if count == -1 else tokens[len(tokens) - min(count, len(tokens)) :]
+
+
+def textbook_dry(tokens: list[int], params: SamplingParams) -> dict[int, float]:
+    """For every earlier place: how far the tokens before it are those at the end."""
+    tokens = last(tokens, params.dry_penalty_last_n)
+    found: dict[int, float] = {}
+    for i, token in enumerate(tokens[:-1]):
+        length = 0
+        while length <= i and tokens[i - length] == tokens[-1 - length]:
+            if token in BREAKERS or tokens[i - length] in BREAKERS:
+                break
+            length += 1
+        following = tokens[i + 1]
+        if length >= params.dry_allowed_length and following not in BREAKERS:
+            exponent = length - params.dry_allowed_length
+            penalty = params.dry_multiplier * params.dry_base**exponent
+            found[following] = max(penalty, found.get(following, 0))
+    return found
+
+
 def textbook(logits: Tensor, params: SamplingParams, seen: Iterable[int]) -> dict[int, float]:
     """The probability of each token that may be drawn, one filter after the other."""
     scores = dict(enumerate(logits.tolist()))
-    for i in set(seen):
+    tokens = list(seen)
+    for i, count in Counter(last(tokens, params.repeat_last_n)).items():
         factor = params.repetition_penalty
         scores[i] = scores[i] / factor if scores[i] > 0 else scores[i] * factor
+        scores[i] -= params.presence_penalty + params.frequency_penalty * count
+    for i, penalty in textbook_dry(tokens, params).items():
+        scores[i] -= penalty
+    for i, bias in params.logit_bias:
+        scores[i] += bias
     scores = {i: score / params.temperature for i, score in scores.items()}
     ranking = sorted(scores, key=lambda i: -scores[i])
     ranking = ranking[: params.top_k]
@@ -96,7 +146,7 @@ def distribution(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "multinomial", next_place)
         while not weights or len(weights) < weights[0].numel():
-            sampler = Sampler(params, logits.numel())
+            sampler = Sampler(params, logits.numel(), breakers=BREAKERS)
             sampler.observe(seen)
             token_id = sampler(logits)
             found[token_id] = float(weights[-1][len(weights) - 1] / weights[-1].sum())
@@ -112,10 +162,12 @@ def test_probabilities_are_those_of_the_textbook(
     monkeypatch: pytest.MonkeyPatch, params: SamplingParams
 ) -> None:
     for seed in range(20):
-        logits, seen = random_logits(seed), random.Random(seed).choices(range(VOCAB_SIZE), k=6)
+        vocabulary = range(VOCAB_SIZE if seed % 2 else 4)  # few tokens repeat much
+        logits, seen = random_logits(seed), random.Random(seed).choices(vocabulary, k=seed)
         found = distribution(monkeypatch, logits, params, seen)
         expected = textbook(logits, params, seen)
-        assert found.keys() == expected.keys()
+        assert found.keys() == {i for i, probability in expected.items() if probability > 0}
+        expected = {i: expected[i] for i in found}
         # float32 against Python's float64
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -228,6 +280,13 @@ def test_values_that_are_no_numbers_are_reported(value: float, temperature: floa
         ("min_p", "min-p", (-0.1, 1.01, math.nan), "0 to 1"),
         ("repetition_penalty", "repeat-penalty", (0.0, -1.0, 10.1, math.nan), "above 0, up to 10"),
         ("seed", "seed", (-1, 2**63), "0 or more"),
+        ("presence_penalty", "presence-penalty", (-101, 101, math.nan), "-100 to 100"),
+        ("frequency_penalty", "frequency-penalty", (-101, math.inf), "-100 to 100"),
+        ("repeat_last_n", "repeat-last-n", (-2,), "-1 .all., 0 .off. or more"),
+        ("dry_multiplier", "dry-multiplier", (-1, math.nan), "0 to 100"),
+        ("dry_base", "dry-base", (0.5, math.nan), "1 to 100"),
+        ("dry_allowed_length", "dry-allowed-length", (0,), "1 or more"),
+        ("dry_penalty_last_n", "dry-penalty-last-n", (-2,), "-1 .all."),
     ],
 )
 def test_a_value_out_of_its_range_names_flag_value_and_range(
@@ -237,6 +296,30 @@ def test_a_value_out_of_its_range_names_flag_value_and_range(
     for change in changes:
         with pytest.raises(SamplingError, match=rf"^{flag} is {change[name]}; .* {expected}"):
             SamplingParams(**change)
+
+
+@pytest.mark.parametrize("bias", [math.inf, math.nan])
+def test_a_bias_that_is_no_number_is_refused(bias: float) -> None:
+    with pytest.raises(SamplingError, match=r"logit-bias is .*-inf to ban"):
+        SamplingParams(logit_bias=((1, bias),))
+
+
+def test_a_bias_on_a_token_that_is_none_is_refused() -> None:
+    with pytest.raises(SamplingError, match="names the token 24; this model has 0 to 23"):
+        Sampler(SamplingParams(logit_bias=((24, 1.0),)), VOCAB_SIZE)
+
+
+def test_when_every_token_is_banned_it_is_said() -> None:
+    banned = SamplingParams(logit_bias=tuple((i, -math.inf) for i in range(VOCAB_SIZE)))
+    with pytest.raises(SamplingError, match="bans every token"):
+        Sampler(banned, VOCAB_SIZE)(random_logits(0))
+
+
+def test_a_long_repetition_ends_in_no_overflow() -> None:
+    params = SamplingParams(temperature=0, dry_multiplier=1, dry_base=100)
+    sampler = Sampler(params, 4)
+    sampler.observe([1, 2] * 3000)
+    assert sampler(torch.tensor([0.0, 9.0, 0.0, 1.0])) == 3
 
 
 def test_the_ends_of_the_ranges_are_allowed() -> None:

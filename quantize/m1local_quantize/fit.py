@@ -16,7 +16,7 @@ from typing import Self
 import numpy
 import torch
 
-from m1local.cache import KVCache
+from m1local.cache import REWIND_TOKENS, KVCache
 from m1local.checkpoint import parameter_shapes
 from m1local.config import M1Config
 from m1local.errors import RecipeError
@@ -178,5 +178,11 @@ def weights_within(device_bytes: int, config: M1Config, context_tokens: int) -> 
 
     Everything is presumed to lie on the device, keys and values in 16 bits.
     """
-    cache = KVCache.allocate(config, context_tokens, dtype=torch.bfloat16, device="meta")
+    cache = KVCache.allocate(
+        config,
+        context_tokens,
+        dtype=torch.bfloat16,
+        device="meta",
+        rewind_tokens=REWIND_TOKENS,
+    )
     return device_bytes - cache.nbytes - WORKSPACE_BYTES
