@@ -18,7 +18,8 @@ from m1local_app.boundary import M1Group
 from m1local_app.columns import width
 from m1local_app.history import History
 from m1local_app.history_commands import parse_age, snippet
-from tests.test_history_files import bytes_of, process
+from tests.test_history_files import process
+from tests.test_history_purge import bytes_of
 
 cli = typer.Typer(cls=M1Group)
 cli.add_typer(history_commands.history)
@@ -149,7 +150,10 @@ def test_what_is_deleted_can_be_restored(store: History) -> None:
     assert "m1 history restore 1" in m1("show", "1").stderr
     assert "Eyes, is listed again" in m1("restore", "1").stderr
     assert ids(m1("list").stdout) == ["2", "1"]
-    assert m1("restore", "9").exit_code == 1
+    for number in ("9", "0", str(2**64)):
+        result = m1("restore", number)
+        assert result.exit_code == 1
+        assert f"no conversation {number} " in result.stderr
 
 
 def test_purge_without_a_person_to_ask_is_a_usage_error(store: History) -> None:

@@ -1,4 +1,4 @@
-"""The history's file: damage, permissions, a killed process, several processes, nothing left over.
+"""The history's file: damage, permissions, a killed process, several processes at once.
 
 Processes are real ones, started from this file's sources as texts.
 """
@@ -11,12 +11,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from m1local.errors import M1Error, StorageError
+from m1local.errors import StorageError
 from m1local_app.history import History, database
 from tests.conftest import ROOT
 
@@ -77,11 +76,6 @@ def say(store: History, *texts: str) -> int:
     return conversation
 
 
-def bytes_of(path: Path) -> bytes:
-    """Everything in the database and the files beside it."""
-    return b"".join(file.read_bytes() for file in sorted(path.parent.glob(f"{path.name}*")))
-
-
 @posix
 def test_only_the_owner_may_read_the_file_and_those_beside_it(path: Path, store: History) -> None:
     say(store, "q")
@@ -95,6 +89,18 @@ def test_only_the_owner_may_read_the_file_and_those_beside_it(path: Path, store:
 def test_a_file_that_others_could_read_is_closed_to_them(path: Path) -> None:
     History.open().close()
     path.chmod(0o644)
+    History.open().close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@posix
+def test_no_moment_passes_in_which_others_could_read_the_new_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "chmod", refuse)
     History.open().close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -215,6 +221,32 @@ def test_a_disk_that_takes_nothing_is_one_line_and_nothing_is_lost(
     store.close()
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (sqlite3.SQLITE_IOERR_WRITE, "cannot be used"),
+        (sqlite3.SQLITE_READONLY_DIRECTORY, "may only be read"),
+        (sqlite3.SQLITE_CORRUPT_INDEX, "damaged"),
+        (sqlite3.SQLITE_BUSY_SNAPSHOT, "locked"),
+        (sqlite3.SQLITE_CANTOPEN_ISDIR, "cannot be used"),
+    ],
+)
+def test_sqlites_finer_codes_are_explained_too(path: Path, code: int, message: str) -> None:
+    opened = database.Database(path)
+    error = sqlite3.OperationalError("from SQLite")
+    error.sqlite_errorcode = code
+    with pytest.raises(StorageError, match=message), opened.reading():
+        raise error
+    opened.close()
+
+
+def test_a_bug_stays_a_bug(path: Path) -> None:
+    opened = database.Database(path)
+    with pytest.raises(sqlite3.OperationalError, match="syntax"), opened.writing() as connection:
+        connection.execute("NO SQL")
+    opened.close()
+
+
 def test_a_locked_file_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
     with History.open() as store:
@@ -274,73 +306,6 @@ def test_a_killed_process_leaves_what_it_had_of_the_answer(path: Path) -> None:
         assert count >= 30
         assert answer.content == "".join(f"word{number} " for number in range(count))
         assert [hit.message.id for hit in store.search("word29")] == [answer.id]
-
-
-def test_purging_leaves_no_byte_of_what_was_deleted(path: Path, store: History) -> None:
-    # "qxz" is what the index keeps of the secret even where no whole word is left.
-    secret, piece = b"qxzvsecret", b"qxz"
-    conversation = say(store, "first", *["the qxzvsecret " + "padding " * 300] * 20)
-    answer = store.add(conversation, "assistant", "qxzvsecret", parent=None)
-    store.update(answer, content="other", token_ids=(), finish="stop")
-    store.rename(conversation, "qxzvsecret title")
-    store.set_system(conversation, "qxzvsecret system")
-    kept = say(store, "what is kept")
-    assert secret in bytes_of(path)
-    store.delete(conversation)
-    assert secret in bytes_of(path), "the bin keeps it"
-    assert store.purge() == 1
-    assert secret not in bytes_of(path)
-    assert piece not in bytes_of(path)
-    assert b"what is kept" in bytes_of(path)
-    assert [one.id for one in store.conversations()] == [kept]
-    assert store.search("kept")[0].conversation.id == kept
-
-
-def test_purging_removes_traces_of_discarded_messages_too(path: Path, store: History) -> None:
-    conversation = say(store, "kept")
-    store.discard(store.add(conversation, "user", "qxzvsecret", parent=1))
-    assert store.purge() == 0
-    assert b"qxz" not in bytes_of(path)
-
-
-def test_purging_says_that_a_reader_keeps_traces(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
-    with History.open() as store:
-        conversation = say(store, "q")
-        reader = sqlite3.connect(path, isolation_level=None)
-        reader.execute("BEGIN")
-        reader.execute("SELECT * FROM message").fetchall()
-        with pytest.raises(StorageError, match="purge again"):
-            store.purge(conversation_id=conversation)
-        reader.close()
-        assert store.purge() == 0
-        assert store.conversations() == []
-
-
-def test_purging_takes_only_what_is_in_the_bin_and_old_enough(store: History) -> None:
-    listed, binned = say(store, "listed"), say(store, "binned")
-    store.delete(binned)
-    assert store.purge(older_than=timedelta(days=1)) == 0
-    assert store.purge(conversation_id=listed, older_than=timedelta(days=1)) == 0
-    assert store.purge(older_than=timedelta(0)) == 1
-    assert store.user_texts() == ["listed"]
-    assert store.purge() == 0
-    assert store.purge(conversation_id=listed) == 1
-    assert store.user_texts() == []
-
-
-def test_purging_takes_forgotten_empty_conversations_but_no_fresh_one(
-    store: History, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    conversation = store.begin(system="nothing was asked")
-    assert store.purge() == 0
-    assert store.conversation(conversation).system == "nothing was asked"
-    monkeypatch.setattr("m1local_app.history.store.FORGOTTEN_DAYS", 0)
-    store.purge()
-    with pytest.raises(M1Error, match="no conversation"):
-        store.conversation(conversation)
 
 
 def test_another_process_writes_while_one_streams(store: History) -> None:

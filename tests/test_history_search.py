@@ -39,6 +39,8 @@ def store(m1_home: Path) -> Iterator[History]:
         ("血　慢性", [1]),  # an ideographic space
         ("病", [2, 1]),
         ("ec", [3]),
+        ("EC", [3]),
+        ("ÉC", [3]),
         ("EC is", []),
         ("éc", [3]),
         ("ÉCLAIR", [3]),

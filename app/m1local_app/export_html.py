@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
 LANGUAGE_TAGS = {"en": "en", "zh": "zh-Hans"}
-# What may reach out of the page, or be markup of its own.
-REFUSED = ["link", "image", "autolink", "reference", "html_block", "html_inline"]
+REFUSED = ["link", "image", "autolink", "reference"]  # what reaches out of the page
 STYLE = """
 :root { color-scheme: light dark; }
 body { max-width: 46rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5;

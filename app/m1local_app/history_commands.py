@@ -41,9 +41,7 @@ Name = Annotated[
     str,
     typer.Argument(metavar="ID|TITLE", help="The number that `m1 history list` shows, or a title."),
 ]
-Number = Annotated[
-    int, typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The conversation's number.")
-]
+Number = Annotated[int, typer.Argument(metavar="ID", help="The conversation's number.")]
 
 history = typer.Typer(
     name="history", help="The conversations kept on this machine.", no_args_is_help=True
@@ -191,8 +189,7 @@ def purge_conversations(
     number: Annotated[
         int | None,
         typer.Argument(
-            metavar="[ID]", min=1, max=2**63 - 1, show_default=False,
-            help="Only this conversation, in the bin or not.",
+            metavar="ID", show_default=False, help="Only this conversation, in the bin or not."
         ),
     ] = None,
     older_than: Annotated[

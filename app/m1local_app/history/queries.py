@@ -71,7 +71,8 @@ def no_conversation(conversation_id: int) -> M1Error:
 def check_conversation(connection: sqlite3.Connection, conversation_id: int) -> None:
     """Raise M1Error where there is no such conversation; one in the bin is there."""
     query = "SELECT 1 FROM conversation WHERE id = ?"
-    if connection.execute(query, (conversation_id,)).fetchone() is None:
+    possible = 0 < conversation_id < 2**63  # SQLite's integers have 64 bits
+    if not possible or connection.execute(query, (conversation_id,)).fetchone() is None:
         raise no_conversation(conversation_id)
 
 
