@@ -81,7 +81,7 @@ def test_markdown_says_everything_and_quotes_every_text(store: History, tmp_path
         "- Model: demo \\`int4\\`", "- Checkpoint: ab12cd", "- Seed: 42", "- Ended: by itself",
         '- Parameters: temperature 0.3, top\\_k 5, stop \\["a"\\]', "- Seed: not recorded",
         "- Ended: UNFINISHED: it was interrupted, or is still being written",
-        "- Left out: 2 messages of other versions; an export as .json holds them",
+        "- Left out: messages of other versions: 2; an export as .json holds them",
     ):  # fmt: skip
         assert line in text.splitlines(), line
     assert "old version" not in text
@@ -156,7 +156,7 @@ def test_html_shows_what_was_said(store: History, tmp_path: Path) -> None:
         '[a link](http://tracker.invalid/c "title")', "<http://tracker.invalid/d>",
         "[r]: http://tracker.invalid/e", '<b onclick="x()">code</b>', "[31mred",
         "Model: demo `int4`", "Checkpoint: ab12cd", "Seed: 42", "top_k 5", "by itself",
-        "UNFINISHED", "2 messages of other versions",
+        "UNFINISHED", "messages of other versions: 2",
     ):  # fmt: skip
         assert part in page.text, part
     assert "<strong>青光眼</strong>" in text

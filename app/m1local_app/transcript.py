@@ -53,7 +53,7 @@ class Transcript:
         left_out = len(self.every) - len(self.shown)
         if left_out:
             text = tr(
-                "{count} messages of other versions; an export as .json holds them", count=left_out
+                "messages of other versions: {count}; an export as .json holds them", count=left_out
             )
             facts.append((tr("Left out"), text))
         return facts
