@@ -26,6 +26,7 @@ body { max-width: 46rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5;
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1rem; margin: 2rem 0 0; }
 .notice { border: 2px solid; border-radius: .3rem; padding: .6rem 1rem; font-weight: 600; }
+.answer :is(h1, h2, h3) { font-size: 1rem; margin: 1rem 0 0; }
 .text { overflow-wrap: anywhere; }
 .written { white-space: pre-wrap; }
 .question { border-inline-start: .25rem solid #4a7fb5; padding-inline-start: .75rem; }
