@@ -70,6 +70,7 @@ class ChatSession:
         self.settings = settings or engine.defaults
         self.overflow = overflow
         self.turns: list[Turn] = []
+        self.answering: Turn | None = None  # the answer being made, or made last
         self._hidden = range(0)  # turns that are left out of the prompt
         self._key = next(_keys)
 
@@ -152,7 +153,7 @@ class ChatSession:
         if len(before) < hidden.stop:
             self._hidden = range(0)
         answer, reply = [], Turn(Message("assistant", ""), settings=settings)
-        context = self.context
+        self.answering, context = reply, self.context
         try:
             dropped = self._make_room(asked, 0)
             if dropped is not None:

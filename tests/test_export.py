@@ -173,17 +173,14 @@ def test_html_shows_what_was_said(store: History, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".md", ".html", ".json"])
-def test_the_notice_is_in_the_chosen_language(
-    store: History, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_notice_is_in_the_chosen_language(store: History, tmp_path: Path, suffix: str) -> None:
     english = (
         "This text was written by a language model. It is not medical advice; ask a doctor or a "
         "pharmacist before you act on it."
     )
-    monkeypatch.setattr("m1local_app.language.CATALOGUE", {english: "不构成医疗建议"})
     choose("zh")
     text = exported(store, tmp_path / f"eyes{suffix}")
-    assert "不构成医疗建议" in text
+    assert "医疗建议" in text
     assert english not in text
     assert ('lang="zh-Hans"' in text) == (suffix == ".html")
 

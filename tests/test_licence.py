@@ -1,4 +1,4 @@
-"""The licence note: once for every source, recorded, and never for the demo."""
+"""The licence note, once for every source and never for the demo; the medical notice, once."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from m1local import home
 from m1local_app.cli import cli
+from m1local_app.notices import MEDICAL
 from m1local_quantize.hub import Record
 
 SHORT = ("-p", "hello", "-n", "1")
@@ -21,7 +22,7 @@ def m1(*arguments: str | Path) -> Result:
 
 
 def recorded(m1_home: Path) -> set[str]:
-    return set(json.loads((m1_home / "licences.json").read_text()))
+    return set(json.loads((m1_home / "licences.json").read_text())) - {MEDICAL}
 
 
 def test_it_is_shown_once_for_a_folder_and_again_for_another(
@@ -61,3 +62,12 @@ def test_a_home_that_cannot_be_written_stops_nobody(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("M1_HOME", str(tmp_path / "file"))
     assert "Licence" in m1("quantize", tiny_checkpoint, tmp_path / "a", "--no-certify").stderr
+
+
+def test_the_medical_notice_is_shown_once_and_recorded(
+    tiny_checkpoint: Path, m1_home: Path
+) -> None:
+    first = m1("chat", tiny_checkpoint, *SHORT)
+    assert "no medical advice" in " ".join(first.stderr.split())
+    assert MEDICAL in json.loads((m1_home / "licences.json").read_text())
+    assert "no medical advice" not in " ".join(m1("chat", tiny_checkpoint, *SHORT).stderr.split())

@@ -1,70 +1,31 @@
-"""The chat in a real pseudo-terminal: several turns, Ctrl-C, the slash commands, leaving."""
+"""The chat in a real pseudo-terminal, seen through a terminal emulator."""
 
-import contextlib
-import os
-import re
-import select
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from m1local_app.cli import cli
-from tests.conftest import ROOT, TINY, write_checkpoint
-
 if sys.platform == "win32":
     pytest.skip("pseudo-terminals are POSIX", allow_module_level=True)
+pytest.importorskip("pyte", reason="the terminal emulator is missing: pip install -e .[dev]")
 
-import pty
+from m1local_app.history import History
+from tests.conftest import TINY, write_checkpoint
+from tests.screen import Screen
 
-PATIENCE_SECONDS = 60
-
-
-class Screen:
-    """A child process in a pseudo-terminal, and what it has shown so far."""
-
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        self.pid, self._terminal = pty.fork()
-        if self.pid == 0:
-            # Whoever started the tests in the background had SIGINT ignored; children inherit that.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.execvpe(command[0], command, environment)
-        self.shown = ""
-
-    def type(self, text: str) -> None:
-        os.write(self._terminal, text.encode())
-
-    def wait_for(self, pattern: str) -> str:
-        """Read until `pattern` appears in what is new; returns that and forgets it."""
-        until = time.monotonic() + PATIENCE_SECONDS
-        while not (found := re.search(pattern, self.shown)):
-            assert time.monotonic() < until, f"{pattern!r} never came; the screen: {self.shown!r}"
-            if select.select([self._terminal], [], [], 1)[0]:
-                with contextlib.suppress(OSError):  # Linux reports the end as an error
-                    self.shown += os.read(self._terminal, 4096).decode("utf-8", "replace")
-        seen, self.shown = self.shown[: found.end()], self.shown[found.end() :]
-        return seen
-
-    def exit_code(self) -> int:
-        until = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < until:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.pid = 0
-                return os.waitstatus_to_exitcode(status)
-            with contextlib.suppress(OSError):
-                if select.select([self._terminal], [], [], 0.1)[0]:
-                    os.read(self._terminal, 4096)
-        raise AssertionError("it did not leave")
-
-    def close(self) -> None:
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self._terminal)
+# Tokens at the pace of a real model, so that there is time to press keys.
+SLOW = """
+import time
+from m1local.context import Context
+feed = Context.feed
+def slowly(self, token_ids):
+    time.sleep(0.02 if len(token_ids) == 1 else 0.3)
+    return feed(self, token_ids)
+Context.feed = slowly
+"""
+Start = Callable[..., Screen]
 
 
 @pytest.fixture(scope="module")
@@ -79,68 +40,221 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def screen(endless: Path) -> Iterator[Screen]:
-    """`m1 chat` on it, at its first prompt."""
-    assert cli is not None
-    path = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "quantize", ROOT / "app"))
-    code = "from m1local_app.cli import cli; cli()"
-    command = [sys.executable, "-c", code, "chat", str(endless), "-c", "32768"]
-    started = Screen(command, os.environ | {"PYTHONPATH": path, "TERM": "xterm"})
-    started.wait_for("not medical advice")
-    started.wait_for(">>> ")
-    yield started
-    started.close()
+def start(endless: Path, m1_home: Path) -> Iterator[Start]:
+    """Begins `m1 chat` on it, and waits for the prompt."""
+    begun: list[Screen] = []
+
+    def begin(*arguments: str, **environment: str) -> Screen:
+        command = ["chat", str(endless), "-c", "32768", *arguments]
+        screen = Screen(command, {"M1_HOME": str(m1_home)} | environment, SLOW)
+        begun.append(screen)
+        screen.wait_for("not medical advice")
+        screen.wait_for(r"(?m)^>>>")
+        screen.settle()
+        return screen
+
+    yield begin
+    for screen in begun:
+        screen.close()
 
 
-def test_ctrl_c_stops_the_answer_and_the_next_question_is_answered(screen: Screen) -> None:
-    for question in ("hello", "and now?"):
-        screen.type(question + "\r")
-        screen.wait_for(question)
-        screen.wait_for(r"\w{3}")  # the answer has begun
-        screen.type("\x03")
-        screen.wait_for(r"\[stopped\]")
-        screen.wait_for(">>> ")
+def stop(screen: Screen, times: int = 1) -> None:
+    """Let the answer begin, stop it, and wait for the prompt."""
+    screen.wait_for_answer()
+    screen.type("\x03")
+    screen.wait_for(r"\[stopped\]", times=times)
+    screen.settle()
+
+
+def test_ctrl_c_stops_the_answer_and_the_next_question_is_answered(start: Start) -> None:
+    screen = start()
+    for number, question in enumerate(("hello", "and now?"), 1):
+        screen.type(f"{question}\r")
+        stop(screen, number)
+    assert screen.text().count("\n>>> ") == 3
     screen.type("/bye\r")
     assert screen.exit_code() == 0
 
 
-def test_ctrl_c_twice_at_the_prompt_leaves_with_130(screen: Screen) -> None:
-    # Python's readline misses a signal that comes while it is still setting the terminal up.
-    time.sleep(1)
+def test_text_appears_while_it_is_made(start: Start) -> None:
+    screen = start("-n", "60")
+    screen.type("hello\r")
+    seen = set()
+    while "its limit" not in screen.text():
+        screen._read(0.05)
+        seen.add(screen.text())
+    assert len(seen) > 10
+
+
+def test_ctrl_c_twice_at_the_prompt_leaves_with_130(start: Start) -> None:
+    screen = start()
     screen.type("\x03")
     screen.wait_for("Ctrl-C again leaves")
-    screen.wait_for(">>> ")
-    time.sleep(1)
+    screen.prompt(2)
+    screen.type("hi\x15")  # what is typed in between is no second press
+    screen.settle()
     screen.type("\x03")
     assert screen.exit_code() == 130
 
 
-def test_ctrl_d_leaves(screen: Screen) -> None:
+def test_ctrl_d_leaves(start: Start) -> None:
+    screen = start()
     screen.type("\x04")
     assert screen.exit_code() == 0
 
 
-def test_slash_commands_answer(screen: Screen) -> None:
-    for typed, expected in (
-        ("/help", "/system"),
-        ("/system", "no system prompt"),
-        ("/system 你是医生", "system prompt is set"),
-        ("/system", "你是医生"),
-        ("/clear", "forgotten"),
-        ("/nonsense", "no command /nonsense"),
-    ):
-        screen.type(typed + "\r")
-        screen.wait_for(re.escape(expected))
-        screen.wait_for(">>> ")
-    screen.type("/exit\r")
-    assert screen.exit_code() == 0
+def test_chinese_is_edited_by_whole_characters(start: Start) -> None:
+    screen = start()
+    screen.type("高血压病是什么")
+    screen.settle()
+    screen.type("\x7f\x7f\x7f")
+    screen.settle()
+    assert ">>> 高血压病" in screen.text()
+    assert "是" not in screen.text()
+    screen.type("\x1b[D\x1b[D症\r")  # two to the left, and one more
+    stop(screen)
+    assert ">>> 高血症压病" in screen.text()
 
 
-def test_a_message_may_have_several_lines(screen: Screen) -> None:
-    screen.type('"""first\r')
-    screen.wait_for(r"\.\.\. ")
-    screen.type('second"""\r')
-    screen.wait_for(r'second"""')
-    screen.wait_for(r"\w{3}")
+def test_a_long_chinese_line_wraps_and_comes_back(start: Start) -> None:
+    screen = start()
+    screen.type("病" * 60)
+    screen.settle()
+    assert screen.text().count("病") == 60
+    screen.type("\x7f" * 30)
+    screen.settle()
+    assert screen.text().count("病") == 30
+
+
+def test_two_hundred_pasted_lines_are_one_message(start: Start, m1_home: Path) -> None:
+    screen = start()
+    pasted = "\n".join(f"line {number} 第{number}行" for number in range(200))
+    screen.paste(pasted)
+    screen.settle(1)
+    assert "[stopped]" not in screen.text()
+    screen.type("\r")
+    stop(screen)
+    with History.open() as history:
+        assert history.user_texts() == [pasted]
+
+
+def test_a_question_that_was_stopped_before_its_answer_is_there_again(start: Start) -> None:
+    screen = start()
+    screen.type("/set predict 10\r")
+    screen.wait_for("predict +10")
+    screen.paste(" ".join(f"word{number}" for number in range(150)))
+    screen.settle()
+    screen.type(" the end\r")
+    screen.wait_for("reading")
     screen.type("\x03")
     screen.wait_for(r"\[stopped\]")
+    screen.wait_for(r"(?s)\[stopped\]\n>>> word0 .*the end")
+
+
+def test_a_message_may_have_several_lines(start: Start) -> None:
+    screen = start()
+    screen.type('"""first\r')
+    screen.wait_for(r"(?m)^\.\.\.")
+    screen.type('second"""\r')
+    stop(screen)
+    screen.type("one\x1b\rtwo\r")  # Alt-Enter
+    stop(screen, 2)
+    with History.open() as history:
+        assert history.user_texts() == ["first\nsecond", "one\ntwo"]
+
+
+def test_an_earlier_message_is_edited(start: Start) -> None:
+    screen = start()
+    screen.type("first question\r")
+    stop(screen)
+    screen.type("second question\r")
+    stop(screen, 2)
+    screen.type("/edit 1\r")
+    screen.wait_for(r">>> first question", times=2)
+    screen.type("\x17\x17other words\r")
+    stop(screen, 3)
+    with History.open() as history:
+        (found,) = history.conversations()
+        assert [m.content for m in history.path(found.id) if m.role == "user"] == ["other words"]
+        assert len(history.messages(found.id)) == 6
+
+
+def test_what_is_typed_during_an_answer_waits_for_the_prompt(start: Start) -> None:
+    screen = start("-n", "60")
+    screen.type("hello\r")
+    screen.wait_for_answer()
+    screen.type("typed ahead")
+    screen.wait_for("its limit")
+    screen.wait_for(">>> typed ahead")
+    assert screen.text().count("typed ahead") == 1
+
+
+def test_a_window_that_changes_its_size_keeps_the_text_whole(start: Start) -> None:
+    screen = start("-n", "150")
+    screen.type("hello\r")
+    screen.wait_for_answer()
+    screen.resize(50, 20)
+    time.sleep(0.5)
+    screen.resize(100, 30)
+    screen.wait_for("its limit")
+    screen.settle()
+    screen.type("\x1b[A")  # the last message, from the history of the editor
+    screen.wait_for(">>> hello")
+
+
+def test_the_latest_conversation_goes_on(start: Start) -> None:
+    first = start("-n", "20")
+    first.type("remember the word glaucoma\r")
+    first.wait_for("its limit")
+    first.type("\x04")
+    assert first.exit_code() == 0
+    again = start("--continue", "-n", "20")
+    again.type("/history\r")
+    again.wait_for("  1  remember the word glaucoma")
+
+
+def test_a_killed_answer_is_there_as_far_as_it_came(start: Start) -> None:
+    first = start()
+    first.type("hello\r")
+    first.wait_for_answer()
+    time.sleep(2)
+    first.kill()
+    with History.open() as history:
+        (found,) = history.conversations()
+        question, answer = history.path(found.id)
+        assert (question.content, answer.finish) == ("hello", None)
+        assert len(answer.content) > 10
+    again = start("--continue")
+    again.type("/history\r")
+    again.wait_for("  1  hello")
+    again.settle()
+    again.type("/retry\r")
+    stop(again)
+    with History.open() as history:
+        assert len(history.versions(answer.id)) == 2
+
+
+def test_nothing_is_kept_without_history(start: Start, m1_home: Path) -> None:
+    screen = start("--no-history")
+    screen.type("a secret\r")
+    stop(screen)
+    screen.type("/bye\r")
+    assert screen.exit_code() == 0
+    kept = [path for path in m1_home.rglob("*") if path.is_file()]
+    assert all(b"a secret" not in path.read_bytes() for path in kept)
+    assert not (m1_home / "history.db").exists()
+
+
+def test_no_colour_where_none_is_wanted(start: Start) -> None:
+    screen = start(NO_COLOR="1")
+    screen.type("/nonsense\r")
+    screen.wait_for("no command /nonsense")
+    assert b"\x1b[31m" not in screen.sent
+    assert b"\x1b[38" not in screen.sent
+
+
+def test_a_dumb_terminal_is_served_plainly(start: Start) -> None:
+    screen = start(TERM="dumb")
+    screen.type("hello\r")
+    stop(screen)
+    assert b"\x1b" not in screen.sent

@@ -1,7 +1,8 @@
 """Where expected errors become one line: the command line's boundary.
 
-What it is: M1Error in, one red line on stderr and exit code 1 out; Ctrl-C becomes 130. What it is
-not: a catch-all. A bug keeps its traceback, without local variables: they would show what a user
+What it is: M1Error in, one red line on stderr and exit code 1 out; Ctrl-C becomes 130; and the one
+place where the language is chosen and the help is put into it, before anything is parsed. What it
+is not: a catch-all. A bug keeps its traceback, without local variables: they would show what a user
 wrote.
 """
 
@@ -13,23 +14,36 @@ import typer
 from typer.core import TyperGroup
 
 from m1local.errors import M1Error
+from m1local_app import language
+from m1local_app.language import tr
 
 INTERRUPTED = 130
 
 
 class M1Group(TyperGroup):
-    """A command group that prints an M1Error as one line."""
+    """A command group that speaks the user's language and prints an M1Error as one line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Take --lang from wherever it stands, translate the help, and parse the rest."""
+        chosen, rest = language.take_option(args)
+        language.choose_of_system()
+        if chosen is not None and chosen not in language.LANGUAGES:
+            raise usage_error(tr("--lang is {name!r}; it must be en or zh.", name=chosen))
+        if chosen is not None:
+            language.choose(chosen)
+        _translate(self)
+        _arrange_help()
+        return super().parse_args(ctx, rest)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except M1Error as error:
-            line = " ".join(str(error).split())
-            typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)
+            error_line(" ".join(str(error).split()))
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
+            typer.echo(tr("interrupted"), err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # Whoever read the answer is gone (`m1 run -p … | head`); Python must not complain too.
@@ -37,9 +51,55 @@ class M1Group(TyperGroup):
             raise typer.Exit(1) from None
 
 
+def _translate(command: Any) -> None:
+    """Put the help of `command`, and of all below it, into the chosen language."""
+    for attribute in ("help", "short_help", "epilog"):
+        text = getattr(command, attribute, None)
+        if text:
+            setattr(command, attribute, tr(text))
+    for parameter in command.params:
+        if getattr(parameter, "help", None):
+            parameter.help = tr(parameter.help)
+        panel = getattr(parameter, "rich_help_panel", None)
+        if isinstance(panel, str):
+            parameter.rich_help_panel = tr(panel)
+    for below in getattr(command, "commands", {}).values():
+        _translate(below)
+
+
+def _arrange_help() -> None:
+    """Let the help's tables fold what is too long, and head them in the chosen language.
+
+    Typer cuts it off with an ellipsis, which ends most Chinese sentences: they have no spaces.
+    """
+    from rich.table import Table
+    from rich.text import Text
+    from typer import rich_utils
+
+    class FoldingTable(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*cells, **options)
+            for column in self.columns:
+                column.overflow = "fold"
+
+    def joined(parts: list[Text]) -> Text:
+        return Text(" ").join(parts)
+
+    vars(rich_utils).update(Table=FoldingTable, Columns=joined)
+    rich_utils.ARGUMENTS_PANEL_TITLE = tr("Arguments")
+    rich_utils.OPTIONS_PANEL_TITLE = tr("Options")
+    rich_utils.COMMANDS_PANEL_TITLE = tr("Commands")
+
+
+def error_line(message: str) -> None:
+    """Print what went wrong on stderr: one line, red where colour is wanted."""
+    said = tr("error: {message}", message=message)
+    typer.secho(said, fg=None if os.environ.get("NO_COLOR") else typer.colors.RED, err=True)
+
+
 def usage_error(message: str) -> typer.Exit:
     """Print what was wrong with the command line; raise the result to leave with exit code 2."""
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    error_line(message)
     return typer.Exit(2)
 
 

@@ -112,7 +112,7 @@ def show(model: options.Model = None) -> None:
 def pull_model(
     repository: Annotated[str, typer.Argument(help="OWNER/NAME on the model hub.")],
     revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit. [default: main, then as it was]")
+        str | None, typer.Option(help="A branch, tag or commit. (default: main, then as it was)")
     ] = None,
 ) -> None:
     """Fetch a model from the hub and check every file; called again, it goes on.
@@ -208,3 +208,20 @@ def evaluate(
     if source is None:
         raise usage_error("kld compares with the original: add --source FOLDER.")
     typer.echo(quality_line(measure_with_progress(library.find(source).folder, folder, text)))
+
+
+@checkpoints.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a report.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not ask whether the hub can be reached.")
+    ] = False,
+) -> None:
+    """Say what this machine has: versions, device, kernels and why, memory, disk, hub.
+
+    Examples:  m1 doctor  ·  m1 doctor --json --offline
+    """
+    from m1local_app import doctor
+
+    facts = doctor.examine(offline=offline)
+    typer.echo(doctor.as_json(facts) if as_json else doctor.as_text(facts))

@@ -10,8 +10,12 @@ from m1local.config import M1Config
 from m1local.formats import LinearSpec
 from m1local.generation_config import GenerationConfig
 from m1local.manifest import CheckpointManifest
+from m1local_app.language import tr
+from m1local_app.notices import medical_notice
 from m1local_app.progress import quality_line
 from m1local_quantize.card import format_shares
+
+LICENCE_FILES = ("NOTICE", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
 def describe(folder: Path) -> str:
@@ -40,10 +44,28 @@ def describe(folder: Path) -> str:
         ("use", "chat" if generation.is_chat else "raw completion (a Base model)"),
         ("sampling", _sampling(generation)),
     ]
-    notes = [path.name for path in sorted(folder.iterdir()) if path.name in ("NOTICE", "LICENSE")]
+    notes = [path.name for path in sorted(folder.iterdir()) if path.name in LICENCE_FILES]
     rows.append(("licence", f"see {', '.join(notes)}" if notes else "see the model's source"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def licence(folder: Path) -> str:
+    """The licence texts that came with the checkpoint in `folder`, and the medical notice."""
+    texts = [
+        path.read_text(encoding="utf-8", errors="replace").strip()
+        for path in sorted(folder.iterdir())
+        if path.name in LICENCE_FILES
+    ]
+    none = tr("The checkpoint came without a licence; see where it is from.")
+    return "\n\n".join([*(texts or [none]), medical_notice()])
+
+
+def quality(folder: Path) -> str:
+    """What quantizing has cost, by the certificate in the manifest."""
+    if not is_quantized(folder):
+        return tr("This is an original, not quantized.")
+    return _quality(CheckpointManifest.read(folder))
 
 
 def _quality(manifest: CheckpointManifest) -> str:

@@ -1,10 +1,8 @@
-"""Fetching a model from the hub with a progress bar, and the licence note that goes with it.
+"""Fetching a model from the hub with a progress bar, the licence note before it.
 
 What it is: the hub's events drawn for a person. What it is not: the transfer.
 """
 
-import contextlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -24,18 +22,13 @@ from m1local import home
 from m1local.errors import HubError
 from m1local_app import library
 from m1local_app.kept import size_text
+from m1local_app.notices import show_licence_once
 from m1local_app.options import Chosen
 from m1local_quantize.hub import FileFetched, Record, Repository, pull
 from m1local_quantize.transfer import BytesFetched
 
 if TYPE_CHECKING:
     from m1local_quantize.source import Source
-
-NOTE = (
-    "Licence: the weights of {source} are their maker's, under the licence they came with. For "
-    "Baichuan-M1 that is a community licence: free for research and personal use, commercial use "
-    "only by written permission. Answers are no medical advice."
-)
 
 
 def fetched(model: str | None, *, offline: bool, keep_source: bool) -> Chosen:
@@ -127,20 +120,3 @@ def note_licence(folder: Path) -> None:
     if folder.resolve() != home.DEMO.resolve():
         record = Record.read(folder)
         show_licence_once(str(folder.resolve()) if record is None else record.repository)
-
-
-def show_licence_once(source: str) -> None:
-    """Print the licence note unless it was shown for this source, and record that it was."""
-    path = home.licences()
-    try:
-        shown = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        shown = {}
-    if source in shown:
-        return
-    Console(stderr=True, highlight=False).print(NOTE.format(source=source), markup=False)
-    shown[source] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    # Where nothing can be recorded it is shown again next time; that stops nobody's work.
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")

@@ -1,18 +1,18 @@
 """The language of what the front ends say: English or Chinese.
 
-What it is: `tr`, which looks an English text up in the Chinese catalogue (chinese.py) and fills in
-its {names}; and the choice of the language: --lang, else what the system is set to. What it is not:
-gettext with its compiled files, since two languages and one catalogue need none; and not for the
-model's answers, which follow the question. A text that is missing in the catalogue stays English;
-tests/test_language.py finds every such text.
+What it is: `tr`, which looks an English text up in the Chinese catalogue, chinese.toml, and fills
+in its {names}; and the choice of the language: --lang, else what the system is set to. What it is
+not: gettext with its compiled files, since two languages and one catalogue need none; and not for
+the model's answers, which follow the question, or for the errors of the library, which stay
+English. tests/test_language.py finds every text that is missing in the catalogue.
 """
 
+import functools
 import locale
 import os
-import sys
+import tomllib
 from collections.abc import Mapping, Sequence
-
-from m1local_app.chinese import CATALOGUE
+from pathlib import Path
 
 LANGUAGES = ("en", "zh")
 OPTION = "--lang"
@@ -23,8 +23,19 @@ _chosen = ["en"]  # one for the whole process, as a locale is
 def tr(text: str, /, **values: object) -> str:
     """`text` in the chosen language, with `values` in the places of its {names}."""
     if _chosen[0] == "zh":
-        text = CATALOGUE.get(text, text)
+        text = catalogue().get(text, text)
     return text.format(**values) if values else text
+
+
+@functools.cache
+def catalogue() -> dict[str, str]:
+    """The Chinese of every text, by its English."""
+    return tomllib.loads(Path(__file__).with_name("chinese.toml").read_text(encoding="utf-8"))
+
+
+def marked(text: str) -> str:
+    """`text` as it is: one that is given to `tr` later, so the catalogue must have it."""
+    return text
 
 
 def language() -> str:
@@ -39,23 +50,33 @@ def choose(name: str) -> None:
     _chosen[0] = name
 
 
-def preferred(arguments: Sequence[str], environment: Mapping[str, str], system: str | None) -> str:
-    """The language that --lang among `arguments` names, else the environment, else the system's.
+def take_option(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --lang among `arguments`, wherever it stands, and the others.
 
-    Looked up before the command line is parsed, because its help texts are in that language.
+    Taken out before the command line is parsed, because its help is in that language.
     """
-    for at, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
+    chosen: str | None = None
+    rest: list[str] = []
+    given = iter(arguments)
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if argument == "--":  # what follows is no option
+            return chosen, [*rest, argument, *given]
         if name == OPTION:
-            value = value or "".join(arguments[at + 1 : at + 2])
-            if value in LANGUAGES:
-                return value
+            chosen = value if equals else next(given, "")
+        else:
+            rest.append(argument)
+    return chosen, rest
+
+
+def of_system(environment: Mapping[str, str], system: str | None) -> str:
+    """The language the environment asks for, else the one the system is set to."""
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         if environment.get(name):
             return "zh" if environment[name].lower().startswith("zh") else "en"
     return "zh" if (system or "").lower().startswith(("zh", "chinese")) else "en"
 
 
-def choose_preferred() -> None:
-    """Speak the language this process was started for."""
-    choose(preferred(sys.argv[1:], os.environ, locale.getlocale()[0]))
+def choose_of_system() -> None:
+    """Speak the language of this machine."""
+    choose(of_system(os.environ, locale.getlocale()[0]))

@@ -1,97 +1,52 @@
-"""The conversation in a terminal, and single questions through a pipe.
+"""The conversation in a terminal.
 
-What it is: reads lines, prints events. Answers go to stdout, everything else to stderr, so that
-`m1 run -p … > answer.txt` is clean. What it is not: the conversation itself (m1local.chat).
+What it is: the loop that reads a message or a command and shows the answer. What it is not: the
+editor (line_editor.py), the commands (slash.py), the drawing (answer_view.py), or the conversation
+itself (conversation.py).
 """
 
-import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from m1local.errors import ContextLengthError, M1Error
-from m1local_app.boundary import INTERRUPTED
+from m1local.errors import M1Error
+from m1local_app.answer_view import note, print_answer
+from m1local_app.boundary import INTERRUPTED, error_line
+from m1local_app.language import tr
+from m1local_app.line_editor import line_editor
+from m1local_app.slash import PATH_COMMANDS, Leave, SlashCommands, command_names
 
 if TYPE_CHECKING:
-    from m1local.chat import ChatSession
-    from m1local.generate import Event, Finished
-
-PROMPT = ">>> "
-CONTINUED = "... "
-QUOTES = '"""'
-LONG_PROMPT_TOKENS = 512
-HELP = f"""\
-/help            this list
-/clear           forget the conversation, keep the system prompt
-/system [TEXT]   show the system prompt, or set it and start afresh
-/bye             leave (also /exit, /quit, Ctrl-D)
-{QUOTES}              begin and end a message of several lines
-Ctrl-C           stop the answer; at the prompt twice: leave"""
-
-
-def note(text: str) -> None:
-    """Say something that is not an answer: on stderr, dimmed."""
-    typer.secho(text, err=True, dim=True)
-
-
-def print_answer(events: Iterator["Event"], *, stats: bool) -> None:
-    """Print an answer as it comes; then, if wanted, how fast it came."""
-    from m1local.generate import Finished, FinishReason, PrefillProgress, TextDelta  # loads torch
-
-    finished = None
-    for event in events:
-        if isinstance(event, PrefillProgress):
-            show_reading(event.done_tokens, event.total_tokens)
-        elif isinstance(event, TextDelta):
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-        elif isinstance(event, Finished):
-            finished = event
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    if finished is None:
-        return
-    if finished.reason is FinishReason.LENGTH:
-        note("[the answer reached its limit; -n allows more]")
-    elif finished.reason is FinishReason.CONTEXT:
-        note("[the context is full; /clear starts afresh, --ctx-size allows more]")
-    if stats:
-        note(speed_line(finished))
-
-
-def show_reading(done: int, total: int) -> None:
-    """How much of a long prompt has been read, on a line that is wiped at the end."""
-    if total >= LONG_PROMPT_TOKENS and sys.stderr.isatty():
-        text = f"reading {done:,} of {total:,} tokens" if done < total else ""
-        sys.stderr.write(f"\r{text:<40}\r")
-        sys.stderr.flush()
-
-
-def speed_line(finished: "Finished") -> str:
-    """Tokens, time to first token and tokens per second of one answer."""
-    read = finished.prompt_tokens - finished.cached_tokens
-    return (
-        f"[{finished.new_tokens} tokens, {finished.tokens_per_second:.1f} tokens/s; "
-        f"{read} tokens read in {finished.prefill_seconds:.2f} s]"
-    )
+    from m1local.generate import Event
+    from m1local_app.conversation import Conversation
 
 
 class Terminal:
     """An interactive conversation."""
 
-    def __init__(self, session: "ChatSession", *, raw: bool, stats: bool) -> None:
-        """Talk through `session`; with `raw`, every line is continued without a template."""
-        self._session = session
+    def __init__(
+        self, conversation: "Conversation", *, folder: Path, raw: bool, stats: bool, markdown: bool
+    ) -> None:
+        """Talk through `conversation`; with `raw`, every line is continued without a template."""
+        self._conversation = conversation
         self._raw = raw
-        self._stats = stats
+        self._markdown = markdown
+        self._slash = SlashCommands(conversation, folder=folder, stats=stats)
+        store = conversation.store
+        self._editor = line_editor(
+            store.user_texts() if store is not None else [],
+            commands=command_names(),
+            path_commands=PATH_COMMANDS,
+            meter=self._meter,
+        )
 
-    def run(self) -> None:
-        """Read and answer until the user leaves."""
-        with contextlib.suppress(ImportError):  # line editing and history, where Python has them
-            import readline  # noqa: F401
-        note("/help lists the commands, Ctrl-D leaves.")
+    def run(self, unanswered: str = "") -> None:
+        """Read and answer until the user leaves; `unanswered` is there to be sent again."""
+        self._slash.ask_again = unanswered
+        note(tr("/help lists the commands, Ctrl-D leaves."))
         interrupted = False
         while True:
             try:
@@ -101,80 +56,64 @@ class Terminal:
                 return
             except KeyboardInterrupt:
                 if interrupted:
-                    sys.stderr.write("\n")
                     raise typer.Exit(INTERRUPTED) from None
                 interrupted = True
-                note("\n(Ctrl-C again leaves; Ctrl-D and /bye do, too)")
+                self._slash.editing = None
+                note(tr("(Ctrl-C again leaves; Ctrl-D and /bye do, too)"))
                 continue
             interrupted = False
-            if text.startswith("/"):
-                if self._command(text):
-                    return
-            elif text.strip():
-                self._answer(text)
+            try:
+                self._take(text)
+            except Leave:
+                return
 
     def _read(self) -> str:
-        line = _input(PROMPT)
-        if not line.startswith(QUOTES):
-            return line
-        lines = [line.removeprefix(QUOTES)]
-        while not lines[-1].endswith(QUOTES):
-            lines.append(_input(CONTINUED))
-        return "\n".join(lines).removesuffix(QUOTES).strip("\n")
+        self._editor.multi = self._slash.multi
+        default, self._slash.ask_again = self._slash.ask_again, ""
+        return self._editor.read(default)
 
-    def _answer(self, text: str) -> None:
-        session = self._session
-        events = (
-            session.engine.complete(text, session.settings) if self._raw else session.send(text)
-        )
+    def _take(self, text: str) -> None:
+        """Obey or answer `text`; whatever went wrong is one line, and the conversation goes on."""
+        editing, self._slash.editing = self._slash.editing, None
+        is_command = editing is None and text.startswith("/")
+        turns, events = self._conversation.session.turns, None
         try:
-            print_answer(events, stats=self._stats)
+            if is_command:
+                events = self._slash.obey(text)
+            elif text.strip():
+                events = self._events(text, editing)
+            if events is not None:
+                self._show(events)
         except KeyboardInterrupt:
-            note("\n[stopped]")
-        except ContextLengthError as error:
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            note(tr("[stopped]"))
+        except M1Error as error:
+            error_line(" ".join(str(error).split()))
         finally:
-            events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
+            if events is not None:
+                events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
+        unanswered = self._conversation.session.turns is turns
+        if events is not None and not is_command and not self._raw and unanswered:
+            self._slash.ask_again, self._slash.editing = text, editing
 
-    def _command(self, text: str) -> bool:
-        """Obey a slash command; returns whether to leave."""
-        name, _, argument = text[1:].strip().partition(" ")
-        if name in ("bye", "exit", "quit"):
-            return True
-        if name in ("help", "?"):
-            note(HELP)
-        elif name == "clear":
-            self._session.clear()
-            note("The conversation is forgotten.")
-        elif name == "system":
-            self._system(argument.strip())
-        else:
-            note(f"There is no command /{name}; /help lists them.")
-        return False
+    def _events(self, text: str, editing: int | None) -> Iterator["Event"]:
+        session = self._conversation.session
+        if self._raw:
+            return session.engine.complete(text, session.settings)
+        if editing is not None:
+            return self._conversation.edit(editing, text)
+        return self._conversation.send(text)
 
-    def _system(self, text: str) -> None:
-        if text:
-            self._session.system = text
-            self._session.clear()
-            note("The system prompt is set; the conversation starts afresh.")
-        else:
-            note(self._session.system or "There is no system prompt; /system TEXT sets one.")
+    def _show(self, events: Iterator["Event"]) -> None:
+        print_answer(
+            events,
+            stats=self._slash.stats,
+            markdown=self._markdown,
+            capacity=self._conversation.session.engine.contexts.capacity,
+        )
 
-
-def _input(prompt: str) -> str:
-    """A line from the user; the prompt is no answer, so it keeps out of a redirected stdout."""
-    if sys.stdout.isatty():
-        return input(prompt)
-    sys.stderr.write(prompt)
-    sys.stderr.flush()
-    return input()
-
-
-def piped_text() -> str | None:
-    """What was piped into the command, or None when a person sits at it."""
-    if sys.stdin is None or sys.stdin.isatty():
-        return None
-    try:
-        return sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise M1Error(f"The piped text cannot be read: {error}.") from error
+    def _meter(self) -> str:
+        """How full the context is, for the right edge of the prompt; nothing while it is empty."""
+        session = self._conversation.session
+        if not session.turns:
+            return ""
+        return f"{session.used_tokens / session.engine.contexts.capacity:.0%}"

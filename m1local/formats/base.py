@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from m1local.formats import LinearSpec
 
 ROWS_PER_SLICE = 256  # of W: slices that stay in the cache are five times faster than the whole
+SLICES = "slices dequantized to float"
 T = TypeVar("T")
 ROWS_QUANTIZED = 64  # at a time: quantizing holds several copies of a slice, in 32 bits
 
@@ -72,6 +73,11 @@ class QuantizedLinear(nn.Module):
     def check(cls, out_features: int, in_features: int, spec: LinearSpec) -> str | None:
         """Why a matrix of this shape cannot be stored by `spec`; None when it can."""
         return None
+
+    @classmethod
+    def kernel(cls, device: torch.device) -> str:
+        """What multiplies by this format on `device`, and why, in words for `m1 doctor`."""
+        return SLICES
 
     @classmethod
     def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:

@@ -58,11 +58,23 @@ def _import() -> ModuleType:
     return module
 
 
+def _kernel() -> str:
+    try:
+        return f"bitsandbytes {bitsandbytes().__version__}"
+    except DependencyError as error:
+        return f"none: {error}"
+
+
 class Bnb4bitLinear(QuantizedLinear):
     """`x @ W.T` by bitsandbytes' Linear4bit: 16 levels in blocks of 64 with a float32 each."""
 
     quant_type: ClassVar[str]
     inner: Any
+
+    @classmethod
+    def kernel(cls, device: torch.device) -> str:
+        """The library's own."""
+        return _kernel()
 
     @classmethod
     def check(cls, out_features: int, in_features: int, spec: LinearSpec) -> str | None:
@@ -218,6 +230,11 @@ class BnbInt8Linear(QuantizedLinear):
     format = "bnb-int8"
     shared: ClassVar[frozenset[str]] = frozenset({"weight_format"})
     inner: Any
+
+    @classmethod
+    def kernel(cls, device: torch.device) -> str:
+        """The library's own."""
+        return _kernel()
 
     @classmethod
     def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:

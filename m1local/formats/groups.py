@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec, format_class, int4pack
-from m1local.formats.base import QuantizedLinear, Stored
+from m1local.formats.base import SLICES, QuantizedLinear, Stored
 
 GROUP_SIZES = (32, 64, 128)
 FEW_ROWS = 8  # up to here the packed operator beats slices of the dequantized matrix
@@ -65,6 +65,16 @@ class GroupLinear(QuantizedLinear):
         if in_features % spec.group_size:
             return f"groups of {spec.group_size} do not divide its {in_features} columns"
         return None
+
+    @classmethod
+    def kernel(cls, device: torch.device) -> str:
+        """torch's operator where its layout could be learned; see int4pack.py."""
+        if device.type != "cpu":
+            return f"{SLICES} (no kernel for {device.type} yet)"
+        if int4pack.layout() is None:
+            return f"{SLICES} (this torch has no packed 4-bit operator for this processor)"
+        passes = "" if cls.highest < NIBBLE else ", twice"
+        return f"torch's packed 4-bit operator{passes}, to {FEW_ROWS} rows; above, {SLICES}"
 
     @classmethod
     def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec
-from m1local.formats.base import QuantizedLinear, Stored
+from m1local.formats.base import SLICES, QuantizedLinear, Stored
 
 FEW_ROWS = 8  # up to here the low-bit operator wins (measured with AVX2 and AVX512)
 ALIGNMENT_BYTES = 16  # with AVX512 the operator crashes on less; safetensors promises only 8
@@ -26,6 +26,13 @@ class Int8Linear(QuantizedLinear):
     gathers = True
     weight: Tensor  # (N, K) int8
     scales: Tensor  # (N,) float32
+
+    @classmethod
+    def kernel(cls, device: torch.device) -> str:
+        """torch's operator, on the CPU."""
+        if device.type != "cpu":
+            return f"{SLICES} (no kernel for {device.type} yet)"
+        return f"torch's int8 operator, to {FEW_ROWS} rows; above, {SLICES}"
 
     @classmethod
     def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:

@@ -1,0 +1,212 @@
+"""A conversation that is kept: a chat session, and the store that follows it.
+
+What it is: what both front ends talk to. Every question and answer is written as it comes, so that
+a kill in the middle of an answer loses half a second of it; going back never deletes anything, an
+older version stays in the store. What it is not: the store itself (history/) or the session that
+makes the answers (m1local.chat). Without a store nothing is kept, and all else is the same.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from m1local.chat import ChatSession, Turn
+from m1local.errors import M1Error
+from m1local.generate import Event, GenerationSettings, TextDelta
+from m1local.tokenizer import Message
+
+if TYPE_CHECKING:
+    from m1local_app.history import History, StoredMessage
+
+SAVE_SECONDS = 0.5
+CANCELLED = "cancelled"
+
+
+class Conversation:
+    """One conversation with one model, kept in a store unless there is none."""
+
+    def __init__(
+        self, session: ChatSession, store: "History | None", *, label: str, checkpoint: str
+    ) -> None:
+        """Begin an empty one; answers are kept as made by model `label`, manifest `checkpoint`."""
+        self.session = session
+        self.store = store
+        self.id: int | None = None  # in the store, once something was said
+        self._label = label
+        self._checkpoint = checkpoint
+        self._title = ""
+        self._ids: list[int] = []  # in the store, of each turn of the session
+
+    @property
+    def title(self) -> str:
+        """The title, perhaps empty."""
+        if self.store is None or self.id is None:
+            return self._title
+        return self.store.conversation(self.id).title
+
+    def send(self, text: str) -> Iterator[Event]:
+        """Ask; see ChatSession.send."""
+        return self._kept(self.session.send(text), keep=len(self._ids), question=text)
+
+    def retry(self) -> Iterator[Event]:
+        """Answer the last question again; the old answer stays in the store."""
+        events, at = self.session.retry(), self._last_question()
+        return self._kept(events, keep=at + 1, question=None)
+
+    def edit(self, index: int, text: str) -> Iterator[Event]:
+        """Ask `text` in place of turn `index`; what followed stays in the store."""
+        return self._kept(self.session.edit(index, text), keep=index, question=text)
+
+    def undo(self) -> str:
+        """Take the last question and its answer back; returns the question."""
+        text = self.session.undo()
+        self._cut(len(self.session.turns))
+        return text
+
+    def clear(self) -> None:
+        """Begin a new conversation with the same model and settings."""
+        self.session.clear()
+        self.id, self._title, self._ids = None, "", []
+
+    def set_system(self, text: str) -> None:
+        """Change the system prompt, from the next answer on."""
+        self.session.system = text
+        if self.store is not None and self.id is not None:
+            self.store.set_system(self.id, text)
+
+    def rename(self, title: str) -> None:
+        """Give it a title."""
+        self._title = title
+        if self.store is not None and self.id is not None:
+            self.store.rename(self.id, title)
+
+    def open(self, conversation_id: int) -> str:
+        """Go on with a stored conversation; returns its last question if it has no answer.
+
+        Raises M1Error without a store.
+        """
+        if self.store is None:
+            raise M1Error("Nothing is kept here: this was started with --no-history.")
+        found = self.store.conversation(conversation_id)
+        messages = self.store.path(conversation_id)
+        unanswered = ""
+        if messages and messages[-1].role == "user":  # the program ended before the first word
+            unanswered = messages.pop().content
+        self.session.system = found.system
+        self.session.restore([_turn(message, self._checkpoint) for message in messages])
+        self.id, self._title = found.id, found.title
+        self._ids = [message.id for message in messages]
+        return unanswered
+
+    def _last_question(self) -> int:
+        roles = [turn.message.role for turn in self.session.turns]
+        return len(roles) - 1 - roles[::-1].index("user")
+
+    def _cut(self, count: int) -> None:
+        """Let the shown path end after `count` turns."""
+        self._ids = self._ids[:count]
+        if self.store is not None and self.id is not None:
+            self.store.set_head(self.id, self._ids[-1] if self._ids else None)
+
+    def _kept(self, events: Iterator[Event], *, keep: int, question: str | None) -> Iterator[Event]:
+        """`events`, each written before it is passed on; the answer follows turn `keep`.
+
+        `question` is written first, unless it is None: then it is there already.
+        """
+        record: _Record | None = None
+        try:
+            for event in events:
+                if self.store is not None:
+                    record = record or self._begin(self.store, keep, question)
+                    record.follow(event)
+                yield event
+        finally:
+            events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
+            if record is not None and record.end():
+                self._ids = record.ids
+
+    def _begin(self, store: "History", keep: int, question: str | None) -> "_Record":
+        if self.id is None:
+            self.id = store.begin(system=self.session.system, title=self._title)
+        ids = self._ids[:keep]
+        if question is not None:
+            parent = ids[-1] if ids else None
+            ids.append(store.add(self.id, "user", question, parent=parent))
+        reply = self.session.answering
+        assert reply is not None, "an answer without a turn"
+        made_by = (self._label, self._checkpoint)
+        return _Record(store, self.id, ids, reply, made_by, asked=question is not None)
+
+
+class _Record:
+    """A question that is stored, and its answer, written down while it comes."""
+
+    def __init__(
+        self,
+        store: "History",
+        conversation_id: int,
+        ids: list[int],
+        reply: Turn,
+        made_by: tuple[str, str],
+        *,
+        asked: bool,
+    ) -> None:
+        self.ids = ids  # of the path, the question last, later the answer
+        self._store = store
+        self._conversation_id = conversation_id
+        self._reply = reply
+        self._model, self._checkpoint = made_by
+        self._asked = asked
+        self._answer: int | None = None
+        self._text = ""
+        self._saved_at = time.monotonic()
+
+    def follow(self, event: Event) -> None:
+        """Write what `event` adds, at most every `SAVE_SECONDS`."""
+        if not isinstance(event, TextDelta):
+            return
+        self._text += event.text
+        if self._answer is None:
+            settings = self._reply.settings
+            self._answer = self._store.add(
+                self._conversation_id,
+                "assistant",
+                self._text,
+                parent=self.ids[-1],
+                parameters=parameters(settings) if settings else {},
+                model=self._model,
+                checkpoint=self._checkpoint,
+            )
+            self.ids.append(self._answer)
+        elif time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            self._store.update(self._answer, content=self._text, token_ids=(), finish=None)
+            self._saved_at = time.monotonic()
+
+    def end(self) -> bool:
+        """Write the whole answer; without one take the question back. Returns if there is one."""
+        if self._answer is None:
+            if self._asked:
+                self._store.discard(self.ids[-1])
+            return False
+        finish = self._reply.finish
+        self._store.update(
+            self._answer,
+            content=self._reply.message.content,
+            token_ids=self._reply.token_ids,
+            finish=CANCELLED if finish is None else finish.reason.value,
+        )
+        return True
+
+
+def parameters(settings: GenerationSettings) -> dict[str, object]:
+    """What made an answer, by llama.cpp's names' spelling in Python; values that JSON knows."""
+    flat = asdict(settings)
+    sampling: dict[str, object] = flat.pop("sampling")
+    return sampling | {name: value for name, value in flat.items() if name != "stop_token_ids"}
+
+
+def _turn(message: "StoredMessage", checkpoint: str) -> Turn:
+    """A stored message for the session; tokens of another checkpoint mean something else."""
+    own = message.checkpoint == checkpoint and bool(checkpoint)
+    return Turn(Message(message.role, message.content), list(message.token_ids) if own else [])

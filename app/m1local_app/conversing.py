@@ -1,0 +1,200 @@
+"""From the command line's options to a conversation.
+
+What it is: the question found, mistakes in options said before hours of work, the model loaded, and
+the terminal, the single answer or the page begun. What it is not: any of these themselves.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m1local.errors import M1Error, SamplingError
+from m1local_app.boundary import usage_error
+from m1local_app.chat_options import ChatOptions, EngineOptions
+from m1local_app.language import tr
+from m1local_app.options import Chosen
+from m1local_app.textfile import read_text_file
+
+if TYPE_CHECKING:
+    from m1local.engine import Engine
+    from m1local.generate import GenerationSettings
+    from m1local_app.conversation import Conversation
+    from m1local_app.history import History, StoredConversation
+
+MANIFEST = "m1local.json"
+
+
+def check_options(wanted: EngineOptions) -> None:
+    """Leave with exit code 2 where an option is wrong."""
+    from m1local.json_schema import check_schema
+    from m1local.sampling import SamplingParams
+
+    try:
+        sampling = {name: value for name, value in wanted.changes().items() if name not in _OWN}
+        SamplingParams(**sampling)  # type: ignore[arg-type]  # the names are those of `changes`
+        if isinstance(wanted, ChatOptions) and (schema := _schema(wanted)) is not None:
+            check_schema(schema)
+    except SamplingError as error:
+        raise usage_error(str(error)) from error
+    if wanted.system and wanted.system_file:
+        raise usage_error(tr("Give --system-prompt or --system-prompt-file, not both."))
+    if isinstance(wanted, ChatOptions) and not wanted.keep and (wanted.resume or wanted.session):
+        raise usage_error(tr("--no-history forbids what --continue and --session need."))
+    if isinstance(wanted, ChatOptions) and wanted.resume and wanted.session:
+        raise usage_error(tr("Give --continue or --session, not both."))
+
+
+_OWN = ("max_new_tokens", "stop", "loop_guard")  # of an answer, and not of sampling
+
+
+def question(wanted: ChatOptions) -> str | None:
+    """The one question asked by option, file or pipe, or None for a conversation."""
+    asked = [] if wanted.prompt is None else [wanted.prompt]
+    if wanted.prompt_file is not None:
+        asked.append(read_text_file(wanted.prompt_file))
+    if (piped := _piped_text()) is not None:
+        asked.append(piped)
+    if not asked:
+        return None
+    text = "\n\n".join(part for part in asked if part.strip())
+    if not text:
+        raise usage_error(
+            tr("there is no question: neither --prompt, --file nor the pipe holds any text.")
+        )
+    return text
+
+
+def converse(chosen: Chosen, wanted: ChatOptions, asked: str | None) -> None:
+    """Answer the one question, or talk until the user leaves."""
+    from m1local_app.answer_view import note, print_answer
+    from m1local_app.line_editor import draws
+    from m1local_app.notices import show_medical_notice_once
+    from m1local_app.terminal import Terminal
+
+    engine = load(chosen, wanted)
+    raw = wanted.raw or not engine.generation.is_chat
+    conversation = _conversation(engine, chosen, wanted, keep=_kept(wanted, raw, asked))
+    show_medical_notice_once()
+    unanswered = _resume(conversation, wanted)
+    if asked is not None:
+        settings = conversation.session.settings
+        events = engine.complete(asked, settings) if raw else conversation.send(asked)
+        print_answer(
+            events, stats=wanted.stats is True, markdown=wanted.markdown is True and not raw
+        )
+        return
+    kind = tr("continues your text") if raw else tr("chat")
+    note(tr("{label}: {kind}; not medical advice.", label=chosen.label, kind=kind))
+    Terminal(
+        conversation,
+        folder=chosen.folder,
+        raw=raw,
+        stats=sys.stderr.isatty() if wanted.stats is None else wanted.stats,
+        markdown=not raw and (draws() if wanted.markdown is None else wanted.markdown),
+    ).run(unanswered)
+
+
+def serve_page(chosen: Chosen, wanted: EngineOptions, *, port: int, browser: bool) -> None:
+    """Open the page and wait until Ctrl-C."""
+    from m1local_app.notices import show_medical_notice_once
+    from m1local_app.web import serve
+
+    engine = load(chosen, wanted)
+    show_medical_notice_once()
+    settings = _settings(engine, wanted)
+    serve(engine, settings, chosen.label, system=_system(wanted), port=port, browser=browser)
+
+
+def load(chosen: Chosen, wanted: EngineOptions) -> "Engine":
+    """The model, with the threads and the context that were asked for."""
+    import torch
+
+    from m1local.engine import Engine
+
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    return Engine.load(chosen.folder, context_tokens=wanted.context_tokens)
+
+
+def _settings(engine: "Engine", wanted: EngineOptions) -> "GenerationSettings":
+    schema = _schema(wanted) if isinstance(wanted, ChatOptions) else None
+    return engine.settings(**wanted.changes(), json_schema=schema)
+
+
+def _kept(wanted: ChatOptions, raw: bool, asked: str | None) -> bool:
+    """A single question is kept only as part of a conversation that was named."""
+    return wanted.keep and not raw and (asked is None or bool(wanted.resume or wanted.session))
+
+
+def _conversation(
+    engine: "Engine", chosen: Chosen, wanted: ChatOptions, *, keep: bool
+) -> "Conversation":
+    from m1local.chat import ChatSession, Overflow
+    from m1local_app.conversation import Conversation
+
+    session = ChatSession(
+        engine,
+        system=_system(wanted),
+        settings=_settings(engine, wanted),
+        overflow=Overflow(wanted.overflow),
+    )
+    store = _store() if keep else None
+    return Conversation(session, store, label=chosen.label, checkpoint=_checkpoint(chosen.folder))
+
+
+def _store() -> "History":
+    from m1local_app.history import History
+
+    return History.open()
+
+
+def _resume(conversation: "Conversation", wanted: ChatOptions) -> str:
+    """Open what --continue or --session names; returns its last question if it has no answer."""
+    store = conversation.store
+    if store is None or not (wanted.resume or wanted.session):
+        return ""
+    found = _named(store, wanted.session) if wanted.session else store.latest()
+    unanswered = ""
+    if found is not None:
+        unanswered = conversation.open(found.id)
+    elif wanted.session:
+        conversation.rename(wanted.session)
+    else:
+        raise M1Error(tr("No conversation is kept yet; start one without --continue."))
+    if system := _system(wanted):
+        conversation.set_system(system)
+    return unanswered
+
+
+def _named(store: "History", name: str) -> "StoredConversation | None":
+    """The conversation of that number or very title, or None."""
+    if name.isdecimal():
+        return store.find(name)
+    return next((each for each in store.conversations() if each.title == name), None)
+
+
+def _system(wanted: EngineOptions) -> str:
+    return wanted.system if wanted.system_file is None else read_text_file(wanted.system_file)
+
+
+def _schema(wanted: ChatOptions) -> str | None:
+    if wanted.json_schema_file is None:
+        return wanted.json_schema
+    return read_text_file(wanted.json_schema_file)
+
+
+def _checkpoint(folder: Path) -> str:
+    """What tells one checkpoint from all others: the SHA-256 of its manifest; "" without one."""
+    manifest = folder / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
+
+
+def _piped_text() -> str | None:
+    """What was piped into the command, or None when a person sits at it."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    try:
+        return sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise M1Error(tr("The piped text cannot be read: {reason}.", reason=error)) from error
