@@ -148,7 +148,7 @@ def test_a_question_that_was_stopped_before_its_answer_is_there_again(start: Sta
     screen.wait_for("reading")
     screen.type("\x03")
     screen.wait_for(r"\[stopped\]")
-    screen.wait_for(r"(?s)\[stopped\]\n>>> word0 .*the end")
+    screen.wait_for(r"(?s)\[stopped\]\n\[no answer.*?\n>>> word0 .*the end")
 
 
 def test_a_message_may_have_several_lines(start: Start) -> None:

@@ -8,6 +8,7 @@ Raw HTML and links are shown as the text they are.
 
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -39,34 +40,40 @@ class MarkdownStream:
         self._print_finished()
         if not self._live.is_started:
             self._live.start()
-        self._live.update(_Tail(self._text), refresh=True)
+        self._live.update(_Lines(_PlainMarkdown(self._text), growing=True), refresh=True)
         self._drawn_at = time.monotonic()
 
     def end(self) -> None:
         """Print what is left; the cursor is then on a line of its own."""
         if self._live.is_started:
             self._live.stop()
-        self._print(self._text)
+        for block in self._blocks():
+            self._print(block)
         self._text = ""
 
     def _print_finished(self) -> None:
         """Print the blocks before the last one, which alone may still change."""
+        *finished, self._text = self._blocks() or [""]
+        for block in finished:
+            self._print(block)
+
+    def _blocks(self) -> list[str]:
+        """The text, cut where its top-level blocks begin."""
         starts = [
             token.map[0]
             for token in self._parser.parse(self._text)
             if token.level == 0 and token.map is not None and token.nesting >= 0
         ]
-        if len(starts) > 1:
-            lines = self._text.splitlines(keepends=True)
-            self._print("".join(lines[: starts[-1]]))
-            self._text = "".join(lines[starts[-1] :])
+        lines = self._text.splitlines(keepends=True)
+        cuts = [0, *starts[1:], len(lines)]
+        return ["".join(lines[start:stop]) for start, stop in pairwise(cuts)]
 
     def _print(self, text: str) -> None:
         if not text.strip():
             return
         if self._printed:
             self._console.print()
-        self._console.print(_PlainMarkdown(text))
+        self._console.print(_Lines(_PlainMarkdown(text)))
         self._printed = True
 
 
@@ -78,15 +85,28 @@ class _PlainMarkdown(Markdown):
         self.parsed = _parser().parse(text)
 
 
-class _Tail:
-    """The last rows of a block, as many as the screen has room for."""
+class _Lines:
+    """A block without blank lines around it; of a growing one as much as there is room for."""
 
-    def __init__(self, text: str) -> None:
-        self._markdown = _PlainMarkdown(text)
+    def __init__(self, markdown: Markdown, *, growing: bool = False) -> None:
+        self._markdown = markdown
+        self._growing = growing
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._markdown, options, pad=False)
-        yield from _joined(lines[-max(1, console.height - ROWS_LEFT) :])
+        while lines and not _visible(lines[0]):
+            del lines[0]
+        while lines and not _visible(lines[-1]):
+            del lines[-1]
+        if self._growing:
+            del lines[: -max(1, console.height - ROWS_LEFT)]
+        yield from _joined(lines)
+        if not self._growing:
+            yield Segment.line()
+
+
+def _visible(line: list[Segment]) -> bool:
+    return any(segment.text.strip() or segment.style for segment in line)
 
 
 def _joined(lines: list[list[Segment]]) -> Iterator[Segment]:

@@ -76,6 +76,7 @@ class SlashCommands:
         self.stats = stats  # whether speed is said after answers
         self.multi = False
         self.ask_again = ""  # a text the user shall find at the prompt
+        self.editing: int | None = None  # the turn that the next message replaces
         self._folder = folder
         names = {name: command.name for command in COMMANDS for name in command.aliases}
         self._names = names | {command.name: command.name for command in COMMANDS}
@@ -122,8 +123,6 @@ class SlashCommands:
         self.ask_again = self.conversation.session.messages[turn].content
         self.editing = turn
         return None
-
-    editing: int | None = None  # the turn that the next message replaces
 
     def _undo(self, argument: str) -> None:
         question = self.conversation.undo()

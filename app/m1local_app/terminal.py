@@ -94,6 +94,7 @@ class Terminal:
         unanswered = self._conversation.session.turns is turns
         if events is not None and not is_command and not self._raw and unanswered:
             self._slash.ask_again, self._slash.editing = text, editing
+            note(tr("[no answer: the question is at the prompt again]"))
 
     def _events(self, text: str, editing: int | None) -> Iterator["Event"]:
         session = self._conversation.session

@@ -1,0 +1,151 @@
+"""What appears in a terminal: Markdown while it comes, an editor's lines, notes about an answer."""
+
+import io
+import random
+import re
+
+import pytest
+from rich.console import Console
+
+from m1local.generate import Event, Finished, FinishReason, TextDelta, TurnsDropped
+from m1local_app.answer_view import ending_line, print_answer, speed_line
+from m1local_app.line_editor import PlainEditor, unfinished
+from m1local_app.markdown_stream import MarkdownStream
+
+pyte = pytest.importorskip("pyte", reason="the terminal emulator is missing: pip install -e .[dev]")
+
+COLUMNS, LINES = 60, 12
+TEXT = """\
+# 高血压
+
+High **blood pressure** has *no* symptoms:
+
+1. headache
+2. dizziness, which may be a long item that has to be wrapped because it does not fit
+   - nested
+
+| drug | dose |
+|------|------|
+| 阿司匹林 | 100 mg |
+
+```python
+print("<b>not bold</b>")
+```
+
+A [link](http://example.org/steal) and <script>alert(1)</script> and ~~struck~~.
+
+Last line
+"""
+
+
+def shown_by(text: str, pieces: list[str]) -> list[str]:
+    """What the emulator shows, scrollback included, when `pieces` are pushed."""
+    screen = pyte.HistoryScreen(COLUMNS, LINES, history=1000)
+    stream = pyte.Stream(screen)
+    written = io.StringIO()
+    console = Console(
+        file=written, force_terminal=True, width=COLUMNS, height=LINES, highlight=False,
+        color_system="standard", legacy_windows=False,
+    )  # fmt: skip
+    drawn = MarkdownStream(console)
+    for piece in pieces:
+        drawn._drawn_at = 0.0  # draw every time
+        drawn.push(piece)
+    drawn.end()
+    stream.feed(written.getvalue().replace("\n", "\r\n"))
+    above = ["".join(row[x].data for x in range(COLUMNS)) for row in screen.history.top]
+    return [line.rstrip() for line in [*above, *screen.display]]
+
+
+def test_markdown_in_pieces_is_the_markdown_of_the_whole() -> None:
+    whole = shown_by(TEXT, [TEXT])
+    assert any("高血压" in line for line in whole)
+    generator = random.Random(1)
+    for _ in range(10):
+        pieces, at = [], 0
+        while at < len(TEXT):
+            size = generator.choice((1, 2, 5, 20))
+            pieces.append(TEXT[at : at + size])
+            at += size
+        assert shown_by(TEXT, pieces) == whole
+
+
+def test_markdown_hides_nothing_and_links_nowhere() -> None:
+    shown = "\n".join(shown_by(TEXT, [TEXT]))
+    assert "<script>alert(1)</script>" in shown
+    assert "<b>not bold</b>" in shown
+    assert "example.org/steal" in shown
+    assert "100 mg" in shown
+
+
+def test_a_block_taller_than_the_window_is_whole_in_the_scrollback() -> None:
+    text = "\n".join(f"- item {number}" for number in range(50))
+    shown = "\n".join(shown_by(text, re.findall(r"[^\n]*\n?", text)))
+    for number in range(50):
+        assert shown.count(f"item {number}\n") + shown.endswith(f"item {number}") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "multi", "expected"),
+    [
+        ("hello", False, False),
+        ("hello", True, True),
+        ("/bye", True, False),
+        ('"""', False, True),
+        ('"""first', False, True),
+        ('"""first\nsecond"""', False, False),
+        ('""""""', False, False),
+        ("", False, False),
+    ],
+)
+def test_when_enter_begins_another_line(text: str, multi: bool, expected: bool) -> None:
+    assert unfinished(text, multi=multi) is expected
+
+
+def test_plain_lines_are_read_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = 'one\n"""two\nthree"""\nfour\n\n/bye\n'
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    editor = PlainEditor()
+    assert editor.read() == "one"
+    assert editor.read() == "two\nthree"
+    editor.multi = True
+    assert editor.read() == "four"
+    assert editor.read() == "/bye"
+    with pytest.raises(EOFError):
+        editor.read()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(">>> ")
+
+
+def finished(reason: FinishReason) -> Finished:
+    return Finished(
+        reason=reason, prompt_tokens=30, cached_tokens=20, new_tokens=11, prefill_seconds=0.5,
+        decode_seconds=2.0,
+    )  # fmt: skip
+
+
+def test_an_answer_goes_to_stdout_and_all_about_it_to_stderr(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    events: list[Event] = [
+        TurnsDropped(2, 40),
+        TextDelta("It is", (1,)),
+        TextDelta(" \x1b[31mred", (2,)),
+        finished(FinishReason.LOOP),
+    ]
+    print_answer(iter(events), stats=True, capacity=100)
+    said = capsys.readouterr()
+    assert said.out == "It is \x1b[31mred\n"  # a pipe gets what the model wrote
+    assert "no longer sees 2 older messages (40 tokens)" in said.err
+    assert "repeated itself" in said.err
+    assert "11 tokens, 5.0 tokens/s; first after 0.50 s (10 tokens read)" in said.err
+    assert "context 41 of 100 (41%)" in " ".join(said.err.split())
+
+
+@pytest.mark.parametrize("reason", FinishReason)
+def test_every_end_but_the_usual_one_is_said(reason: FinishReason) -> None:
+    assert (ending_line(finished(reason)) is None) == (reason is FinishReason.STOP)
+    assert speed_line(finished(reason), None).startswith("[11 tokens")
