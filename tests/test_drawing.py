@@ -141,8 +141,8 @@ def test_an_answer_goes_to_stdout_and_all_about_it_to_stderr(
     assert said.out == "It is \x1b[31mred\n"  # a pipe gets what the model wrote
     assert "no longer sees 2 older messages (40 tokens)" in said.err
     assert "repeated itself" in said.err
-    assert "11 tokens, 5.0 tokens/s; first after 0.50 s (10 tokens read)" in said.err
-    assert "context 41 of 100 (41%)" in " ".join(said.err.split())
+    assert "11 tokens, 5.0 tokens/s, first after 0.50 s (10 read)" in said.err
+    assert "context 41/100 (41%)" in " ".join(said.err.split())
 
 
 @pytest.mark.parametrize("reason", FinishReason)

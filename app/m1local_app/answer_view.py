@@ -168,7 +168,7 @@ def dropped_line(dropped: "TurnsDropped") -> str:
 def speed_line(finished: "Finished", capacity: int | None) -> str:
     """Tokens, tokens per second, time to the first one, and how full the context is."""
     line = tr(
-        "{new} tokens, {speed:.1f} tokens/s; first after {first:.2f} s ({read} tokens read)",
+        "{new} tokens, {speed:.1f} tokens/s, first after {first:.2f} s ({read} read)",
         new=finished.new_tokens,
         speed=finished.tokens_per_second,
         first=finished.prefill_seconds,
@@ -177,13 +177,13 @@ def speed_line(finished: "Finished", capacity: int | None) -> str:
     if capacity is None:
         return f"[{line}]"
     used = finished.prompt_tokens + finished.new_tokens
-    return f"[{line}; {context_line(used, capacity)}]"
+    return f"[{line}, {context_line(used, capacity)}]"
 
 
 def context_line(used: int, capacity: int) -> str:
     """How full the context is."""
     return tr(
-        "context {used:,} of {capacity:,} ({share:.0%})",
+        "context {used:,}/{capacity:,} ({share:.0%})",
         used=used,
         capacity=capacity,
         share=used / capacity,

@@ -95,6 +95,8 @@ class Terminal:
         if events is not None and not is_command and not self._raw and unanswered:
             self._slash.ask_again, self._slash.editing = text, editing
             note(tr("[no answer: the question is at the prompt again]"))
+        if events is not None:
+            sys.stderr.write("\n")  # a little air between an answer and the next question
 
     def _events(self, text: str, editing: int | None) -> Iterator["Event"]:
         session = self._conversation.session
