@@ -126,9 +126,35 @@ def full(result: dict[str, Any]) -> str:
     )
 
 
+def prefix_reuse(result: dict[str, Any]) -> str:
+    """How much sooner a remembered conversation answers."""
+    header = ("", "prompt", "read of it", "first token after", "read afresh", "times sooner")
+    rows: list[tuple[object, ...]] = [
+        (
+            row["step"],
+            f"{row['prompt_tokens']:,} tokens",
+            f"{row['tokens_read']}",
+            f"{row['seconds']:.2f} s",
+            f"{row['seconds_afresh']:.1f} s",
+            row["times_sooner"],
+        )
+        for row in result["rows"]
+    ]
+    return (
+        f"{table(header, rows)}\n\n{result['layers']} layers of the 14B's dimensions in "
+        f"`{result['recipe']}`, medians of {result['rounds']} rounds. {machine_line(result)}"
+    )
+
+
 def render(text: str) -> str:
     """README text with every block filled from its results."""
-    blocks = {"quality": quality, "memory": memory, "quantize_speed": speed, "memory_full": full}
+    blocks = {
+        "prefix_reuse": prefix_reuse,
+        "quality": quality,
+        "memory": memory,
+        "quantize_speed": speed,
+        "memory_full": full,
+    }
     for name, block in blocks.items():
         path = RESULTS / f"{name}.json"
         filled = block(json.loads(path.read_text(encoding="utf-8")))
