@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from m1local.errors import SamplingError
+from m1local_app.language import tr
 
 SAMPLING, CONVERSATION = "Sampling", "Conversation"
 
@@ -25,7 +26,11 @@ def parse_bias(text: str) -> tuple[int, float]:
         return int(text[:at]), float(text[at:])
     except ValueError as error:
         raise SamplingError(
-            f"logit-bias is {text!r}; write TOKEN+BIAS, as 15043+1.5, or 15043-inf to ban a token."
+            tr(
+                "logit-bias is {text!r}; write TOKEN+BIAS, as 15043+1.5, or 15043-inf to ban a "
+                "token.",
+                text=text,
+            )
         ) from error
 
 

@@ -15,6 +15,7 @@ from m1local.generation_config import GenerationConfig
 from m1local.manifest import CheckpointManifest
 from m1local.shards import TensorFiles
 from m1local.tokenizer import M1Tokenizer
+from m1local_app.language import tr
 from m1local_app.progress import perplexity
 from m1local_quantize.text import SHIPPED, Text
 
@@ -32,8 +33,12 @@ def verify_checkpoint(folder: Path) -> str:
     M1Tokenizer.from_folder(folder)
     GenerationConfig.from_folder(folder)
     nbytes = sum(record.nbytes for record in manifest.files.values())
-    size = f"{len(manifest.files)} files, {nbytes / 2**20:,.1f} MiB"
-    return f"{folder} is whole: {size}, every SHA-256 as in its manifest."
+    return tr(
+        "{folder} is whole: {count} files, {size:,.1f} MiB, every SHA-256 as in its manifest.",
+        folder=folder,
+        count=len(manifest.files),
+        size=nbytes / 2**20,
+    )
 
 
 @torch.inference_mode()
@@ -51,4 +56,9 @@ def perplexity_line(folder: Path, text: Path | None) -> str:
         logits = model(ids)[0, sample.first_judged - 1 : -1]
         loss += float(functional.cross_entropy(logits, targets, reduction="sum"))
         count += targets.numel()
-    return f"perplexity {perplexity(math.exp(loss / count))} on {count:,} tokens of {read.name}"
+    return tr(
+        "perplexity {value} on {count:,} tokens of {text}",
+        value=perplexity(math.exp(loss / count)),
+        count=count,
+        text=read.name,
+    )

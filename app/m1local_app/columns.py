@@ -46,10 +46,18 @@ def shortened(text: str, columns: int) -> str:
 def table(rows: Sequence[Sequence[str]], *, heads: Sequence[str] | None = None) -> str:
     """Rows of cells, each one line, in aligned columns; `heads` come first."""
     lines = [[one_line(cell) for cell in row] for row in ([heads] if heads else []) + [*rows]]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """The same of cells that are printed as they are."""
     widths = [max(width(cell) for cell in column) for column in zip(*lines, strict=True)]
     return "\n".join(
-        GAP.join(
-            cell + " " * (most - width(cell)) for cell, most in zip(line, widths, strict=True)
-        ).rstrip()
+        GAP.join(padded(cell, most) for cell, most in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def padded(text: str, columns: int) -> str:
+    """`text`, with spaces up to so many `columns`."""
+    return text + " " * (columns - width(text))

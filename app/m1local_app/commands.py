@@ -12,6 +12,7 @@ import typer
 
 from m1local_app import library, options
 from m1local_app.boundary import usage_error
+from m1local_app.language import tr
 from m1local_app.options import DEFAULT_RECIPE
 
 
@@ -92,9 +93,10 @@ def quantize(
             certify=certify,
         )
     except KeyboardInterrupt:
-        typer.echo(f"{target} is unfinished; the same command continues it.", err=True)
+        said = tr("{target} is unfinished; the same command continues it.", target=target)
+        typer.echo(said, err=True)
         raise
-    typer.echo(f"Wrote {target}. Chat with it: m1 chat {target}", err=True)
+    typer.echo(tr("Wrote {target}. Chat with it: m1 chat {target}", target=target), err=True)
 
 
 @checkpoints.command()
@@ -122,10 +124,17 @@ def pull_model(
     from m1local_app.fetching import pull_with_progress
 
     if not library.is_repository(repository):
-        raise usage_error(f"{repository} is no repository's name; give OWNER/NAME.")
+        raise usage_error(
+            tr("{repository} is no repository's name; give OWNER/NAME.", repository=repository)
+        )
     folder = library.source_folder(repository)
     pull_with_progress(repository, folder, revision=revision)
-    typer.echo(f"{folder} holds {repository}. Chat with it: m1 run {repository}", err=True)
+    said = tr(
+        "{folder} holds {repository}. Chat with it: m1 run {repository}",
+        folder=folder,
+        repository=repository,
+    )
+    typer.echo(said, err=True)
 
 
 @checkpoints.command()
@@ -169,9 +178,10 @@ def remove(
     from m1local_quantize.target import remove_checkpoint
 
     folder = kept.find(name)
-    if not yes and not typer.confirm(f"Delete {folder}?", err=True):
+    if not yes and not typer.confirm(tr("Delete {folder}?", folder=folder), err=True):
         raise typer.Exit(1)
-    typer.echo(f"Deleted {name}: {kept.size_text(remove_checkpoint(folder))} freed.", err=True)
+    freed = kept.size_text(remove_checkpoint(folder))
+    typer.echo(tr("Deleted {name}: {size} freed.", name=name, size=freed), err=True)
 
 
 @checkpoints.command()
@@ -206,7 +216,7 @@ def evaluate(
         typer.echo(perplexity_line(folder, text))
         return
     if source is None:
-        raise usage_error("kld compares with the original: add --source FOLDER.")
+        raise usage_error(tr("kld compares with the original: add --source FOLDER."))
     typer.echo(quality_line(measure_with_progress(library.find(source).folder, folder, text)))
 
 

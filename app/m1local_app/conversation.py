@@ -15,6 +15,7 @@ from m1local.chat import ChatSession, Turn
 from m1local.errors import M1Error
 from m1local.generate import Event, GenerationSettings, TextDelta
 from m1local.tokenizer import Message
+from m1local_app.language import tr
 
 if TYPE_CHECKING:
     from m1local_app.history import History, StoredMessage
@@ -87,7 +88,7 @@ class Conversation:
         Raises M1Error without a store.
         """
         if self.store is None:
-            raise M1Error("Nothing is kept here: this was started with --no-history.")
+            raise M1Error(tr("Nothing is kept here: this was started with --no-history."))
         found = self.store.conversation(conversation_id)
         messages = self.store.path(conversation_id)
         unanswered = ""

@@ -10,7 +10,8 @@ from m1local.config import M1Config
 from m1local.formats import LinearSpec
 from m1local.generation_config import GenerationConfig
 from m1local.manifest import CheckpointManifest
-from m1local_app.language import tr
+from m1local_app.columns import aligned
+from m1local_app.language import series, tr
 from m1local_app.notices import medical_notice
 from m1local_app.progress import quality_line
 from m1local_quantize.card import format_shares
@@ -23,31 +24,31 @@ def describe(folder: Path) -> str:
     config = M1Config.from_file(folder / CONFIG)
     generation = GenerationConfig.from_folder(folder)
     parameters = sum(_size(shape) for shape in parameter_shapes(config).values())
-    rows = [("folder", str(folder)), ("parameters", f"{parameters:,}")]
+    rows = [(tr("folder"), str(folder)), (tr("parameters"), f"{parameters:,}")]
     if is_quantized(folder):
         manifest = CheckpointManifest.read(folder)
         nbytes = sum(r.nbytes for n, r in manifest.files.items() if n.endswith(".safetensors"))
         rows += [
-            ("source", manifest.source),
-            ("recipe", f"{manifest.recipe} ({manifest.method})"),
-            ("formats", _formats(manifest, config)),
-            ("made by", f"m1local {manifest.m1local_version}"),
-            ("quality", _quality(manifest)),
+            (tr("source"), manifest.source),
+            (tr("recipe"), f"{manifest.recipe} ({manifest.method})"),
+            (tr("formats"), _formats(manifest, config)),
+            (tr("made by"), f"m1local {manifest.m1local_version}"),
+            (tr("quality"), _quality(manifest)),
         ]
     else:
         nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        rows.append(("formats", "original, not quantized"))
+        rows.append((tr("formats"), tr("original, not quantized")))
+    use = tr("chat") if generation.is_chat else tr("raw completion (a Base model)")
     rows += [
-        ("size", f"{nbytes / 2**20:,.1f} MiB, {8 * nbytes / parameters:.2f} bits per weight"),
-        ("layers", _layers(config)),
-        ("context", f"{config.max_position_embeddings:,} tokens"),
-        ("use", "chat" if generation.is_chat else "raw completion (a Base model)"),
-        ("sampling", _sampling(generation)),
+        (tr("size"), _weight(nbytes, parameters)),
+        (tr("layers"), _layers(config)),
+        (tr("context"), tr("{count:,} tokens", count=config.max_position_embeddings)),
+        (tr("use"), use),
+        (tr("sampling"), _sampling(generation)),
     ]
     notes = [path.name for path in sorted(folder.iterdir()) if path.name in LICENCE_FILES]
-    rows.append(("licence", f"see {', '.join(notes)}" if notes else "see the model's source"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    found = tr("see {files}", files=series(notes)) if notes else tr("see the model's source")
+    return aligned([*rows, (tr("licence"), found)])
 
 
 def licence(folder: Path) -> str:
@@ -70,8 +71,16 @@ def quality(folder: Path) -> str:
 
 def _quality(manifest: CheckpointManifest) -> str:
     if manifest.certificate is None:
-        return "not measured; `m1 eval kld` does it"
-    return f"{quality_line(manifest.certificate)}, against its original"
+        return tr("not measured; `m1 eval kld` does it")
+    return tr("{quality}, against its original", quality=quality_line(manifest.certificate))
+
+
+def _weight(nbytes: int, parameters: int) -> str:
+    return tr(
+        "{size:,.1f} MiB, {bits:.2f} bits per weight",
+        size=nbytes / 2**20,
+        bits=8 * nbytes / parameters,
+    )
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -83,7 +92,10 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def _formats(manifest: CheckpointManifest, config: M1Config) -> str:
     shares = format_shares(manifest, config)
-    return ", ".join(f"{_spec(spec)} {100 * share:.0f} %" for spec, _, share in shares)
+    return series(
+        tr("{format} {percent:.0f} %", format=_spec(spec), percent=100 * share)
+        for spec, _, share in shares
+    )
 
 
 def _spec(spec: LinearSpec) -> str:
@@ -92,18 +104,21 @@ def _spec(spec: LinearSpec) -> str:
 
 def _layers(config: M1Config) -> str:
     sliding = len(config.sliding_window_layers)
-    return (
-        f"{config.num_hidden_layers}: {config.num_hidden_layers - sliding} global, {sliding} "
-        f"sliding (window {config.sliding_window:,})"
+    return tr(
+        "{layers}: {full} global, {sliding} sliding (window {window:,})",
+        layers=config.num_hidden_layers,
+        full=config.num_hidden_layers - sliding,
+        sliding=sliding,
+        window=config.sliding_window,
     )
 
 
 def _sampling(generation: GenerationConfig) -> str:
     params = generation.sampling
-    values = [f"temperature {params.temperature:g}"]
+    values = [tr("temperature {value:g}", value=params.temperature)]
     values += [f"top-k {params.top_k}"] if params.top_k else []
     values += [f"top-p {params.top_p:g}"] if params.top_p < 1 else []
     values += [f"min-p {params.min_p:g}"] if params.min_p else []
     if params.repetition_penalty != 1:
-        values.append(f"repeat penalty {params.repetition_penalty:g}")
-    return ", ".join(values)
+        values.append(tr("repeat penalty {value:g}", value=params.repetition_penalty))
+    return series(values)

@@ -24,8 +24,9 @@ from m1local import __version__, home
 from m1local.errors import M1Error
 from m1local.formats import FORMATS, format_class
 from m1local.memory import free_bytes
+from m1local_app.columns import padded, width
 from m1local_app.kept import folders, size_text
-from m1local_app.language import language, tr
+from m1local_app.language import language, marked, tr
 
 PACKAGES = (
     "torch", "bitsandbytes", "gradio", "huggingface-hub", "safetensors", "sentencepiece", "typer",
@@ -33,6 +34,14 @@ PACKAGES = (
 )  # fmt: skip
 EXTRAS = {"optimum": "optimum", "llguidance": "json"}
 HUB_SECONDS = 5
+# Names that are words; those of packages, devices and formats are the same in every language.
+LABELS = (
+    marked("versions"), marked("system"), marked("language"),
+    marked("device"), marked("processor"), marked("cores"), marked("instructions"), marked("used"),
+    marked("kernels"), marked("memory"), marked("total"), marked("free"),
+    marked("storage"), marked("writable"), marked("models"),
+    marked("hub"), marked("address"), marked("reachable"),
+)  # fmt: skip
 MODEL_BYTES = 9 << 30  # of the 14B at 4 bits, with a context of 8192
 
 
@@ -54,14 +63,18 @@ def examine(*, offline: bool) -> list[Fact]:
 def as_text(facts: list[Fact]) -> str:
     """Aligned lines, each group under its name, advice under its line."""
     lines: list[str] = []
-    width, group = max(len(fact.name) for fact in facts), ""
+    most, group = max(width(_label(fact.name)) for fact in facts), ""
     for fact in facts:
         if fact.group != group:
             group = fact.group
-            lines += ["", group] if lines else [group]
-        lines.append(f"  {fact.name:<{width}}  {fact.value}")
-        lines += [f"  {'':<{width}}  -> {fact.advice}"] if fact.advice else []
+            lines += ["", _label(group)] if lines else [_label(group)]
+        lines.append(f"  {padded(_label(fact.name), most)}  {fact.value}")
+        lines += [f"  {padded('', most)}  -> {fact.advice}"] if fact.advice else []
     return "\n".join(lines)
+
+
+def _label(name: str) -> str:
+    return tr(name) if name in LABELS else name
 
 
 def as_json(facts: list[Fact]) -> str:

@@ -22,6 +22,7 @@ from m1local import home
 from m1local.errors import HubError
 from m1local_app import library
 from m1local_app.kept import size_text
+from m1local_app.language import tr
 from m1local_app.notices import show_licence_once
 from m1local_app.options import Chosen
 from m1local_quantize.hub import FileFetched, Record, Repository, pull
@@ -44,7 +45,12 @@ def fetched(model: str | None, *, offline: bool, keep_source: bool) -> Chosen:
         return library.find(model)
     if keep_source or record is None or not record.described:
         if offline:
-            raise HubError(f"{model} is not on this disk yet, and --offline forbids to fetch it.")
+            raise HubError(
+                tr(
+                    "{model} is not on this disk yet, and --offline forbids to fetch it.",
+                    model=model,
+                )
+            )
         pull_with_progress(model, folder, weights=keep_source)
     record = Record.read(folder)
     if record is not None and record.complete:
@@ -85,7 +91,10 @@ def open_source(chosen: Chosen, *, offline: bool) -> "Source":
 
 
 def _not_here(repository: str) -> str:
-    return f"The weights of {repository} are not on this disk, and --offline forbids to fetch them."
+    return tr(
+        "The weights of {repository} are not on this disk, and --offline forbids to fetch them.",
+        repository=repository,
+    )
 
 
 def pull_with_progress(
@@ -105,14 +114,21 @@ def pull_with_progress(
     with Progress(
         *columns, console=console, transient=True, disable=not sys.stderr.isatty()
     ) as bar:
-        task = bar.add_task(f"fetching {repository}", total=None)
+        task = bar.add_task(tr("fetching {repository}", repository=repository), total=None)
         for event in pull(repository, folder, revision=revision, weights=weights):
             if isinstance(event, BytesFetched | FileFetched):
                 total = event.total_bytes
                 bar.update(task, total=total, completed=event.done_bytes)
     seconds = time.monotonic() - begun
     if weights:
-        console.print(f"{repository}: {size_text(total)} in {seconds:.0f} s, every hash checked")
+        console.print(
+            tr(
+                "{repository}: {size} in {seconds:.0f} s, every hash checked",
+                repository=repository,
+                size=size_text(total),
+                seconds=seconds,
+            )
+        )
 
 
 def note_licence(folder: Path) -> None:

@@ -20,6 +20,7 @@ from m1local import __version__, home
 from m1local.errors import RecipeError
 from m1local_app.boundary import usage_error
 from m1local_app.kept import size_text
+from m1local_app.language import series, tr
 from m1local_quantize.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -43,24 +44,15 @@ def fitted_recipe(
     from m1local.engine import DEFAULT_CONTEXT_TOKENS  # torch: not for `m1 --help`
     from m1local_quantize.fit import Choices, fitted, weights_within
 
-    if not recipe.candidates:
-        raise RecipeError(
-            f"The recipe {recipe.name} says itself what each matrix takes; --budget and --for go "
-            "with the recipe fit."
-        )
-    if budget is not None and device is not None:
-        raise usage_error("Give --budget or --for, not both.")
-    if device is None and context_tokens is not None:
-        raise usage_error("--ctx-size goes with --for; --budget is the weights alone.")
-    if budget is None and device is None:
-        raise RecipeError(
-            f"The recipe {recipe.name} needs a size: --budget 7GiB for the checkpoint, or --for "
-            "8GB for the device it shall fit, with --ctx-size."
-        )
+    _check_size(recipe, budget, device, context_tokens)
     if source.files.passing:
         raise RecipeError(
-            f"The recipe {recipe.name} reads the original twice, so it must stay: add "
-            f"--keep-source, or fetch it first with `m1 pull {source.name}`."
+            tr(
+                "The recipe {recipe} reads the original twice, so it must stay: add --keep-source, "
+                "or fetch it first with `m1 pull {source}`.",
+                recipe=recipe.name,
+                source=source.name,
+            )
         )
     if budget is None and device is not None:
         longest = min(DEFAULT_CONTEXT_TOKENS, source.config.max_position_embeddings)
@@ -69,13 +61,51 @@ def fitted_recipe(
     Choices.of(recipe, source).check(budget)  # before an hour is spent
     found = _sensitivities(recipe, source, calibration)
     chosen = fitted(recipe, source, found, budget)
-    formats = Counter(rule.spec for rule in chosen.rules)
-    said = ", ".join(
-        f"{count} x {spec.format}{f'/{spec.group_size}' if spec.group_size else ''}"
-        for spec, count in sorted(formats.items(), key=lambda pair: str(pair[0]))
+    said = tr(
+        "{recipe}: weights within {size}: {formats}",
+        recipe=recipe.name,
+        size=size_text(budget),
+        formats=_formats(chosen),
     )
-    typer.echo(f"{recipe.name}: weights within {size_text(budget)}: {said}", err=True)
+    typer.echo(said, err=True)
     return chosen
+
+
+def _check_size(
+    recipe: Recipe, budget: int | None, device: int | None, context_tokens: int | None
+) -> None:
+    if not recipe.candidates:
+        raise RecipeError(
+            tr(
+                "The recipe {recipe} says itself what each matrix takes; --budget and --for go "
+                "with the recipe fit.",
+                recipe=recipe.name,
+            )
+        )
+    if budget is not None and device is not None:
+        raise usage_error(tr("Give --budget or --for, not both."))
+    if device is None and context_tokens is not None:
+        raise usage_error(tr("--ctx-size goes with --for; --budget is the weights alone."))
+    if budget is None and device is None:
+        raise RecipeError(
+            tr(
+                "The recipe {recipe} needs a size: --budget 7GiB for the checkpoint, or --for 8GB "
+                "for the device it shall fit, with --ctx-size.",
+                recipe=recipe.name,
+            )
+        )
+
+
+def _formats(recipe: Recipe) -> str:
+    counts = Counter(rule.spec for rule in recipe.rules)
+    return series(
+        tr(
+            "{count} x {format}",
+            count=count,
+            format=f"{spec.format}{f'/{spec.group_size}' if spec.group_size else ''}",
+        )
+        for spec, count in sorted(counts.items(), key=lambda pair: str(pair[0]))
+    )
 
 
 def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -> "Sensitivities":
@@ -99,7 +129,7 @@ def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -
     console, costs = Console(stderr=True, highlight=False), {}
     disabled = not sys.stderr.isatty()
     with Progress(*columns, console=console, transient=True, disable=disabled) as bar:
-        task = bar.add_task("measuring what each matrix costs", total=None)
+        task = bar.add_task(tr("measuring what each matrix costs"), total=None)
         for event in measure_sensitivity(source, text.samples, recipe.candidates):
             costs[event.module] = event.costs
             bar.update(task, completed=event.done, total=event.total)
@@ -107,5 +137,11 @@ def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -
     try:
         found.write(path)
     except OSError as error:
-        console.print(f"what was measured could not be kept in {path.parent} ({error.strerror})")
+        console.print(
+            tr(
+                "what was measured could not be kept in {folder} ({reason})",
+                folder=path.parent,
+                reason=error.strerror,
+            )
+        )
     return found

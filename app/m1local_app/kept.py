@@ -10,6 +10,8 @@ from m1local import home
 from m1local.errors import CheckpointError
 from m1local.manifest import NAME as MANIFEST
 from m1local.manifest import CheckpointManifest
+from m1local_app import columns
+from m1local_app.language import series, tr
 
 
 def folders() -> list[Path]:
@@ -22,13 +24,12 @@ def table() -> str:
     """One aligned line for each kept checkpoint; a sentence where there is none."""
     rows = [_row(folder) for folder in folders()]
     if not rows:
-        return f"Nothing is kept in {home.models()} yet; `m1 run` keeps what it makes there."
-    lines = [("NAME", "SIZE", "RECIPE", "KL", "SAME TOP TOKEN"), *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+        return tr(
+            "Nothing is kept in {folder} yet; `m1 run` keeps what it makes there.",
+            folder=home.models(),
+        )
+    heads = (tr("NAME"), tr("SIZE"), tr("RECIPE"), tr("KL"), tr("SAME TOP TOKEN"))
+    return columns.aligned([heads, *rows])
 
 
 def find(name: str) -> Path:
@@ -36,8 +37,14 @@ def find(name: str) -> Path:
     for folder in folders():
         if folder.name == name:
             return folder
-    known = ", ".join(folder.name for folder in folders()) or "none"
-    raise CheckpointError(f"No checkpoint {name} is kept in {home.models()}; there is {known}.")
+    raise CheckpointError(
+        tr(
+            "No checkpoint {name} is kept in {folder}; there is {known}.",
+            name=name,
+            folder=home.models(),
+            known=series(folder.name for folder in folders()) or tr("none"),
+        )
+    )
 
 
 def size_text(nbytes: int) -> str:
@@ -49,11 +56,11 @@ def size_text(nbytes: int) -> str:
 def _row(folder: Path) -> tuple[str, str, str, str, str]:
     size = size_text(sum(path.stat().st_size for path in folder.iterdir() if path.is_file()))
     if not (folder / MANIFEST).is_file():
-        return (folder.name, size, "unfinished", "", "")
+        return (folder.name, size, tr("unfinished"), "", "")
     try:
         manifest = CheckpointManifest.read(folder)
     except CheckpointError:
-        return (folder.name, size, "damaged", "", "")
+        return (folder.name, size, tr("damaged"), "", "")
     if manifest.certificate is None:
         return (folder.name, size, manifest.recipe, "", "")
     kl, agreement = manifest.certificate["mean_kl"], manifest.certificate["top1_agreement"]

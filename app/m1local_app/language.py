@@ -11,7 +11,7 @@ import functools
 import locale
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 LANGUAGES = ("en", "zh")
@@ -36,6 +36,11 @@ def catalogue() -> dict[str, str]:
 def marked(text: str) -> str:
     """`text` as it is: one that is given to `tr` later, so the catalogue must have it."""
     return text
+
+
+def series(items: Iterable[str]) -> str:
+    """`items` one after the other, as the chosen language separates them."""
+    return tr(", ").join(items)
 
 
 def language() -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from m1local import home
 from m1local.errors import CheckpointError
 from m1local.manifest import FORMAT_VERSION
+from m1local_app.language import tr
 from m1local_app.options import Chosen
 from m1local_quantize.hub import RECORD, Record
 from m1local_quantize.recipe import Recipe
@@ -28,7 +29,9 @@ def find(model: str | None) -> Chosen:
     """
     if model is None or model == DEMO_NAME:
         if not (home.DEMO / "config.json").is_file():
-            raise CheckpointError(f"The built-in demo is missing in {home.DEMO}; install again.")
+            raise CheckpointError(
+                tr("The built-in demo is missing in {folder}; install again.", folder=home.DEMO)
+            )
         return Chosen(home.DEMO, DEMO_NAME)
     folder = _folder(model)
     if folder is not None:
@@ -41,13 +44,21 @@ def find(model: str | None) -> Chosen:
         if record is not None and record.complete:
             return Chosen(source_folder(model), model.partition("/")[2])
         raise CheckpointError(
-            f"There is no folder {model}, and no repository of that name was fetched. `m1 run "
-            f"{model}` fetches and quantizes it; `m1 pull {model}` only fetches."
+            tr(
+                "There is no folder {model}, and no repository of that name was fetched. `m1 run "
+                "{model}` fetches and quantizes it; `m1 pull {model}` only fetches.",
+                model=model,
+            )
         )
     shown = model if len(model) <= SHOWN_CHARACTERS else f"{model[:SHOWN_CHARACTERS]}…"
     raise CheckpointError(
-        f"There is no folder {shown}, and no checkpoint of that name in {home.models()}. Give the "
-        "folder of a Baichuan-M1 checkpoint, or nothing for the demo; a question goes after -p."
+        tr(
+            "There is no folder {name}, and no checkpoint of that name in {folder}. Give the "
+            "folder of a Baichuan-M1 checkpoint, or nothing for the demo; a question goes after "
+            "-p.",
+            name=shown,
+            folder=home.models(),
+        )
     )
 
 

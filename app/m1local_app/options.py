@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from m1local_app.language import tr
+
 DEFAULT_RECIPE = "int4"
 MOST_BYTES = 1 << 60
 UNITS = {"": 1, "b": 1} | {
@@ -24,10 +26,10 @@ def parse_size(text: str) -> int:
     """Bytes of "7GiB" (1024^3) or "8GB" (1000^3); raises typer.BadParameter."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].lower() not in UNITS:
-        raise typer.BadParameter(f"{text!r} is no size; write it as 7GiB or 8GB.")
+        raise typer.BadParameter(tr("{text!r} is no size; write it as 7GiB or 8GB.", text=text))
     number = float(found[1]) * UNITS[found[2].lower()]
     if not number < MOST_BYTES:
-        raise typer.BadParameter(f"{text[:40]!r} is more than any machine has.")
+        raise typer.BadParameter(tr("{text!r} is more than any machine has.", text=text[:40]))
     return int(number)
 
 

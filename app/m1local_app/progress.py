@@ -21,8 +21,10 @@ from rich.progress import (
 )
 
 from m1local.manifest import CheckpointManifest
+from m1local_app.columns import aligned
 from m1local_app.fetching import note_licence
 from m1local_app.kept import size_text
+from m1local_app.language import tr
 
 if TYPE_CHECKING:
     from m1local_quantize.pipeline import Planned
@@ -49,7 +51,7 @@ def quantize_with_progress(
     console = Console(stderr=True, highlight=False)
     begun, peak, manifest = time.monotonic(), 0, None
     with _bar(console) as bar:
-        drawn = _Drawn(bar, f"quantizing to {recipe.name}", source.files.passing)
+        drawn = _Drawn(bar, recipe.name, source.files.passing)
         for event in quantize_checkpoint(
             source,
             target,
@@ -76,14 +78,25 @@ def _say_what_was_made(
     size = sum(record.nbytes for record in manifest.files.values())
     before = sum(record.nbytes for record in manifest.source_files.values())
     console.print(
-        f"{manifest.recipe}: {size_text(before)} -> {size_text(size)} in {seconds:.1f} s, "
-        f"{size_text(int(before / seconds))} a second, at most {size_text(peak)} of memory"
+        tr(
+            "{recipe}: {before} -> {after} in {seconds:.1f} s, {speed} a second, at most {peak} of "
+            "memory",
+            recipe=manifest.recipe,
+            before=size_text(before),
+            after=size_text(size),
+            seconds=seconds,
+            speed=size_text(int(before / seconds)),
+            peak=size_text(peak),
+        )
     )
     if manifest.certificate is not None:
         found = manifest.certificate
         console.print(
-            f"against the original: same top token {float(found['top1_agreement']):.1%}, "
-            f"KL divergence {found['mean_kl']:.4f}"
+            tr(
+                "against the original: same top token {same:.1%}, KL divergence {kl:.4f}",
+                same=float(found["top1_agreement"]),
+                kl=float(found["mean_kl"]),
+            )
         )
 
 
@@ -93,15 +106,17 @@ def dry_run(opened: "Source", recipe: "Recipe") -> str:
     from m1local_quantize.plan import Plan
 
     expected = estimate(opened, Plan.of(opened, recipe))
-    seconds = "not estimated" if expected.seconds is None else f"about {expected.seconds:,.0f} s"
+    seconds = expected.seconds
+    time = tr("not estimated") if seconds is None else tr("about {n:,.0f} s", n=seconds)
+    memory = size_text(expected.memory_bytes)
     rows = (
-        ("recipe", recipe.name),
-        ("reads", size_text(expected.source_bytes)),
-        ("writes", size_text(expected.target_bytes)),
-        ("memory", f"about {size_text(expected.memory_bytes)}, besides Python's own"),
-        ("computing", f"{seconds}, without reading, writing and measuring"),
+        (tr("recipe"), recipe.name),
+        (tr("reads"), size_text(expected.source_bytes)),
+        (tr("writes"), size_text(expected.target_bytes)),
+        (tr("memory"), tr("about {size}, besides Python's own", size=memory)),
+        (tr("computing"), tr("{time}, without reading, writing and measuring", time=time)),
     )
-    return "\n".join(f"{name:<9}  {value}" for name, value in rows)
+    return aligned(rows)
 
 
 def measure_with_progress(
@@ -118,11 +133,12 @@ def measure_with_progress(
     measured_on = opened.read_text(text or SHIPPED)
     found = None
     with _bar(Console(stderr=True, highlight=False)) as bar:
-        task = bar.add_task("measuring", total=None)
+        task = bar.add_task(tr("measuring"), total=None)
         for event in certify(opened, folder, specs, measured_on):
             if isinstance(event, StageMeasured):
-                said = f"measuring, stage {event.done} of {event.total}"
-                bar.update(task, description=said, total=event.total, completed=event.done)
+                done, total = event.done, event.total
+                said = tr("measuring, stage {done} of {total}", done=done, total=total)
+                bar.update(task, description=said, total=total, completed=done)
             else:
                 found = certificate(event, measured_on)
     if found is None:
@@ -132,12 +148,16 @@ def measure_with_progress(
 
 def quality_line(certificate: Mapping[str, str | int | float]) -> str:
     """A certificate in one line."""
-    return (
-        f"KL divergence {certificate['mean_kl']:.4f} (99 %: {certificate['p99_kl']:.3f}), same top "
-        f"token {float(certificate['top1_agreement']):.1%}, perplexity "
-        f"{perplexity(certificate['reference_perplexity'])} -> "
-        f"{perplexity(certificate['perplexity'])}, on {certificate['tokens']:,} tokens of "
-        f"{certificate['text']}"
+    return tr(
+        "KL divergence {kl:.4f} (99 %: {tail:.3f}), same top token {same:.1%}, perplexity {before} "
+        "-> {after}, on {tokens:,} tokens of {text}",
+        kl=certificate["mean_kl"],
+        tail=certificate["p99_kl"],
+        same=float(certificate["top1_agreement"]),
+        before=perplexity(certificate["reference_perplexity"]),
+        after=perplexity(certificate["perplexity"]),
+        tokens=certificate["tokens"],
+        text=certificate["text"],
     )
 
 
@@ -166,10 +186,10 @@ class _Drawn:
     The bar of what is done counts bytes of the source; its rate and its end include measuring.
     """
 
-    def __init__(self, bar: Progress, description: str, arriving: bool) -> None:
-        self._bar, self._description = bar, description
-        self._done = bar.add_task(description, total=None)
-        self._came = bar.add_task("fetching", total=None) if arriving else None
+    def __init__(self, bar: Progress, recipe: str, arriving: bool) -> None:
+        self._bar, self._recipe = bar, recipe
+        self._done = bar.add_task(tr("quantizing to {recipe}", recipe=recipe), total=None)
+        self._came = bar.add_task(tr("fetching"), total=None) if arriving else None
 
     def draw(self, event: object) -> None:
         from m1local_quantize.certificate import StageMeasured
@@ -181,10 +201,16 @@ class _Drawn:
         if isinstance(event, Planned):
             bar.update(self._done, total=event.plan.source_bytes, completed=event.resumed_bytes)
         elif isinstance(event, TensorWritten):
-            text = f"{self._description} ({held})"
+            text = tr("quantizing to {recipe} ({held})", recipe=self._recipe, held=held)
             bar.update(self._done, completed=event.done_bytes, description=text)
         elif isinstance(event, StageMeasured):
-            text = f"{self._description} ({held}), measured {event.done}/{event.total}"
+            text = tr(
+                "quantizing to {recipe} ({held}), measured {done}/{total}",
+                recipe=self._recipe,
+                held=held,
+                done=event.done,
+                total=event.total,
+            )
             bar.update(self._done, description=text)
         elif isinstance(event, BytesFetched) and self._came is not None:
             bar.update(self._came, total=event.total_bytes, completed=event.done_bytes)
@@ -199,6 +225,6 @@ def held_bytes() -> int:
 def _say_what_was_found(console: Console, planned: "Planned") -> None:
     if planned.resumed_bytes:
         share = planned.resumed_bytes / planned.plan.source_bytes
-        console.print(f"continuing an unfinished run at {share:.0%}")
+        console.print(tr("continuing an unfinished run at {share:.0%}", share=share))
     elif planned.started_over:
-        console.print("starting over: source, recipe or version changed meanwhile")
+        console.print(tr("starting over: source, recipe or version changed meanwhile"))

@@ -16,7 +16,9 @@ from m1local.checkpoint import is_quantized
 from m1local.errors import CheckpointError
 from m1local_app.boundary import usage_error
 from m1local_app.checks import verify_checkpoint
+from m1local_app.columns import aligned
 from m1local_app.kept import size_text
+from m1local_app.language import tr
 from m1local_app.progress import quality_line
 from m1local_quantize.card import Origin, licence_facts
 from m1local_quantize.hub import is_licence
@@ -33,48 +35,57 @@ def push(folder: Path, repository: str, *, private: bool, ask: bool) -> None:
     check_repository(repository)
     if not is_quantized(folder):
         raise CheckpointError(
-            f"{folder} is an original checkpoint: its weights are their maker's to publish. Make "
-            "a quantized one with `m1 quantize SRC OUT`, and push that."
+            tr(
+                "{folder} is an original checkpoint: its weights are their maker's to publish. "
+                "Make a quantized one with `m1 quantize SRC OUT`, and push that.",
+                folder=folder,
+            )
         )
     typer.echo(verify_checkpoint(folder), err=True)
     publication = Publication.prepare(folder, repository, private=private)
     typer.echo(plan(publication, asked_for_private=private), err=True)
     if publication.exists and publication.there_bytes == publication.total_bytes:
-        typer.echo(f"All of it lies in {repository} already; nothing was sent.", err=True)
+        said = tr(
+            "All of it lies in {repository} already; nothing was sent.", repository=repository
+        )
+        typer.echo(said, err=True)
         return
     if ask:
-        if not is_terminal():
-            raise usage_error("nobody can be asked here; add --yes to publish without a question.")
-        if not typer.confirm(f"Publish it as {repository}?", err=True):
-            raise typer.Exit(1)
+        _ask(repository)
     try:
         _send(publication)
     except KeyboardInterrupt:
-        typer.echo("What was sent is kept; the same command goes on from there.", err=True)
+        typer.echo(tr("What was sent is kept; the same command goes on from there."), err=True)
         raise
+
+
+def _ask(repository: str) -> None:
+    if not is_terminal():
+        raise usage_error(tr("nobody can be asked here; add --yes to publish without a question."))
+    if not typer.confirm(tr("Publish it as {repository}?", repository=repository), err=True):
+        raise typer.Exit(1)
 
 
 def plan(publication: Publication, *, asked_for_private: bool) -> str:
     """What is going to happen, as aligned lines, and what the licence says."""
     facts = publication.facts
     certificate = facts.manifest.certificate
+    names = [file.name for file in publication.files]
+    size = size_text(publication.total_bytes)
     rows = [
-        ("repository", f"{publication.repository} ({_state(publication, asked_for_private)})"),
-        ("source", facts.manifest.source),
-        ("recipe", facts.manifest.recipe),
-        ("quality", "not measured" if certificate is None else quality_line(certificate)),
-        ("files", f"{len(publication.files)}, {size_text(publication.total_bytes)}"),
+        (tr("repository"), _place(publication, asked_for_private)),
+        (tr("source"), facts.manifest.source),
+        (tr("recipe"), facts.manifest.recipe),
+        (tr("quality"), tr("not measured") if certificate is None else quality_line(certificate)),
+        (tr("files"), tr("{count}, {size}", count=len(names), size=size)),
     ]
     for file in publication.files:
-        state = "replaced" if file.name in publication.replaced else ""
-        state = "there already" if file.name in publication.there else state
-        rows.append(("", f"{_file_size(file.nbytes):>10}  {file.name}{state and f' ({state})'}"))
-    names = [file.name for file in publication.files]
+        rows.append(("", f"{_file_size(file.nbytes):>10}  {_file_name(file.name, publication)}"))
     if facts.origin is Origin.BAICHUAN and not any(is_licence(name) for name in names):
-        rows.append(("agreement", "no copy lies in the checkpoint; the card links to the maker's"))
-    rows.append(("licence", licence_facts(facts.origin)))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        said = tr("no copy lies in the checkpoint; the card links to the maker's")
+        rows.append((tr("agreement"), said))
+    rows.append((tr("licence"), licence_facts(facts.origin)))
+    return aligned(rows)
 
 
 def is_terminal() -> bool:
@@ -86,13 +97,29 @@ def _file_size(nbytes: int) -> str:
     return size_text(nbytes) if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
 
 
-def _state(publication: Publication, asked_for_private: bool) -> str:
-    seen = "private: others do not see it" if publication.private else "public: everybody sees it"
+def _file_name(name: str, publication: Publication) -> str:
+    if name in publication.there:
+        return tr("{name} (there already)", name=name)
+    return tr("{name} (replaced)", name=name) if name in publication.replaced else name
+
+
+def _place(publication: Publication, asked_for_private: bool) -> str:
+    name = publication.repository
+    if not publication.exists and publication.private:
+        return tr(
+            "{name} (new; private: others do not see it; --public makes it public)", name=name
+        )
     if not publication.exists:
-        return f"new; {seen}" + ("; --public makes it public" if publication.private else "")
-    if publication.private and not asked_for_private:
-        return f"exists; {seen}, and it stays so: its page on the hub changes that"
-    return f"exists; {seen}"
+        return tr("{name} (new; public: everybody sees it)", name=name)
+    if not publication.private:
+        return tr("{name} (exists; public: everybody sees it)", name=name)
+    if asked_for_private:
+        return tr("{name} (exists; private: others do not see it)", name=name)
+    return tr(
+        "{name} (exists; private: others do not see it, and it stays so: its page on the hub "
+        "changes that)",
+        name=name,
+    )
 
 
 def _send(publication: Publication) -> None:
@@ -105,25 +132,32 @@ def _send(publication: Publication) -> None:
     with Progress(
         *columns, console=console, transient=True, disable=not sys.stderr.isatty()
     ) as bar:
-        task = bar.add_task("publishing", total=publication.total_bytes)
+        task = bar.add_task(tr("publishing"), total=publication.total_bytes)
         for event in publish(publication):
             if isinstance(event, Sending):
                 bar.update(task, description=_described(event), completed=event.done_bytes)
             elif isinstance(event, TriedAgain):
-                said = f"The connection failed ({event.reason}); again in {event.seconds:.0f} s."
+                said = tr(
+                    "The connection failed ({reason}); again in {seconds:.0f} s.",
+                    reason=event.reason,
+                    seconds=event.seconds,
+                )
                 console.print(said, markup=False)
             elif isinstance(event, Published):
-                sent = size_text(publication.total_bytes - publication.there_bytes)
-                seconds = time.monotonic() - begun
-                console.print(
-                    f"Published {event.repository}: {sent} sent in {seconds:.0f} s, every hash "
-                    f"checked. {event.url} · m1 run {event.repository}",
-                    markup=False,
-                    soft_wrap=True,
+                said = tr(
+                    "Published {repository}: {size} sent in {seconds:.0f} s, every hash checked. "
+                    "{url} · m1 run {repository}",
+                    repository=event.repository,
+                    size=size_text(publication.total_bytes - publication.there_bytes),
+                    seconds=time.monotonic() - begun,
+                    url=event.url,
                 )
+                console.print(said, markup=False, soft_wrap=True)
 
 
 def _described(event: Sending) -> str:
     if not event.names:
-        return "checking"
-    return f"sending {event.names[0]}" if len(event.names) == 1 else f"sending {len(event.names)}"
+        return tr("checking")
+    if len(event.names) == 1:
+        return tr("sending {name}", name=event.names[0])
+    return tr("sending {count}", count=len(event.names))
