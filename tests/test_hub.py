@@ -190,7 +190,7 @@ def test_run_fetches_quantizes_and_answers_and_needs_no_network_afterwards(
     manifest = CheckpointManifest.read(kept)
     assert (manifest.source, manifest.source_revision) == (NAME, served.commit)
     assert kept.name.startswith("tiny-m1-int4-")
-    assert json.loads((m1_home / "licences.json").read_text()).keys() == {NAME}
+    assert NAME in json.loads((m1_home / "licences.json").read_text())
     served.close = lambda: None  # type: ignore[method-assign]  # closed here already
     Hub.close(served)
     second = m1("run", NAME, "--offline", *question)
