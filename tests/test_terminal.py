@@ -258,3 +258,76 @@ def test_a_dumb_terminal_is_served_plainly(start: Start) -> None:
     screen.type("hello\r")
     stop(screen)
     assert b"\x1b" not in screen.sent
+
+
+def test_a_message_is_written_in_the_editor(start: Start, tmp_path: Path) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text('#!/bin/sh\nprintf "of several\\nlines, 中文" >> "$1"\n')
+    editor.chmod(0o755)
+    screen = start(EDITOR=str(editor), VISUAL=str(editor))
+    screen.type("begun \x07")  # Ctrl-G
+    screen.wait_for("lines, 中文")
+    screen.settle()
+    screen.type("\r")
+    stop(screen)
+    with History.open() as history:
+        assert history.user_texts() == ["begun of several\nlines, 中文"]
+
+
+def test_commands_and_paths_are_completed(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "a note about asthma.txt").write_text("Asthma makes breathing hard.")
+    screen = start("-n", "20")
+    screen.type("/rea\t")
+    screen.wait_for(">>> /read")
+    screen.type(f" {tmp_path}/a not\t")
+    screen.wait_for("about asthma.txt")
+    screen.settle()
+    screen.type("\r")
+    screen.wait_for("its limit")
+    with History.open() as history:
+        assert history.user_texts() == ["Asthma makes breathing hard."]
+
+
+def test_what_was_asked_in_an_earlier_session_is_searched(start: Start) -> None:
+    first = start("-n", "10")
+    for question in ("what is glaucoma", "what is asthma"):
+        first.type(f"{question}\r")
+        first.wait_for(rf"(?s){question}.*its limit")
+        first.settle()
+    first.type("/bye\r")
+    assert first.exit_code() == 0
+    again = start("-n", "10")
+    again.type("\x12glau")  # Ctrl-R
+    again.wait_for("what is glaucoma")
+    again.settle()
+    again.type("\r\r")
+    again.wait_for("its limit")
+    with History.open() as history:
+        assert history.user_texts().count("what is glaucoma") == 2
+
+
+def test_a_named_session_is_begun_and_gone_on_with(start: Start) -> None:
+    for number, question in enumerate(("the first", "the second"), 1):
+        screen = start("--session", "rounds", "-n", "10")
+        screen.type(f"{question}\r")
+        screen.wait_for("its limit")
+        screen.settle()
+        screen.type("/history\r")
+        screen.wait_for(rf"  {number}  {question}")
+        screen.type("/bye\r")
+        assert screen.exit_code() == 0
+    with History.open() as history:
+        assert [found.title for found in history.conversations()] == ["rounds"]
+
+
+def test_enter_begins_another_line_where_that_is_wanted(start: Start) -> None:
+    screen = start("-n", "10")
+    screen.type("/multi\r")
+    screen.wait_for("Alt-Enter sends")
+    screen.settle()
+    screen.type("one\rtwo")
+    screen.wait_for(r"\.\.\. two")
+    screen.type("\x1b\r")
+    screen.wait_for("its limit")
+    with History.open() as history:
+        assert history.user_texts() == ["one\ntwo"]
