@@ -70,6 +70,7 @@ class Bnb4bitLinear(QuantizedLinear):
 
     quant_type: ClassVar[str]
     inner: Any
+    as_stored: tuple[Tensor, Mapping[str, Tensor]]  # weight and statistics; mapped, so no copy
 
     @classmethod
     def kernel(cls, device: torch.device) -> str:
@@ -138,13 +139,16 @@ class Bnb4bitLinear(QuantizedLinear):
             tensors["weight"], statistics, device=tensors["weight"].device, module=inner
         )
         module.inner = inner.eval()
+        module.as_stored = tensors["weight"], statistics
         return module
 
     def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Dequantized rows (n, K)."""
-        self.inner.state_dict()  # undoes the rearrangement for AVX512-BF16, where there was one
-        weight = self.inner.weight
-        whole: Tensor = bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+        # From what was stored: with AVX512-BF16 the inner module rearranges its own for good, and
+        # bitsandbytes' way back (0.50) forgets how the block sizes lay.
+        functional, (weight, statistics) = bitsandbytes().functional, self.as_stored
+        state = functional.QuantState.from_dict(dict(statistics), device=weight.device)
+        whole: Tensor = functional.dequantize_4bit(weight, state)
         return whole[start:stop].to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
