@@ -106,7 +106,9 @@ def all_finite(values: Tensor) -> bool | None:
 
 def _serving(tensor: Tensor) -> ctypes.CDLL | None:
     """The library, where it reads this tensor as it lies."""
-    if tensor.device.type != "cpu" or tensor.dtype not in KNOWN or not tensor.is_contiguous():
+    if tensor.device.type != "cpu" or tensor.dtype not in KNOWN:
+        return None
+    if not tensor.is_contiguous() or tensor.data_ptr() % tensor.itemsize:  # as a file may hold it
         return None
     return library()
 
