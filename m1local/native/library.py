@@ -35,7 +35,7 @@ HINTS = {
 HINT = HINTS.get(sys.platform, "install gcc or clang from your distribution (a package gcc)")
 # Multiplying and adding stay two operations, and divisions happen where they stand: equal results.
 EXACT = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-SHARED = ("-fno-strict-aliasing", "-fvisibility=hidden", "-fPIC", "-shared")
+SHARED = ("-fopenmp-simd", "-fno-strict-aliasing", "-fvisibility=hidden", "-fPIC", "-shared")
 # The first that works; whatever a compiler does not know makes it fail.
 FLAGS = (
     (*EXACT, *SHARED, "-march=native", "-fopenmp"),
