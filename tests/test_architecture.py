@@ -32,7 +32,7 @@ FORBIDDEN = {
 # Inside the runtime a module imports only from the lines above its own.
 RUNTIME_ORDER = (
     ("errors",),
-    ("folder", "home", "memory", "formats"),
+    ("folder", "home", "memory", "formats", "sums"),
     ("native.library", "native"),
     ("native.quantize",),
     ("config", "rope"),

@@ -53,9 +53,9 @@ def quantize_groups(
     Scale and zero span the group's range evenly, or are refitted.
     """
     compiled = _serving(rows)
-    if compiled is None:
-        return None
     count, columns = rows.shape
+    if compiled is None or columns % size:
+        return None
     high_bits = planes[1] if len(planes) > 1 else 0
     levels = _Levels(size, (1 << sum(planes)) - 1, middle, planes[0], high_bits)
     if refit is not None:

@@ -13,6 +13,7 @@ from m1local.formats import LinearSpec
 from m1local.formats.base import inverse_of
 from m1local.formats.groups import GroupLinear, group_class, group_size_of, range_of, rounded
 from m1local.native.quantize import Refit
+from m1local.sums import halved_sum
 
 ITERATIONS = 3
 # The share of a group's range that the levels span at the start, by the highest code; found on
@@ -40,7 +41,7 @@ def fit(grouped: Tensor, chosen: type[GroupLinear]) -> tuple[Tensor, Tensor]:
     """Scales and middle values (n, groups) for groups (n, groups, group) of weights."""
     lowest, size = -chosen.middle, grouped.shape[2]
     low, high = (part[..., None] for part in range_of(grouped))
-    mean = summed(grouped) / size
+    mean = halved_sum(grouped) / size
     scale = (high - low) * first_scale(chosen)
     # The middle of the range is the value of the middle of the codes; all but `mean` is relative.
     zero = (low + high) / 2 - mean + (chosen.middle - chosen.highest / 2) * scale
@@ -48,7 +49,7 @@ def fit(grouped: Tensor, chosen: type[GroupLinear]) -> tuple[Tensor, Tensor]:
     for _ in range(ITERATIONS):
         torch.sub(centred, zero, out=codes).mul_(inverse_of(scale)).round_()
         codes.clamp_(lowest, lowest + chosen.highest)
-        together = summed(torch.mul(codes, centred, out=product))
+        together = halved_sum(torch.mul(codes, centred, out=product))
         # Sums of small integers are exact, and so is the spread of the codes, nearly.
         total = codes.sum(dim=2, keepdim=True)
         alone = codes.square_().sum(dim=2, keepdim=True) - total * total / size
@@ -62,11 +63,3 @@ def fit(grouped: Tensor, chosen: type[GroupLinear]) -> tuple[Tensor, Tensor]:
         scale = torch.where(usable, scale, even_scale.to(scale.dtype))
         zero = torch.where(usable, zero, even_zero.to(zero.dtype))
     return scale, zero
-
-
-def summed(values: Tensor) -> Tensor:
-    """Sums (…, 1) of (…, a power of two), halves first: the same bits on every processor."""
-    while values.shape[-1] > 1:
-        first, second = values.chunk(2, dim=-1)
-        values = first + second
-    return values
