@@ -113,6 +113,9 @@ def _folder() -> Path:
 
 
 def _compiler() -> Path:
+    if sys.platform == "darwin" and _run(["xcode-select", "-p"], os.curdir):
+        # There is a `cc` all the same, which opens a window that offers to install one.
+        raise _UnusableError(f"There is no C compiler; {HINT}.")
     for name in COMPILERS:
         if found := shutil.which(name):
             return Path(found)
