@@ -43,3 +43,8 @@ def sensitivities() -> Path:
 def licences() -> Path:
     """Which licence notes were shown, and when."""
     return home() / "licences.json"
+
+
+def native() -> Path:
+    """What was compiled on this machine for it."""
+    return home() / "native"

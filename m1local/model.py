@@ -27,6 +27,7 @@ from torch.nn import functional
 from m1local.cache import KVCache, LayerCache
 from m1local.config import HeadLayout, M1Config
 from m1local.rope import Rotation, rotate, rotation
+from m1local.sums import halved_sum
 
 
 class Chunk(NamedTuple):
@@ -223,6 +224,6 @@ def normalize_head(weight: Tensor) -> Tensor:
     stays zero.
     """
     wide = weight.float()
-    norms = wide.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    norms = halved_sum(wide.square()).sqrt_().clamp_min(torch.finfo(torch.float32).tiny)
     normalized: Tensor = wide / norms
     return normalized.to(weight.dtype)

@@ -32,7 +32,9 @@ FORBIDDEN = {
 # Inside the runtime a module imports only from the lines above its own.
 RUNTIME_ORDER = (
     ("errors",),
-    ("folder", "home", "memory", "formats"),
+    ("folder", "home", "memory", "formats", "sums"),
+    ("native.library", "native"),
+    ("native.quantize",),
     ("config", "rope"),
     ("formats.base", "formats.int4pack"),
     ("formats.groups", "formats.int8", "formats.bnb"),
@@ -171,6 +173,8 @@ def test_the_wheel_holds_the_packages_recipes_and_demo(wheel: Path) -> None:
         "m1local/m1-tiny/model.safetensors",
         "m1local/m1-tiny/tokenizer.model",
         "m1local/m1-tiny/MODEL_CARD.md",
+        "m1local/native/common.h",
+        "m1local/native/groups.c",
         "m1local_quantize/recipes/int4.toml",
     ):
         assert needed in names

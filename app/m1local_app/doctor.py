@@ -24,6 +24,7 @@ from m1local import __version__, home
 from m1local.errors import M1Error
 from m1local.formats import FORMATS, format_class
 from m1local.memory import free_bytes
+from m1local.native import library
 from m1local_app.columns import padded, width
 from m1local_app.kept import folders, size_text
 from m1local_app.language import language, marked, tr
@@ -124,6 +125,9 @@ def _device() -> Iterator[Fact]:
 
 
 def _kernels() -> Iterator[Fact]:
+    compiled = library.status()
+    advice = "" if compiled.active else tr("quantizing is slower without it")
+    yield Fact("kernels", "C library", compiled.text, advice)
     for name in FORMATS:
         try:
             yield Fact("kernels", name, format_class(name).kernel(torch.device("cpu")))

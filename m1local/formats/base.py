@@ -35,6 +35,11 @@ class Stored(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def inverse_of(scales: Tensor) -> Tensor:
+    """What values are multiplied by for their codes: 1 / scale, or 0 where that would overflow."""
+    return torch.where(scales >= torch.finfo(torch.float32).tiny, 1 / scales, 0)
+
+
 def for_slices(work: Callable[[int, int], T], rows: int, rows_per_slice: int) -> list[T]:
     """`work(start, stop)` for all slices of so many rows; their results in order.
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec, format_class, int4pack
-from m1local.formats.base import SLICES, QuantizedLinear, Stored
+from m1local.formats.base import SLICES, QuantizedLinear, Stored, inverse_of
+from m1local.native import quantize as native
 
 GROUP_SIZES = (32, 64, 128)
 FEW_ROWS = 8  # up to here the packed operator beats slices of the dequantized matrix
@@ -90,17 +91,34 @@ class GroupLinear(QuantizedLinear):
     @classmethod
     def quantize(cls, rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Spread the codes evenly from each group's least to its greatest value."""
+        compiled = cls.quantize_compiled(rows, spec)
+        if compiled is not None:
+            return compiled
         grouped = rows.float().reshape(rows.shape[0], -1, group_size_of(spec))
-        low, high = grouped.amin(dim=2), grouped.amax(dim=2)  # eight times as fast as aminmax
+        return cls.encode(grouped, *cls.spread(*range_of(grouped)))
+
+    @classmethod
+    def quantize_compiled(
+        cls, rows: Tensor, spec: LinearSpec, refit: native.Refit | None = None
+    ) -> dict[str, Tensor] | None:
+        """The same bytes by the compiled library; None where it does not serve."""
+        found = native.quantize_groups(rows, group_size_of(spec), cls.planes, cls.middle, refit)
+        if found is None:
+            return None
+        packed, scales, zeros = found
+        return dict(zip(PLANES, packed, strict=False)) | {"scales": scales, "zeros": zeros}
+
+    @classmethod
+    def spread(cls, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zeros, as stored, of codes evenly from `low` to `high`."""
         # Rounded before the codes are chosen, so that the codes make up for it.
-        scales = ((high - low) / cls.highest).to(torch.bfloat16)
-        zeros = (low + cls.middle * scales.float()).to(torch.bfloat16)
-        return cls.encode(grouped, scales, zeros)
+        scales = rounded((high - low).clamp_max(torch.finfo(torch.float32).max) / cls.highest)
+        return scales, rounded(low + cls.middle * scales.float())
 
     @classmethod
     def encode(cls, grouped: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
         """Choose the nearest codes of `grouped` (n, groups, group) for given scales and zeros."""
-        inverse = torch.where(scales > 0, 1 / scales.float(), 0)[..., None]
+        inverse = inverse_of(scales.float())[..., None]
         codes = torch.sub(grouped, zeros.float()[..., None]).mul_(inverse).round_()
         codes = codes.add_(cls.middle).clamp_(0, cls.highest).flatten(1).to(torch.uint8)
         return {**cls.pack(codes), "scales": scales, "zeros": zeros}
@@ -240,6 +258,18 @@ class Int6Linear(GroupLinear):
     """Sixty-four levels."""
 
     format, planes, middle, highest = "int6", (4, 2), 24, 63
+
+
+def range_of(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest of each group (n, groups) of (n, groups, group); never -0."""
+    # Eight times as fast as aminmax. Of 0 and -0 either may be found; adding 0 makes both 0.
+    return grouped.amin(dim=2) + 0.0, grouped.amax(dim=2) + 0.0
+
+
+def rounded(statistics: Tensor) -> Tensor:
+    """The nearest bfloat16; the greatest one of what lies beyond."""
+    most = torch.finfo(torch.bfloat16).max
+    return statistics.clamp(-most, most).to(torch.bfloat16)
 
 
 def pack_plane(codes: Tensor, width: int) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec
-from m1local.formats.base import SLICES, QuantizedLinear, Stored
+from m1local.formats.base import SLICES, QuantizedLinear, Stored, inverse_of
+from m1local.native import quantize as native
 
 FEW_ROWS = 8  # up to here the low-bit operator wins (measured with AVX2 and AVX512)
 ALIGNMENT_BYTES = 16  # with AVX512 the operator crashes on less; safetensors promises only 8
@@ -45,10 +46,15 @@ class Int8Linear(QuantizedLinear):
     @classmethod
     def quantize(cls, rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
         """Scale each row (n, K) so that its largest magnitude becomes 127."""
+        compiled = native.quantize_rows(rows)
+        if compiled is not None:
+            return dict(zip(("weight", "scales"), compiled, strict=True))
         wide = rows.float()
-        scales = torch.maximum(wide.amax(dim=1), -wide.amin(dim=1)) / 127
-        inverse = torch.where(scales > 0, 1 / scales, 0)
-        codes = torch.mul(wide, inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        # Of 0 and -0 either may be found; adding 0 makes both 0.
+        scales = (torch.maximum(wide.amax(dim=1), -wide.amin(dim=1)) + 0.0) / 127
+        codes = (
+            torch.mul(wide, inverse_of(scales)[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        )
         return {"weight": codes, "scales": scales}
 
     @classmethod

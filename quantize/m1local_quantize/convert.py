@@ -40,7 +40,7 @@ class Converter:
             copy = torch.empty_like(whole)
             for start in range(0, whole.shape[0], ROWS_PER_SLICE):
                 stop = min(start + ROWS_PER_SLICE, whole.shape[0])
-                copy[start:stop] = source.rows(step.name, whole, start, stop)
+                copy[start:stop] = source.narrow_rows(step.name, whole, start, stop)
             return {step.name: copy}
         module = step.name.removesuffix(".weight")
         if self._optimum is not None and module in self._optimum:
@@ -52,7 +52,7 @@ class Converter:
             quantize = gptq.prepare(hessian, self._calibrator.inputs)
             rows_per_slice = gptq.ROWS_PER_SLICE
         tensors = format_class(step.spec.format).quantize_matrix(
-            lambda start, stop: source.rows(step.name, whole, start, stop),
+            lambda start, stop: source.narrow_rows(step.name, whole, start, stop),
             (step.shape[0], step.shape[1]),
             step.spec,
             quantize,

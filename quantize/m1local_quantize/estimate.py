@@ -90,7 +90,7 @@ def _seconds_per_weight(source: Source, step: Step) -> float:
     quantize = quantizer(step.method, step.spec)
 
     def work(start: int, stop: int) -> None:
-        quantize(source.rows(step.name, whole, start, stop), step.spec)
+        quantize(source.narrow_rows(step.name, whole, start, stop), step.spec)
 
     times = []
     for _ in range(ROUNDS):

@@ -1,14 +1,16 @@
 """What an unfinished run has written, so that the next one goes on where it ended.
 
 What it is: the file `m1local.unfinished` in the target: a fingerprint of everything the result's
-bytes follow from, then one line for every tensor written, with its SHA-256. Whatever a killed
-process or a full disk left half done has no line, or not that hash, and is written again. What it
-is not: trusted; another fingerprint, or none, means starting over.
+bytes follow from, then one line for every tensor written, with its CRC-32. Whatever a killed
+process or a full disk left half done has no line, or not that checksum, and is written again. What
+it is not: trusted; another fingerprint, or none, means starting over. Nor is it protection from
+anyone: the SHA-256 of the files stand in the manifest.
 """
 
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +41,11 @@ class Journal:
     finished: set[str] = field(default_factory=set)  # tensors of the target
     started_over: bool = False
 
-    def add(self, hashes: Mapping[str, str]) -> None:
+    def add(self, checksums: Mapping[str, str]) -> None:
         """Note tensors as written; their bytes must have left this process."""
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps({"tensors": dict(hashes)}) + "\n")
-        self.finished.update(hashes)
+            file.write(json.dumps({"tensors": dict(checksums)}) + "\n")
+        self.finished.update(checksums)
 
     def has(self, step: Step) -> bool:
         """Whether all that becomes of a source tensor is in place."""
@@ -99,7 +101,7 @@ def _fingerprint(source: Source, plan: Plan, calibration: Text | None) -> str:
 
 
 def _read(path: Path, fingerprint: str) -> dict[str, str] | None:
-    """Recorded hashes by tensor; None where there is no journal of this very run."""
+    """Recorded checksums by tensor; None where there is no journal of this very run."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -134,16 +136,16 @@ def _verified(target: Path, plan: Plan, recorded: Mapping[str, str]) -> set[str]
             if file.read(len(layout.header)) != layout.header:
                 continue
             for name in tensors.keys() & recorded.keys():
-                if _hash(file, layout.offsets[name], tensors[name].nbytes) == recorded[name]:
+                if _checksum(file, layout.offsets[name], tensors[name].nbytes) == recorded[name]:
                     verified.add(name)
     return verified
 
 
-def _hash(file: BinaryIO, start: int, nbytes: int) -> str:
-    digest = hashlib.sha256()
+def _checksum(file: BinaryIO, start: int, nbytes: int) -> str:
+    found = 0
     file.seek(start)
     while nbytes:
         block = file.read(min(nbytes, HASH_BLOCK))
-        digest.update(block)
+        found = zlib.crc32(block, found)
         nbytes -= len(block)
-    return digest.hexdigest()
+    return f"{found:08x}"

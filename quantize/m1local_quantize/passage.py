@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from m1local.manifest import FileRecord
 from m1local_quantize.calibration import Written
 from m1local_quantize.certificate import Measurement, StageMeasured, certificate
 from m1local_quantize.convert import Converter
@@ -36,7 +37,10 @@ Passed = TensorWritten | StageMeasured | BytesFetched
 
 
 class Passage:
-    """One run over a source; `quality` is the certificate, once it has ended."""
+    """One run over a source; `quality` is the certificate, once it has ended.
+
+    `records` are sizes and hashes of the files that this run has written.
+    """
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class Passage:
     ) -> None:
         """Begin, or go on where `journal` and the kept hidden states say."""
         self.quality: Mapping[str, str | int | float] | None = None
+        self.records: dict[str, FileRecord] = {}
         self._source, self._target, self._plan, self._journal = source, target, plan, journal
         self._layers = source.config.num_hidden_layers
         self._pending: Future[None] | None = None
@@ -93,6 +98,8 @@ class Passage:
                     yield from self._source.files.fetch(())
                     if step is self._stages[stage][-1]:
                         yield from self._leave(stage)
+            if writer is not None and writer.record is not None:
+                self.records[file_name] = writer.record
 
     def close(self) -> None:
         """Let go of all that is left of the source, after the checkpoint is whole."""

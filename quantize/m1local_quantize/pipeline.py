@@ -96,9 +96,11 @@ def quantize_checkpoint(
             )
             yield from passage.run()
             names = [*plan.shards, *write_small_files(source, target, plan, recipe)]
-            manifest = _manifest(
-                source, target, plan, recipe, names, passage.quality, calibrated_on
-            )
+            files = {
+                name: passage.records.get(name) or FileRecord.of(target / name)
+                for name in sorted(names)
+            }
+            manifest = _manifest(source, plan, recipe, files, passage.quality, calibrated_on)
             manifest.write(target)
             passage.close()
             # Last: without marker and manifest the next run would not touch the folder.
@@ -158,10 +160,9 @@ def quantization_config(plan: Plan, recipe: Recipe) -> dict[str, object]:
 
 def _manifest(
     source: Source,
-    target: Path,
     plan: Plan,
     recipe: Recipe,
-    names: list[str],
+    files: Mapping[str, FileRecord],
     quality: Mapping[str, str | int | float] | None,
     calibration: Text | None,
 ) -> CheckpointManifest:
@@ -173,7 +174,7 @@ def _manifest(
         recipe=recipe.name,
         method=recipe.method,
         linears=plan.linears,
-        files={name: FileRecord.of(target / name) for name in sorted(names)},
+        files=files,
         certificate=quality,
         calibration=None if calibration is None else calibration.sha256,
     )

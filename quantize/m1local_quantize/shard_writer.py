@@ -5,12 +5,15 @@ The file has another name until it is whole. What it is not: a general writer; s
 needs all tensors of a file at once.
 Format: https://github.com/huggingface/safetensors#format. Tensors whose size is a multiple of 64
 bytes come first, so that each of them is aligned when mapped and can be used where it lies; the
-small others follow in order of falling element size. Checked by reading back with safetensors.
+small others follow in order of falling element size. Otherwise they lie in the order in which they
+are going to be written, so that the file is hashed while that happens. Checked by reading back with
+safetensors.
 """
 
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from m1local.formats.base import Stored
+from m1local.manifest import HASH_BLOCK, FileRecord, hash_rest
 from m1local.shards import DTYPES
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -38,12 +42,11 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Stored]) -> Self:
-        """Lay out `tensors`; the same tensors always give the same bytes."""
+        """Lay out `tensors`; the same in the same order always give the same bytes."""
         described: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offsets: dict[str, int] = {}
         offset = 0
-        for name in sorted(tensors, key=lambda n: _order(n, tensors[n])):
-            stored = tensors[name]
+        for name, stored in sorted(tensors.items(), key=lambda item: _order(item[1])):
             end = offset + stored.nbytes
             described[name] = {
                 "dtype": CODES[stored.dtype],
@@ -73,9 +76,11 @@ class ShardWriter:
     ) -> None:
         """Lay out `tensors`; those in `finished` stand in the unfinished file already."""
         self.path = path
+        self.record: FileRecord | None = None  # of the whole file, once it is in place
         self._partial = partial_path(path)
         self._missing = {name: s for name, s in tensors.items() if name not in finished}
         self._layout = Layout.of(tensors)
+        self._digest, self._hashed = hashlib.sha256(), 0  # of the file's beginning: so many bytes
         if len(self._missing) < len(tensors):
             self._file: BinaryIO = self._partial.open("r+b")
             return
@@ -83,21 +88,32 @@ class ShardWriter:
         try:
             self._file.write(self._layout.header)
             self._file.truncate(self._layout.file_bytes)
+            self._digest.update(self._layout.header)
+            self._hashed = len(self._layout.header)
         except OSError:
             self._file.close()
             raise
 
     def write(self, name: str, tensor: Tensor) -> str:
-        """Write one tensor and return its SHA-256; raises OSError when the disk is full."""
+        """Write one tensor and return its checksum; raises OSError when the disk is full."""
         stored = self._missing.pop(name)
         if (tuple(tensor.shape), tensor.dtype) != (stored.shape, stored.dtype):
             raise ValueError(f"{name} is {tensor.shape} {tensor.dtype}, laid out as {stored}")
-        self._file.seek(self._layout.offsets[name])
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         content = flat.view(torch.uint8).numpy().data
-        self._file.write(content)
+        offset = self._layout.offsets[name]
+        follows = offset == self._hashed
+        self._hashed += len(content) if follows else 0
+        found = 0
+        self._file.seek(offset)
+        for at in range(0, len(content), HASH_BLOCK):
+            block = content[at : at + HASH_BLOCK]
+            self._file.write(block)
+            found = zlib.crc32(block, found)
+            if follows:
+                self._digest.update(block)
         self._file.flush()  # to the system: a killed process loses nothing any more
-        return hashlib.sha256(content).hexdigest()
+        return f"{found:08x}"
 
     def __enter__(self) -> Self:
         """Begin writing tensors."""
@@ -116,12 +132,20 @@ class ShardWriter:
                     raise ValueError(f"never written: {sorted(self._missing)}")
                 self._file.flush()
                 os.fsync(self._file.fileno())
+                self.record = self._recorded()
         finally:
             self._file.close()
         if kind is None:
             os.replace(self._partial, self.path)
 
+    def _recorded(self) -> FileRecord:
+        with self._partial.open("rb", buffering=0) as file:
+            file.seek(self._hashed)
+            hash_rest(file, self._digest)
+        return FileRecord(self._layout.file_bytes, self._digest.hexdigest())
 
-def _order(name: str, stored: Stored) -> tuple[bool, int, str]:
-    """First what keeps the next tensor aligned, then by falling element size."""
-    return stored.nbytes % ALIGNMENT_BYTES != 0, -stored.dtype.itemsize, name
+
+def _order(stored: Stored) -> tuple[bool, int]:
+    """First what keeps the next tensor aligned; then the others, by falling element size."""
+    is_odd = stored.nbytes % ALIGNMENT_BYTES != 0
+    return is_odd, -stored.dtype.itemsize * is_odd

@@ -22,6 +22,7 @@ from m1local.config import M1Config
 from m1local.errors import CheckpointError
 from m1local.generation_config import GenerationConfig
 from m1local.model import normalize_head
+from m1local.native import quantize as native
 from m1local.tokenizer import M1Tokenizer
 from m1local_quantize.hub import Record
 from m1local_quantize.source_files import LocalFiles, SourceFiles
@@ -99,10 +100,22 @@ class Source:
 
         Nothing is lost by that: the source's own types are no wider.
         """
-        part = whole[start:stop].float()
-        if not bool(torch.isfinite(part.sum())) and not bool(torch.isfinite(part).all()):
+        return self.narrow_rows(name, whole, start, stop).float()
+
+    def narrow_rows(self, name: str, whole: Tensor, start: int, stop: int) -> Tensor:
+        """As `rows`, in the type they are stored in where that saves a copy."""
+        part = whole[start:stop]
+        if not all_finite(part):
             raise CheckpointError(
                 f"{self.folder / self.files.file_of(self.stored_name(name))}: {name} holds values "
                 f"that are no numbers in the rows {start} to {stop - 1}; fetch that file again."
             )
-        return normalize_head(part) if name == f"{HEAD}.weight" else part
+        return normalize_head(part.float()) if name == f"{HEAD}.weight" else part
+
+
+def all_finite(part: Tensor) -> bool:
+    """Whether all values are finite numbers."""
+    found = native.all_finite(part)
+    if found is None:
+        return bool(torch.isfinite(part.float().sum())) or bool(torch.isfinite(part).all())
+    return found

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec
-from m1local.formats.groups import group_class, group_size_of
+from m1local.formats.base import inverse_of
+from m1local.formats.groups import group_class, group_size_of, rounded
 from m1local_quantize.methods import refit
 
 if TYPE_CHECKING:
@@ -76,12 +77,12 @@ def quantize_ordered(
     size, chosen = group_size_of(spec), group_class(spec)
     wide = rows.float()
     scales, zeros = (
-        part.to(torch.bfloat16) for part in refit.fit(wide.reshape(wide.shape[0], -1, size), chosen)
+        rounded(part) for part in refit.fit(wide.reshape(wide.shape[0], -1, size), chosen)
     )
     groups = order // size
     # (n, K) in the order of work; what is stored of each column's group.
     scale, zero = scales.float()[:, groups], zeros.float()[:, groups]
-    inverse = torch.where(scale > 0, 1 / scale, 0)
+    inverse = inverse_of(scale)
     work = wide[:, order]
     codes = torch.empty_like(work)
     for start in range(0, work.shape[1], BLOCK):

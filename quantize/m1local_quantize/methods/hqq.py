@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec
-from m1local.formats.groups import group_class, group_size_of
+from m1local.formats.groups import group_class, group_size_of, rounded
 
 ITERATIONS = 5
 NORM = 0.7  # p of the l_p norm
@@ -30,7 +30,7 @@ def quantize(rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
     # Stored is the value at the middle code. Of a constant group that value is all there is.
     middles = torch.where(high > low, scales * (chosen.middle - zeros), low)
     scales = torch.where(high > low, scales, 0)
-    return chosen.encode(grouped, scales.to(torch.bfloat16), middles.to(torch.bfloat16))
+    return chosen.encode(grouped, rounded(scales), rounded(middles))
 
 
 def optimize(grouped: Tensor, scales: Tensor, low: Tensor, highest: int) -> tuple[Tensor, Tensor]:

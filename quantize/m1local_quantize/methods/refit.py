@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec
-from m1local.formats.groups import GroupLinear, group_class, group_size_of
+from m1local.formats.base import inverse_of
+from m1local.formats.groups import GroupLinear, group_class, group_size_of, range_of, rounded
+from m1local.native.quantize import Refit
+from m1local.sums import halved_sum
 
 ITERATIONS = 3
 # The share of a group's range that the levels span at the start, by the highest code; found on
@@ -20,30 +23,43 @@ START = {7: 0.9, 15: 0.97}
 
 def quantize(rows: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
     """Quantize rows (n, K) to a format with groups."""
-    grouped = rows.float().reshape(rows.shape[0], -1, group_size_of(spec))
     chosen = group_class(spec)
+    compiled = chosen.quantize_compiled(rows, spec, Refit(first_scale(chosen), ITERATIONS))
+    if compiled is not None:
+        return compiled
+    grouped = rows.float().reshape(rows.shape[0], -1, group_size_of(spec))
     scales, zeros = fit(grouped, chosen)
-    return chosen.encode(grouped, scales.to(torch.bfloat16), zeros.to(torch.bfloat16))
+    return chosen.encode(grouped, rounded(scales), rounded(zeros))
+
+
+def first_scale(chosen: type[GroupLinear]) -> float:
+    """What share of a group's range one step is at the start."""
+    return START.get(chosen.highest, 1.0) / chosen.highest
 
 
 def fit(grouped: Tensor, chosen: type[GroupLinear]) -> tuple[Tensor, Tensor]:
     """Scales and middle values (n, groups) for groups (n, groups, group) of weights."""
     lowest, size = -chosen.middle, grouped.shape[2]
-    low, high = grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True)
-    mean = grouped.mean(dim=2, keepdim=True)
-    scale = (high - low) * (START.get(chosen.highest, 1.0) / chosen.highest)
+    low, high = (part[..., None] for part in range_of(grouped))
+    mean = halved_sum(grouped) / size
+    scale = (high - low) * first_scale(chosen)
     # The middle of the range is the value of the middle of the codes; all but `mean` is relative.
     zero = (low + high) / 2 - mean + (chosen.middle - chosen.highest / 2) * scale
     centred, codes, product = grouped - mean, torch.empty_like(grouped), torch.empty_like(grouped)
     for _ in range(ITERATIONS):
-        inverse = torch.where(scale > 0, 1 / scale, 0)
-        torch.sub(centred, zero, out=codes).mul_(inverse).round_()
+        torch.sub(centred, zero, out=codes).mul_(inverse_of(scale)).round_()
         codes.clamp_(lowest, lowest + chosen.highest)
+        together = halved_sum(torch.mul(codes, centred, out=product))
+        # Sums of small integers are exact, and so is the spread of the codes, nearly.
         total = codes.sum(dim=2, keepdim=True)
-        together = torch.mul(codes, centred, out=product).sum(dim=2, keepdim=True)
-        # The spread of the codes, exactly: they are small integers.
-        alone = codes.square_().sum(dim=2, keepdim=True).addcmul_(total, total, value=-1 / size)
+        alone = codes.square_().sum(dim=2, keepdim=True) - total * total / size
         # A constant group has one code; its scale stays 0 and its zero says everything.
         scale = torch.where(alone > 0, together / alone.clamp_min(torch.finfo().tiny), scale)
         zero = scale * (total / -size)
-    return scale[..., 0], (zero + mean)[..., 0]
+    scale, zero = scale[..., 0], (zero + mean)[..., 0]
+    usable = scale.isfinite() & zero.isfinite()
+    if not bool(usable.all()):  # sums near the end of float32's range overflow
+        even_scale, even_zero = chosen.spread(low[..., 0], high[..., 0])
+        scale = torch.where(usable, scale, even_scale.to(scale.dtype))
+        zero = torch.where(usable, zero, even_zero.to(zero.dtype))
+    return scale, zero

@@ -1,0 +1,89 @@
+/* What this library was compiled by and for, and whether it computes what it should.
+ *
+ * The self-test runs in a process of its own right after compilation (library.py): whatever was
+ * compiled wrongly, an instruction this processor lacks included, ends that process only.
+ */
+#include "common.h"
+
+#define TEXT(x) #x
+#define VALUE(x) TEXT(x)
+
+M1_EXPORT const char *m1_compiler(void)
+{
+#if defined(__clang__)
+    return "clang " VALUE(__clang_major__) "." VALUE(__clang_minor__);
+#elif defined(__GNUC__)
+    return "gcc " VALUE(__GNUC__) "." VALUE(__GNUC_MINOR__);
+#elif defined(_MSC_VER)
+    return "MSVC " VALUE(_MSC_VER);
+#else
+    return "an unknown compiler";
+#endif
+}
+
+M1_EXPORT const char *m1_instructions(void)
+{
+#if defined(__AVX512F__)
+    return "AVX-512";
+#elif defined(__AVX2__)
+    return "AVX2";
+#elif defined(__ARM_NEON) || defined(_M_ARM64)
+    return "NEON";
+#else
+    return "no vector instructions beyond the processor family's own";
+#endif
+}
+
+M1_EXPORT int m1_has_openmp(void)
+{
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+enum { SIZE = 32, GROUPS = 17 /* a whole block of lanes and one more */ };
+
+/* The ramp -8 … 7, twice a group: of scale 1 and zero 0 by any method, and its codes are itself. */
+static int groups_are_right(int is_wide, int32_t rounds)
+{
+    static float wide[GROUPS * SIZE];
+    static bfloat16 narrow[GROUPS * SIZE], scales[GROUPS], zeros[GROUPS];
+    static uint8_t plane[GROUPS * SIZE / 2];
+    const Levels levels = {SIZE, 15, 8, 4, 0, rounds, 1.0f / 15};
+    for (int i = 0; i < GROUPS * SIZE; i++) {
+        wide[i] = (float)(i % 16 - 8);
+        narrow[i] = rounded(wide[i]);
+    }
+    memset(plane, 0, sizeof plane);
+    m1_quantize_groups(is_wide ? (const void *)wide : narrow, is_wide, GROUPS, &levels,
+                       plane, plane, scales, zeros, 2);
+    for (int group = 0; group < GROUPS; group++)
+        if (widened(scales[group]) != 1.0f || widened(zeros[group]) != 0.0f)
+            return 0;
+    for (int i = 0; i < GROUPS * SIZE / 2; i++)
+        if (plane[i] != (i * 2 % 16 | (i * 2 + 1) % 16 << 4))
+            return 0;
+    return 1;
+}
+
+/* Halves are rounded to even, and a row's greatest becomes 127. */
+static int rows_are_right(void)
+{
+    static const float row[7] = {127, -127, 2.5f, 3.5f, -0.5f, 0, -64};
+    static const int8_t expected[7] = {127, -127, 2, 4, 0, 0, -64};
+    int8_t codes[7];
+    float scale;
+    m1_quantize_rows(row, 1, 1, 7, codes, &scale, 1);
+    return scale == 1.0f && !memcmp(codes, expected, sizeof codes);
+}
+
+/* 1 where everything above holds. */
+M1_EXPORT int m1_self_test(void)
+{
+    for (int is_wide = 0; is_wide < 2; is_wide++)
+        if (!groups_are_right(is_wide, 0) || !groups_are_right(is_wide, 3))
+            return 0;
+    return rows_are_right();
+}

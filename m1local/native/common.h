@@ -1,0 +1,75 @@
+/* What the C files share: exported names, the two types a source may have, bfloat16.
+ *
+ * Every result here must be bit-equal to torch's, which does one operation at a time. The compiler
+ * is told so (-ffp-contract=off, never -ffast-math); what it cannot promise stops the compilation.
+ */
+#ifndef M1_COMMON_H
+#define M1_COMMON_H
+
+#include <float.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0
+#error "float is computed with another precision here: results would differ"
+#endif
+#ifdef _MSC_VER
+#pragma fp_contract(off)
+#endif
+#ifdef __FAST_MATH__
+#error "-ffast-math changes results"
+#endif
+
+#ifdef _WIN32
+#define M1_EXPORT __declspec(dllexport)
+#else
+#define M1_EXPORT __attribute__((visibility("default")))
+#endif
+
+typedef uint16_t bfloat16; /* the upper half of a float */
+
+/* How weights become codes; m1local/native/quantize.py fills it. */
+typedef struct {
+    int32_t size;      /* weights of a group: 32, 64 or 128 */
+    int32_t highest;   /* code */
+    int32_t middle;    /* the code that means exactly the zero */
+    int32_t low_bits;  /* of a code, that lie in the first plane: 1, 2 or 4 */
+    int32_t high_bits; /* those in the second plane, or 0 */
+    int32_t rounds;    /* of refit; 0 is rounding to nearest */
+    float start;       /* of refit: the first scale as a share of the group's range */
+} Levels;
+
+M1_EXPORT void m1_quantize_groups(
+    const void *source, int is_wide, int64_t groups, const Levels *levels,
+    uint8_t *low_plane, uint8_t *high_plane, bfloat16 *scales, bfloat16 *zeros, int threads);
+M1_EXPORT void m1_quantize_rows(
+    const void *source, int is_wide, int64_t rows, int64_t columns, int8_t *codes, float *scales,
+    int threads);
+M1_EXPORT int m1_all_finite(const void *values, int is_wide, int64_t count);
+
+#define BFLOAT16_MAX 3.3895313892515355e38f
+
+static inline float widened(bfloat16 value)
+{
+    const uint32_t bits = (uint32_t)value << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+/* The nearest bfloat16, to even; of finite values only. Never infinite: the ends are clamped. */
+static inline bfloat16 rounded(float wide)
+{
+    uint32_t bits;
+    wide = wide > BFLOAT16_MAX ? BFLOAT16_MAX : wide < -BFLOAT16_MAX ? -BFLOAT16_MAX : wide;
+    memcpy(&bits, &wide, sizeof bits);
+    return (bfloat16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* 1 / scale, or 0 where that would overflow: all codes are then the middle one. */
+static inline float inverse_of(float scale)
+{
+    return scale >= FLT_MIN ? 1.0f / scale : 0.0f;
+}
+
+#endif

@@ -1,0 +1,117 @@
+"""Calls into the compiled library: groups, rows of bytes, and whether values are numbers.
+
+What it is: tensors in, tensors out, with torch's own results to the bit; None where there is no
+library or where it does not know a tensor's kind, and then torch does it. It runs on as many
+threads as torch would. What it is not: the definition of a format or a method; that is the torch
+code which calls it, its oracle in the tests.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m1local.native.library import library
+
+NARROW = torch.bfloat16
+KNOWN = (NARROW, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Refit:
+    """How scale and zero of a group are chosen by least squares (the method refit)."""
+
+    start: float  # the first scale, as a share of the group's range
+    rounds: int
+
+
+class _Levels(ctypes.Structure):
+    """`Levels` of common.h."""
+
+    _fields_ = (
+        ("size", ctypes.c_int32),
+        ("highest", ctypes.c_int32),
+        ("middle", ctypes.c_int32),
+        ("low_bits", ctypes.c_int32),
+        ("high_bits", ctypes.c_int32),
+        ("rounds", ctypes.c_int32),
+        ("start", ctypes.c_float),
+    )
+
+
+def quantize_groups(
+    rows: Tensor,
+    size: int,
+    planes: Sequence[int],
+    middle: int,
+    refit: Refit | None,
+) -> tuple[list[Tensor], Tensor, Tensor] | None:
+    """Quantize rows (n, K) in groups of `size`: planes of so many bits, scales and zeros.
+
+    Scale and zero span the group's range evenly, or are refitted.
+    """
+    compiled = _serving(rows)
+    count, columns = rows.shape
+    if compiled is None or columns % size:
+        return None
+    high_bits = planes[1] if len(planes) > 1 else 0
+    levels = _Levels(size, (1 << sum(planes)) - 1, middle, planes[0], high_bits)
+    if refit is not None:
+        levels.rounds, levels.start = refit.rounds, refit.start
+    packed = [torch.empty(count, columns * bits // 8, dtype=torch.uint8) for bits in planes]
+    scales, zeros = torch.empty(2, count, columns // size, dtype=torch.bfloat16)
+    compiled.m1_quantize_groups(
+        _at(rows),
+        rows.dtype != NARROW,
+        ctypes.c_int64(rows.numel() // size),
+        ctypes.byref(levels),
+        _at(packed[0]),
+        _at(packed[-1]),
+        _at(scales),
+        _at(zeros),
+        torch.get_num_threads(),
+    )
+    return packed, scales, zeros
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Codes (n, K) int8 and scales (n,) float32 of rows (n, K)."""
+    compiled = _serving(rows)
+    if compiled is None:
+        return None
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    scales = torch.empty(rows.shape[0], dtype=torch.float32)
+    compiled.m1_quantize_rows(
+        _at(rows),
+        rows.dtype != NARROW,
+        ctypes.c_int64(rows.shape[0]),
+        ctypes.c_int64(rows.shape[1]),
+        _at(codes),
+        _at(scales),
+        torch.get_num_threads(),
+    )
+    return codes, scales
+
+
+def all_finite(values: Tensor) -> bool | None:
+    """Whether all `values` are finite numbers."""
+    compiled = _serving(values)
+    if compiled is None:
+        return None
+    wide = values.dtype != NARROW
+    return bool(compiled.m1_all_finite(_at(values), wide, ctypes.c_int64(values.numel())))
+
+
+def _serving(tensor: Tensor) -> ctypes.CDLL | None:
+    """The library, where it reads this tensor as it lies."""
+    if tensor.device.type != "cpu" or tensor.dtype not in KNOWN:
+        return None
+    if not tensor.is_contiguous() or tensor.data_ptr() % tensor.itemsize:  # as a file may hold it
+        return None
+    return library()
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,81 @@
+/* Runs every exported function over odd sizes in buffers of exactly the size they need.
+ *
+ * Compiled with the sanitizers by tests/test_native_library.py: whatever is read or written outside
+ * of them, or undefined, ends the program.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "common.h"
+
+int m1_self_test(void);
+
+static void *exactly(size_t bytes)
+{
+    void *found = malloc(bytes);
+    if (!found)
+        exit(2);
+    return found;
+}
+
+/* Anything from zeros and subnormals to the ends of the range. */
+static float weight(size_t i)
+{
+    static const float kinds[] = {0.0f, -0.0f, 1e-42f, -3e-39f, 0.02f, -1.5f, 3.3e38f, -3.3e38f};
+    return kinds[(i * 2654435761u >> 7) % 8] * ((float)(i % 7) / 6);
+}
+
+static void *source_of(size_t count, int is_wide)
+{
+    float *wide = exactly(count * sizeof *wide);
+    bfloat16 *narrow = exactly(count * sizeof *narrow);
+    for (size_t i = 0; i < count; i++) {
+        wide[i] = weight(i);
+        narrow[i] = rounded(wide[i]);
+    }
+    free(is_wide ? (void *)narrow : wide);
+    return is_wide ? (void *)wide : narrow;
+}
+
+static void run_groups(int groups, Levels levels, int is_wide, int threads)
+{
+    const size_t size = (size_t)levels.size, count = (size_t)groups;
+    void *source = source_of(count * size, is_wide);
+    uint8_t *low = exactly(count * size * (size_t)levels.low_bits / 8);
+    uint8_t *high = levels.high_bits ? exactly(count * size * (size_t)levels.high_bits / 8) : NULL;
+    bfloat16 *scales = exactly(count * sizeof *scales), *zeros = exactly(count * sizeof *zeros);
+    m1_quantize_groups(source, is_wide, groups, &levels, low, high, scales, zeros, threads);
+    free(source), free(low), free(high), free(scales), free(zeros);
+}
+
+static void run_rows(int rows, int columns, int is_wide, int threads)
+{
+    const size_t count = (size_t)rows * (size_t)columns;
+    void *source = source_of(count, is_wide);
+    int8_t *codes = exactly(count);
+    float *scales = exactly((size_t)rows * sizeof *scales);
+    m1_quantize_rows(source, is_wide, rows, columns, codes, scales, threads);
+    if (!m1_all_finite(source, is_wide, (int64_t)count))
+        exit(3);
+    free(source), free(codes), free(scales);
+}
+
+int main(void)
+{
+    static const int counts[] = {1, 2, 15, 16, 17, 31, 33, 100}, columns[] = {1, 7, 33, 40, 129};
+    static const int32_t formats[][4] = {{7, 4, 2, 1}, {15, 8, 4, 0}, {31, 8, 4, 1}, {63, 24, 4, 2}};
+    for (int is_wide = 0; is_wide < 2; is_wide++)
+        for (int c = 0; c < 8; c++) {
+            for (int32_t size = 32; size <= 128; size *= 2)
+                for (int f = 0; f < 4; f++)
+                    for (int32_t rounds = 0; rounds < 4; rounds += 3) {
+                        const int32_t *of = formats[f];
+                        const Levels levels = {size, of[0], of[1], of[2], of[3], rounds, 0.06f};
+                        run_groups(counts[c], levels, is_wide, 1 + c % 3);
+                    }
+            for (int k = 0; k < 5; k++)
+                run_rows(counts[c], columns[k], is_wide, 1 + c % 3);
+        }
+    puts(m1_self_test() ? "all right" : "the self-test failed");
+    return 0;
+}

@@ -1,0 +1,244 @@
+"""The library is compiled where it can be; whatever is in the way, torch goes on alone."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from m1local.native import library
+from tests.conftest import ROOT
+
+DRIVER = Path(__file__).parent / "native_driver.c"
+posix = pytest.mark.skipif(os.name == "nt", reason="scripts stand in for compilers")
+needs_compiler = pytest.mark.skipif(library.library() is None, reason=library.status().text)
+# What a fresh process says and makes.
+REPORT = (
+    "import hashlib, torch\n"
+    "from m1local.formats import LinearSpec\n"
+    "from m1local.native import library\n"
+    "from m1local_quantize.methods import quantizer\n"
+    "spec = LinearSpec('int4', 64)\n"
+    "rows = torch.randn(9, 256, generator=torch.Generator().manual_seed(0)).bfloat16()\n"
+    "found = quantizer('refit', spec)(rows, spec)\n"
+    "digest = hashlib.sha256()\n"
+    "for name in sorted(found):\n"
+    "    digest.update(bytes(found[name].view(torch.uint8).flatten().tolist()))\n"
+    "print(library.status().active, digest.hexdigest())\n"
+)
+
+
+def begin(home: Path, path: str | None = None) -> "subprocess.Popen[str]":
+    environment = os.environ | {
+        "M1_HOME": str(home),
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "quantize")),
+    }
+    if path is not None:
+        environment["PATH"] = path
+    return subprocess.Popen(
+        [sys.executable, "-c", REPORT], env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def end(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """Whether the library was active, and the hash of what was quantized."""
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    active, digest = said.split()
+    return active, digest
+
+
+def fake(folder: Path, script: str) -> str:
+    """A folder for PATH in which `cc` is this script."""
+    folder.mkdir()
+    compiler = folder / "cc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    return str(folder)
+
+
+def made() -> Path:
+    """The library in M1_HOME, made but not loaded: a path is mapped once in a process."""
+    compiler = library._compiler()
+    path = library._folder() / f"{library._key(compiler)}{library.SUFFIX}"
+    library._make(compiler, path)
+    assert library._is_sound(path)
+    return path
+
+
+def kept(home: Path) -> list[str]:
+    return sorted(path.suffix for path in (home / "native").iterdir())
+
+
+@needs_compiler
+def test_it_is_compiled_once_and_says_by_what(m1_home: Path) -> None:
+    found, status = library.load()
+    assert found is not None
+    assert found.m1_self_test() == 1
+    assert status.active
+    assert re.fullmatch(r"compiled by (gcc|clang|MSVC) \S+ for .+", status.text)
+    (path,) = (m1_home / "native").glob(f"*{library.SUFFIX}")
+    before = path.stat().st_mtime_ns
+    library.load()
+    assert path.stat().st_mtime_ns == before
+    assert kept(m1_home) == sorted([".sha256", library.SUFFIX])
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["cut", "empty", "a bit", "no hash", "gone"])
+def test_a_damaged_library_is_made_again(m1_home: Path, damage: str) -> None:
+    path = made()
+    content = path.read_bytes()
+    if damage == "no hash":
+        path.with_suffix(".sha256").unlink()
+    elif damage == "gone":
+        path.unlink()
+    else:
+        flipped = bytes([content[5000] ^ 1])
+        new = {"cut": content[:5000], "empty": b""}.get(
+            damage, content[:5000] + flipped + content[5001:]
+        )
+        path.write_bytes(new)
+    found, status = library.load()
+    assert found is not None
+    assert status.active
+    assert library._is_sound(path)
+
+
+@needs_compiler
+def test_a_library_of_another_kind_with_the_right_hash_is_made_again(m1_home: Path) -> None:
+    path, content = made(), b"no library"
+    path.write_bytes(content)
+    path.with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest())
+    assert library._is_sound(path)
+    assert library.load()[1].active
+    assert path.read_bytes() != content
+
+
+@needs_compiler
+def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
+    processes = [begin(tmp_path) for _ in range(2)]
+    found = [end(process) for process in processes]
+    assert found[0] == found[1]
+    assert found[0][0] == "True"
+    assert kept(tmp_path) == sorted([".sha256", library.SUFFIX])
+    assert end(begin(tmp_path)) == found[0]
+
+
+@needs_compiler
+def test_without_a_compiler_the_bytes_are_the_same(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    alone = end(begin(tmp_path / "home", path=str(tmp_path / "empty")))
+    active, digest = end(begin(tmp_path / "home"))
+    assert (active, alone) == ("True", ("False", digest))
+
+
+def test_without_a_compiler_it_says_what_to_install(
+    m1_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found, status = library.load()
+    assert found is None
+    assert not status.active
+    assert status.text.startswith("There is no C compiler (")
+    assert library.HINT in status.text
+    assert "\n" not in status.text
+
+
+@posix
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo 'some warning' >&2; echo 'cc: the disk is upset' >&2; exit 1", "the disk is upset"),
+        ("exit 3", "cc ended with 3"),
+        # It says that it compiled, and what it made is no library.
+        ('while [ "$1" != -o ]; do shift; done; echo nonsense > "$2"', "built"),
+    ],
+)
+def test_a_compiler_that_fails_is_quoted(
+    script: str, said: str, m1_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", fake(tmp_path / "bin", script))
+    found, status = library.load()
+    assert found is None
+    assert "cc compiles nothing that works (" in status.text
+    assert said in status.text
+    assert "\n" not in status.text
+    assert list((m1_home / "native").iterdir()) == []
+
+
+@posix
+@needs_compiler
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [("return 0;", "the self-test failed"), ("__builtin_trap();", "ended with -")],
+)
+def test_a_library_that_computes_wrongly_or_crashes_is_not_loaded(
+    body: str, said: str, m1_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, other = library._compiler(), tmp_path / "other.c"
+    other.write_text(f"int m1_self_test(void) {{ {body} }}\n")
+    script = (
+        'while [ "$1" != -o ]; do shift; done\n'
+        f'PATH={os.environ["PATH"]} exec {real} -shared -fPIC -o "$2" {other}'
+    )
+    monkeypatch.setenv("PATH", fake(tmp_path / "bin", script))
+    found, status = library.load()
+    assert found is None
+    assert said in status.text
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(m1_home: Path) -> None:
+    m1_home.mkdir()
+    (m1_home / "native").write_text("a file is in the way")
+    if library.library() is not None:
+        found, status = library.load()
+        assert found is None
+        assert status.text.startswith("Nothing compiled can be kept or read (")
+
+
+def test_a_home_that_names_no_user_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M1_HOME", "~nobody-of-this-name/x")
+    found, status = library.load()
+    assert found is None
+    assert not status.active
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_torch_and_the_library_share_one_openmp() -> None:
+    code = (
+        "import re\n"
+        "from pathlib import Path\n"
+        "from m1local.native.library import library\n"
+        "assert library() is not None\n"
+        "maps = Path('/proc/self/maps').read_text()\n"
+        "print(len(set(re.findall(r'\\S*/lib(?:gomp|omp|iomp5)\\S*', maps))))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.strip() == "1", ran.stderr
+
+
+@needs_compiler
+def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("the sanitizers are gcc's and clang's")
+    program = tmp_path / "driver"
+    flags = ["-std=c11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    exact = ["-ffp-contract=off", "-fno-strict-aliasing", "-I", str(library.SOURCES)]
+    sources = [str(path) for path in (*library._sources(), DRIVER)]
+    compiled = subprocess.run(  # without OpenMP, whose own memory the sanitizers would report
+        [compiler, *flags, *exact, "-o", str(program), *sources, "-lm"],
+        capture_output=True,
+        text=True,
+    )
+    if compiled.returncode and "san" in compiled.stderr:
+        pytest.skip("this compiler has no sanitizers")
+    assert compiled.returncode == 0, compiled.stderr
+    ran = subprocess.run([str(program)], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "all right\n"), ran.stderr
