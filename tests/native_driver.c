@@ -60,6 +60,32 @@ static void run_rows(int rows, int columns, int is_wide, int threads)
     free(source), free(codes), free(scales);
 }
 
+static void run_products(int rows, int n, int columns, int size, int is_wide, int threads)
+{
+    const size_t weights = (size_t)n * (size_t)columns, groups = weights / (size_t)size;
+    const size_t products = (size_t)rows * (size_t)n;
+    void *x = source_of((size_t)rows * (size_t)columns, is_wide);
+    uint8_t *codes = exactly(weights);
+    bfloat16 *scales = exactly(groups * sizeof *scales), *zeros = exactly(groups * sizeof *zeros);
+    float *row_scales = exactly((size_t)n * sizeof *row_scales);
+    void *target = exactly(products * (is_wide ? sizeof(float) : sizeof(bfloat16)));
+    for (size_t i = 0; i < weights; i++)
+        codes[i] = (uint8_t)(i * 2654435761u >> 9);
+    for (size_t i = 0; i < groups; i++)
+        scales[i] = zeros[i] = rounded(weight(i));
+    for (int i = 0; i < n; i++)
+        row_scales[i] = 0.01f;
+    if (!m1_multiply_int8(x, is_wide, rows, (const int8_t *)codes, row_scales, n, columns, target,
+                          threads))
+        exit(4);
+    uint8_t *nibbles = exactly(weights / 2);
+    memcpy(nibbles, codes, weights / 2);
+    if (!m1_multiply_int4(x, is_wide, rows, nibbles, scales, zeros, n, columns, size, target,
+                          threads))
+        exit(5);
+    free(x), free(codes), free(nibbles), free(scales), free(zeros), free(row_scales), free(target);
+}
+
 int main(void)
 {
     static const int counts[] = {1, 2, 15, 16, 17, 31, 33, 100}, columns[] = {1, 7, 33, 40, 129};
@@ -75,6 +101,11 @@ int main(void)
                     }
             for (int k = 0; k < 5; k++)
                 run_rows(counts[c], columns[k], is_wide, 1 + c % 3);
+            for (int32_t size = 32; size <= 128; size *= 2)
+                for (int groups = 1; groups < 4; groups++) {
+                    run_products(counts[c], counts[(c + 3) % 8], groups * size, size, is_wide, 2);
+                    run_products(counts[(c + 3) % 8], counts[c], groups * size, size, is_wide, 1);
+                }
         }
     puts(m1_self_test() ? "all right" : "the self-test failed");
     return 0;

@@ -34,7 +34,7 @@ RUNTIME_ORDER = (
     ("errors",),
     ("folder", "home", "memory", "formats", "sums"),
     ("native.library", "native"),
-    ("native.quantize",),
+    ("native.quantize", "native.matmul"),
     ("config", "rope"),
     ("formats.base", "formats.int4pack"),
     ("formats.groups", "formats.int8", "formats.bnb"),
@@ -175,6 +175,8 @@ def test_the_wheel_holds_the_packages_recipes_and_demo(wheel: Path) -> None:
         "m1local/m1-tiny/MODEL_CARD.md",
         "m1local/native/common.h",
         "m1local/native/groups.c",
+        "m1local/native/matmul.c",
+        "m1local/native/lanes.h",
         "m1local_quantize/recipes/int4.toml",
     ):
         assert needed in names

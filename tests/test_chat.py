@@ -174,11 +174,12 @@ def test_after_any_sequence_the_logits_are_those_of_a_fresh_run(
 
 @pytest.mark.slow
 def test_after_any_sequence_a_quantized_model_stays_within_its_rounding(quantized: Path) -> None:
-    # One to eight rows are multiplied in bfloat16 (8 bits of mantissa) by torch's 4-bit operator,
-    # more rows in float32: the same tokens in other chunks differ by that rounding, at most 0.03
-    # when it was measured, where logits have a standard deviation of 1.
+    # Compiled, activations are rounded to bytes: where one lies between two of them, the other
+    # order of a float32 sum elsewhere may tip it. Nine of ten differences were below 1e-6 when it
+    # was measured, the greatest 0.08. By torch, few rows are multiplied in bfloat16, and it was
+    # 0.03. Logits have a standard deviation of 1.
     model = load_model(quantized, dtype=torch.float32)
-    run_sequences(quantized, model, 100, tolerance=0.06)
+    run_sequences(quantized, model, 100, tolerance=0.15)
 
 
 def finished(events: Iterable[Event]) -> Finished:

@@ -21,6 +21,7 @@ from m1local.formats.base import (
 )
 from m1local.formats.groups import GroupLinear, group_class, unpack_plane
 from m1local.formats.int8 import Int8Linear
+from m1local.native import matmul
 
 INT8, NF4, BNB_INT8 = LinearSpec("int8"), LinearSpec("bnb-nf4"), LinearSpec("bnb-int8")
 INT4 = [LinearSpec("int4", group_size) for group_size in (32, 64, 128)]
@@ -39,6 +40,12 @@ every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 needs_int4_operator = pytest.mark.skipif(
     int4pack.layout() is None, reason="this torch has no packed int4 operator for this processor"
 )
+
+
+@pytest.fixture(autouse=True)
+def _products_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves where nothing is compiled; tests/test_native_matmul.py has the rest."""
+    monkeypatch.setattr(matmul, "library", lambda: None)
 
 
 def matrix(shape: tuple[int, int], seed: int = 0) -> Tensor:

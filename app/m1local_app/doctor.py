@@ -126,7 +126,7 @@ def _device() -> Iterator[Fact]:
 
 def _kernels() -> Iterator[Fact]:
     compiled = library.status()
-    advice = "" if compiled.active else tr("quantizing is slower without it")
+    advice = "" if compiled.active else tr("quantizing and answering are slower without it")
     yield Fact("kernels", "C library", compiled.text, advice)
     for name in FORMATS:
         try:

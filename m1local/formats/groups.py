@@ -2,11 +2,12 @@
 
 What it is: the affine formats of this project; with groups of 64 they take half a bit more than
 their name says. The zero is a float, the group's value at the middle code, so bfloat16 keeps it
-precise where |w| is small. On the CPU the codes are rearranged once, at load, for torch's packed
-4-bit operator (m1local/formats/int4pack.py): three bits in the place of four, five and six as a low
-and a high half, each of four, that are multiplied one after the other. Elsewhere they stay as
-stored and W is dequantized in slices. What it is not: as small in memory as on the disk, on the
-CPU, except for int4.
+precise where |w| is small. On the CPU int4 is multiplied as it is stored, by the compiled library
+(m1local/native/matmul.py). Without that, and for other widths, the codes are rearranged once, at
+load, for torch's packed 4-bit operator (m1local/formats/int4pack.py): three bits in the place of
+four, five and six as a low and a high half, each of four, that are multiplied one after the other.
+Elsewhere they stay as stored and W is dequantized in slices. What it is not: as small in memory as
+on the disk, on the CPU, except for int4.
 
 Stored: codes in planes of 1, 2 or 4 bits, the even columns in the low bits of a byte: weight
 (N, K * width / 8) uint8 with the lowest bits, weight_high with the others; scales and zeros
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from m1local.formats import LinearSpec, format_class, int4pack
 from m1local.formats.base import SLICES, QuantizedLinear, Stored, inverse_of
+from m1local.native import matmul
 from m1local.native import quantize as native
 
 GROUP_SIZES = (32, 64, 128)
@@ -55,7 +57,9 @@ class GroupLinear(QuantizedLinear):
     highest: ClassVar[int]
     codes: Tensor  # (N, K/2) uint8 in torch's packed order, or the plane as stored
     high: Tensor | None  # the same for the upper half, where there is one
-    scales_zeros: Tensor  # (K/group, N, 2) bfloat16, as torch's operator wants them
+    scales: Tensor  # (N, K/group) bfloat16; empty where packed
+    zeros: Tensor  # the same
+    scales_zeros: Tensor  # (K/group, N, 2) bfloat16, as torch's operator wants them; or empty
     packed: bool
 
     @classmethod
@@ -69,9 +73,11 @@ class GroupLinear(QuantizedLinear):
 
     @classmethod
     def kernel(cls, device: torch.device) -> str:
-        """torch's operator where its layout could be learned; see int4pack.py."""
+        """The compiled library's; else torch's where its layout could be learned (int4pack.py)."""
         if device.type != "cpu":
             return f"{SLICES} (no kernel for {device.type} yet)"
+        if cls._is_compiled():
+            return f"compiled ({matmul.instructions()}), to {matmul.ROWS} rows; above, {SLICES}"
         if int4pack.layout() is None:
             return f"{SLICES} (this torch has no packed 4-bit operator for this processor)"
         passes = "" if cls.highest < NIBBLE else ", twice"
@@ -146,51 +152,62 @@ class GroupLinear(QuantizedLinear):
         return codes
 
     @classmethod
+    def _is_compiled(cls) -> bool:
+        return len(cls.planes) == 1 and matmul.usable()
+
+    @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], spec: LinearSpec
     ) -> Self:
-        """Rearrange the codes for torch's CPU operator where it serves; keep one copy only."""
-        if tensors["weight"].device.type != "cpu" or not int4pack.serves(*shape):
+        """Keep the codes as stored where the compiled library, or nothing, reads them.
+
+        Else rearrange them for torch's CPU operator; there is only ever one copy.
+        """
+        on_cpu = tensors["weight"].device.type == "cpu"
+        if not on_cpu or cls._is_compiled() or not int4pack.serves(*shape):
             return cls.table(tensors, shape, spec)
         scales_zeros = torch.stack((tensors["scales"].T, tensors["zeros"].T), dim=-1).contiguous()
+        module = cls(*shape, spec)
         if len(cls.planes) == 1:
-            return cls._of(shape, spec, int4pack.pack(tensors["weight"]), None, scales_zeros)
+            return module._hold(int4pack.pack(tensors["weight"]), None, scales_zeros=scales_zeros)
         codes = cls.unpack(tensors)
         if cls.highest < NIBBLE:
             nibbles = pack_plane(codes + (NIBBLE_MIDDLE - cls.middle), 4)
-            return cls._of(shape, spec, int4pack.pack(nibbles), None, scales_zeros)
+            return module._hold(int4pack.pack(nibbles), None, scales_zeros=scales_zeros)
         low, above = pack_plane(codes & NIBBLE - 1, 4), codes // NIBBLE
         high = pack_plane(above + (NIBBLE_MIDDLE - cls.middle // NIBBLE), 4)
-        return cls._of(shape, spec, int4pack.pack(low), int4pack.pack(high), scales_zeros)
+        packed = int4pack.pack(low), int4pack.pack(high)
+        return module._hold(*packed, scales_zeros=scales_zeros)
 
     @classmethod
     def table(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], spec: LinearSpec) -> Self:
         """Keep the codes as stored."""
-        scales_zeros = torch.stack((tensors["scales"].T, tensors["zeros"].T), dim=-1).contiguous()
-        module = cls._of(shape, spec, tensors["weight"], tensors.get("weight_high"), scales_zeros)
-        module.packed = False
-        return module
-
-    @classmethod
-    def _of(
-        cls,
-        shape: tuple[int, int],
-        spec: LinearSpec,
-        codes: Tensor,
-        high: Tensor | None,
-        scales_zeros: Tensor,
-    ) -> Self:
         module = cls(*shape, spec)
-        module.packed = True
-        module.register_buffer("codes", codes)
-        module.register_buffer("high", high)
-        module.register_buffer("scales_zeros", scales_zeros)
-        return module
+        return module._hold(
+            tensors["weight"],
+            tensors.get("weight_high"),
+            scales=tensors["scales"],
+            zeros=tensors["zeros"],
+        )
+
+    def _hold(self, codes: Tensor, high: Tensor | None, **statistics: Tensor) -> Self:
+        self.packed = "scales_zeros" in statistics
+        self.register_buffer("codes", codes)
+        self.register_buffer("high", high)
+        for name in ("scales", "zeros", "scales_zeros"):
+            self.register_buffer(name, statistics.get(name, codes.new_empty(0)))
+        return self
+
+    def _statistics(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Scales and zeros of rows: (n, groups, 1) float32."""
+        if self.packed:
+            scales, zeros = self.scales_zeros[:, start:stop].float().permute(2, 1, 0)[..., None]
+            return scales, zeros
+        return self.scales[start:stop].float()[..., None], self.zeros[start:stop].float()[..., None]
 
     def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Dequantized rows (n, K)."""
-        scales, zeros = self.scales_zeros[:, start:stop].float().permute(2, 1, 0)[..., None]
-        return self._restore(self._centred(start, stop), scales, zeros, dtype)
+        return self._restore(self._centred(start, stop), *self._statistics(start, stop), dtype)
 
     def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of an embedding: (...) ids -> (..., K)."""
@@ -200,15 +217,19 @@ class GroupLinear(QuantizedLinear):
         planes = {"weight": self.codes[flat]}
         if self.high is not None:
             planes["weight_high"] = self.high[flat]
-        scales, zeros = self.scales_zeros[:, flat].float().permute(2, 1, 0)[..., None]
+        scales, zeros = (part[flat].float()[..., None] for part in (self.scales, self.zeros))
         rows = self._restore(self.unpack(planes).float() - self.middle, scales, zeros, dtype)
         return rows.view(*token_ids.shape, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
-        if not self.packed or x.numel() > FEW_ROWS * self.in_features:
-            return self.multiply_sliced(x)
         flat, size = x.reshape(-1, self.in_features), group_size_of(self.spec)
+        if not self.packed and self._is_compiled():
+            found = matmul.multiply_int4(flat, self.codes, self.scales, self.zeros, size)
+            if found is not None:
+                return found.view(*x.shape[:-1], self.out_features)
+        if not self.packed or len(flat) > FEW_ROWS:
+            return self.multiply_sliced(x)
         product = int4pack.multiply(flat, self.codes, size, self.scales_zeros).to(x.dtype)
         if self.high is not None:
             coarse = self.scales_zeros * self.scales_zeros.new_tensor([NIBBLE, 0])

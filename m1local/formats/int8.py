@@ -1,8 +1,9 @@
 """int8: one signed byte per weight, one float32 scale per row. Symmetric: w = q * scale.
 
 What it is: the format of embedding and lm_head in every recipe, and of whole models at 8 bits.
-On the CPU a few rows of activations go through torch's `_weight_int8pack_mm`, which is fast only
-with bfloat16 activations; more rows through slices of the dequantized matrix.
+On the CPU rows of activations go through the compiled library (m1local/native/matmul.py); without
+it a few through torch's `_weight_int8pack_mm`, which is fast only with bfloat16 activations, and
+more through slices of the dequantized matrix.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from m1local.formats import LinearSpec
 from m1local.formats.base import SLICES, QuantizedLinear, Stored, inverse_of
+from m1local.native import matmul
 from m1local.native import quantize as native
 
 FEW_ROWS = 8  # up to here the low-bit operator wins (measured with AVX2 and AVX512)
@@ -33,6 +35,8 @@ class Int8Linear(QuantizedLinear):
         """torch's operator, on the CPU."""
         if device.type != "cpu":
             return f"{SLICES} (no kernel for {device.type} yet)"
+        if matmul.usable():
+            return f"compiled ({matmul.instructions()}), to {matmul.ROWS} rows; above, {SLICES}"
         return f"torch's int8 operator, to {FEW_ROWS} rows; above, {SLICES}"
 
     @classmethod
@@ -81,6 +85,11 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
+        if x.device.type == "cpu" and x.numel() <= matmul.ROWS * self.in_features:
+            flat = x.reshape(-1, self.in_features)
+            found = matmul.multiply_int8(flat, self.weight, self.scales)
+            if found is not None:
+                return found.view(*x.shape[:-1], self.out_features)
         many = x.numel() > FEW_ROWS * self.in_features
         if x.device.type != "cpu" or many or self.in_features % WHOLE_VECTOR:
             return self.multiply_sliced(x)

@@ -79,11 +79,61 @@ static int rows_are_right(void)
     return scale == 1.0f && !memcmp(codes, expected, sizeof codes);
 }
 
+/* Whole numbers whose greatest is 127 are rounded to themselves: products come out exactly. */
+static int products_are_right(int is_wide)
+{
+    enum { COLUMNS = 96, N = 5, M = 3 };
+    static float wide[M * COLUMNS], expected4[M * N], expected8[M * N];
+    static bfloat16 narrow[M * COLUMNS], scales[N * COLUMNS / SIZE], zeros[N * COLUMNS / SIZE];
+    static uint8_t codes4[N * COLUMNS / 2];
+    static int8_t codes8[N * COLUMNS];
+    memset(expected4, 0, sizeof expected4);
+    memset(expected8, 0, sizeof expected8);
+    static float found[M * N], scales8[N];
+    for (int i = 0; i < M * COLUMNS; i++) {
+        wide[i] = (float)(i % SIZE ? i * 7 % 255 - 127 : 127);
+        narrow[i] = rounded(wide[i]);
+    }
+    for (int i = 0; i < N * COLUMNS / SIZE; i++) {
+        scales[i] = rounded((float)(i % 3 + 1));
+        zeros[i] = rounded((float)(i % 5 - 2));
+    }
+    for (int i = 0; i < N * COLUMNS; i++) {
+        codes8[i] = (int8_t)(i * 11 % 255 - 127);
+        scales8[i / COLUMNS] = 0.5f;
+        codes4[i / 2] |= (uint8_t)(i * 5 % 16 << i % 2 * 4);
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+            for (int k = 0; k < COLUMNS; k++) {
+                const int group = (n * COLUMNS + k) / SIZE, code = (n * COLUMNS + k) * 5 % 16;
+                const float x = wide[m * COLUMNS + k];
+                expected4[m * N + n] +=
+                    x * ((float)(code - 8) * widened(scales[group]) + widened(zeros[group]));
+                expected8[m * N + n] += x * (float)codes8[n * COLUMNS + k] * 0.5f;
+            }
+    if (!is_wide) { /* the result is rounded to bfloat16 */
+        static bfloat16 short4[M * N], short8[M * N];
+        if (!m1_multiply_int4(narrow, 0, M, codes4, scales, zeros, N, COLUMNS, SIZE, short4, 2)
+            || !m1_multiply_int8(narrow, 0, M, codes8, scales8, N, COLUMNS, short8, 2))
+            return 0;
+        for (int i = 0; i < M * N; i++)
+            if (short4[i] != rounded(expected4[i]) || short8[i] != rounded(expected8[i]))
+                return 0;
+        return 1;
+    }
+    if (!m1_multiply_int4(wide, 1, M, codes4, scales, zeros, N, COLUMNS, SIZE, found, 2)
+        || memcmp(found, expected4, sizeof found))
+        return 0;
+    return m1_multiply_int8(wide, 1, M, codes8, scales8, N, COLUMNS, found, 2)
+           && !memcmp(found, expected8, sizeof found);
+}
+
 /* 1 where everything above holds. */
 M1_EXPORT int m1_self_test(void)
 {
     for (int is_wide = 0; is_wide < 2; is_wide++)
         if (!groups_are_right(is_wide, 0) || !groups_are_right(is_wide, 3))
             return 0;
-    return rows_are_right();
+    return rows_are_right() && products_are_right(1) && products_are_right(0);
 }

@@ -1,0 +1,156 @@
+/* Vectors of bytes, 32-bit integers and floats, one spelling for every processor.
+ *
+ * BYTES of a vector make LANES 32-bit integers, each the sum of four products of bytes. The choice
+ * is made when this is compiled, on the machine that runs it: AVX-512 with VNNI, AVX2, or plain C,
+ * which a compiler may turn into what the processor has.
+ */
+#ifndef M1_LANES_H
+#define M1_LANES_H
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _MSC_VER
+#define INLINE static __forceinline
+#define UNROLL
+#else
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#ifdef __GNUC__
+#define will_read(at) __builtin_prefetch(at)
+#else
+#define will_read(at) (void)(at)
+#endif
+
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+#define LANES_NAME "AVX-512 VNNI"
+enum { BYTES = 64, LANES = 16 };
+/* The greatest and the sign of a byte: whether weights are shifted by 128 to be unsigned. */
+enum { SHIFTED = 1 };
+typedef __m512i Bytes;
+typedef __m512i Ints;
+typedef __m512 Floats;
+
+INLINE Bytes load_bytes(const void *at) { return _mm512_loadu_si512(at); }
+INLINE Ints load_ints(const int32_t *at) { return _mm512_loadu_si512(at); }
+INLINE Floats load_floats(const float *at) { return _mm512_loadu_ps(at); }
+INLINE Floats all_of(float value) { return _mm512_set1_ps(value); }
+INLINE Bytes low_nibbles(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
+INLINE Bytes high_nibbles(Bytes b) { return low_nibbles(_mm512_srli_epi16(b, 4)); }
+/* Codes, 0 to 15, by signed bytes. */
+INLINE Ints dot_codes(Ints sum, Bytes codes, Bytes x) { return _mm512_dpbusd_epi32(sum, codes, x); }
+/* Signed bytes by signed bytes; `sum` holds -128 times the sum of the x already. */
+INLINE Ints dot_bytes(Ints sum, Bytes weights, Bytes x)
+{
+    return _mm512_dpbusd_epi32(sum, _mm512_xor_si512(weights, _mm512_set1_epi8(-128)), x);
+}
+INLINE Floats to_floats(Ints i) { return _mm512_cvtepi32_ps(i); }
+INLINE Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+INLINE Floats plus_product(Floats sum, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sum); }
+INLINE float total_of(Floats f) { return _mm512_reduce_add_ps(f); }
+/* The scales of one, two or four groups, each in the lanes of its group. */
+INLINE Floats spread_over_lanes(const float *scales, int groups)
+{
+    if (groups == 1)
+        return all_of(scales[0]);
+    if (groups == 2)
+        return _mm512_mask_broadcastss_ps(all_of(scales[0]), 0xff00, _mm_load_ss(scales + 1));
+    return _mm512_permutexvar_ps(
+        _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0),
+        _mm512_castps128_ps512(_mm_loadu_ps(scales)));
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define LANES_NAME "AVX2"
+enum { BYTES = 32, LANES = 8 };
+enum { SHIFTED = 0 };
+typedef __m256i Bytes;
+typedef __m256i Ints;
+typedef __m256 Floats;
+
+INLINE Bytes load_bytes(const void *at) { return _mm256_loadu_si256(at); }
+INLINE Ints load_ints(const int32_t *at) { return _mm256_loadu_si256((const void *)at); }
+INLINE Floats load_floats(const float *at) { return _mm256_loadu_ps(at); }
+INLINE Floats all_of(float value) { return _mm256_set1_ps(value); }
+INLINE Bytes low_nibbles(Bytes b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
+INLINE Bytes high_nibbles(Bytes b) { return low_nibbles(_mm256_srli_epi16(b, 4)); }
+/* Sums of two products fit 16 bits: 2 * 127 * 127 is less than 32768. */
+INLINE Ints dot_codes(Ints sum, Bytes codes, Bytes x)
+{
+    const __m256i pairs = _mm256_maddubs_epi16(codes, x);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE Ints dot_bytes(Ints sum, Bytes weights, Bytes x)
+{
+    return dot_codes(sum, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+}
+INLINE Floats to_floats(Ints i) { return _mm256_cvtepi32_ps(i); }
+INLINE Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+INLINE Floats plus_product(Floats sum, Floats a, Floats b) { return _mm256_fmadd_ps(a, b, sum); }
+INLINE float total_of(Floats f)
+{
+    float lanes[8], total = 0;
+    _mm256_storeu_ps(lanes, f);
+    for (int i = 0; i < 8; i++)
+        total += lanes[i];
+    return total;
+}
+INLINE Floats spread_over_lanes(const float *scales, int groups)
+{
+    if (groups == 1)
+        return all_of(scales[0]);
+    return _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
+}
+
+#else
+#define LANES_NAME "plain C"
+enum { BYTES = 32, LANES = 8 };
+enum { SHIFTED = 0 };
+typedef struct { int8_t of[BYTES]; } Bytes;
+typedef struct { int32_t of[LANES]; } Ints;
+typedef struct { float of[LANES]; } Floats;
+
+#define MAKE(Type, result, count, expression) \
+    Type result; \
+    for (int i = 0; i < count; i++) \
+        result.of[i] = expression; \
+    return result
+
+INLINE Bytes load_bytes(const void *at) { Bytes b; memcpy(&b, at, sizeof b); return b; }
+INLINE Ints load_ints(const int32_t *at) { Ints v; memcpy(&v, at, sizeof v); return v; }
+INLINE Floats load_floats(const float *at) { Floats f; memcpy(&f, at, sizeof f); return f; }
+INLINE Floats all_of(float value) { MAKE(Floats, f, LANES, value); }
+INLINE Bytes low_nibbles(Bytes b) { MAKE(Bytes, n, BYTES, (int8_t)(b.of[i] & 15)); }
+INLINE Bytes high_nibbles(Bytes b) { MAKE(Bytes, n, BYTES, (int8_t)((uint8_t)b.of[i] >> 4)); }
+INLINE Ints dot_bytes(Ints sum, Bytes weights, Bytes x)
+{
+    for (int lane = 0; lane < LANES; lane++)
+        for (int i = 4 * lane; i < 4 * lane + 4; i++)
+            sum.of[lane] += (int32_t)weights.of[i] * x.of[i];
+    return sum;
+}
+INLINE Ints dot_codes(Ints sum, Bytes codes, Bytes x) { return dot_bytes(sum, codes, x); }
+INLINE Floats to_floats(Ints v) { MAKE(Floats, f, LANES, (float)v.of[i]); }
+INLINE Floats times(Floats a, Floats b) { MAKE(Floats, f, LANES, a.of[i] * b.of[i]); }
+INLINE Floats plus_product(Floats sum, Floats a, Floats b)
+{
+    MAKE(Floats, f, LANES, sum.of[i] + a.of[i] * b.of[i]);
+}
+INLINE float total_of(Floats f)
+{
+    float total = 0;
+    for (int i = 0; i < LANES; i++)
+        total += f.of[i];
+    return total;
+}
+INLINE Floats spread_over_lanes(const float *scales, int groups)
+{
+    MAKE(Floats, f, LANES, scales[i * groups / LANES]);
+}
+#endif
+
+#endif

@@ -1,0 +1,194 @@
+"""Products in the compiled library, against the formula in torch and against the exact ones.
+
+The formula: activations rounded to bytes, a scale for each group of columns, everything after that
+exact but for the order of float32 sums. What the rounding costs is bounded beside it.
+"""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from m1local.formats import LinearSpec, format_class
+from m1local.formats.base import QuantizedLinear
+from m1local.native import library, matmul
+
+SPECS = [LinearSpec("int8"), *(LinearSpec("int4", size) for size in (32, 64, 128))]
+GROUP_OF_X = 64  # columns that share a scale where the format has no groups
+# (N, K): fewer than a vector, tails, blocks and more, a single row of W.
+SHAPES = [(1, 128), (3, 384), (33, 640), (70, 256), (130, 1280)]
+ROWS = [1, 2, 3, 4, 5, 8, 9, 31, 70]
+SUMS = 2e-6  # of float32, relative to the usual size of a product
+
+pytestmark = pytest.mark.skipif(
+    not matmul.usable(), reason=f"nothing is compiled: {library.status().text}"
+)
+
+
+def matrix(shape: tuple[int, int], seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 10 ** torch.empty(shape[0], 1).uniform_(-3, 1, generator=generator)
+    return (torch.randn(shape, generator=generator) * sizes).to(torch.bfloat16)
+
+
+def build(shape: tuple[int, int], spec: LinearSpec) -> QuantizedLinear:
+    chosen = format_class(spec.format)
+    return chosen.from_tensors(chosen.quantize(matrix(shape), spec), shape, spec)
+
+
+def activations(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(rows * columns)
+    x = torch.randn(rows, columns, generator=generator)
+    x[:, ::37] *= 30  # outliers, as models have
+    return x.to(dtype)
+
+
+def rounded(x: Tensor, size: int) -> Tensor:
+    """Rows (M, K) to bytes and back, each group of columns with a scale of its own."""
+    columns = x.shape[1]
+    padded = torch.nn.functional.pad(x.float(), (0, -columns % size))
+    grouped = padded.view(x.shape[0], -1, size)
+    scales = grouped.abs().amax(dim=2, keepdim=True) / 127
+    inverse = torch.where(scales > 0, 1 / scales, 0)
+    return ((grouped * inverse).round() * scales).flatten(1)[:, :columns]
+
+
+def assert_close(product: Tensor, x: Tensor, weight: Tensor, tolerance: float) -> None:
+    expected = x.double() @ weight.double().T
+    usual = (x.double().square() @ weight.double().square().T).sqrt()
+    assert (
+        (product.double() - expected).abs() / (usual + expected.abs() + 1e-30)
+    ).max() <= tolerance
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_those_of_the_formula(shape: tuple[int, int], spec: LinearSpec) -> None:
+    module = build(shape, spec)
+    for rows in ROWS:
+        x = activations(rows, shape[1])
+        product = module(x)
+        assert_close(
+            product, rounded(x, spec.group_size or GROUP_OF_X), module.dequantize(), SUMS * 4
+        )
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("outliers", "bound"), [(1, 0.01), (30, 0.04)])
+def test_what_the_rounding_costs(
+    spec: LinearSpec, dtype: torch.dtype, outliers: int, bound: float
+) -> None:
+    # Half a step is a 254th of a group's greatest: little, unless that is far above the others.
+    module = build((70, 1280), spec)
+    x = torch.randn(9, 1280, generator=torch.Generator().manual_seed(0))
+    x[:, ::37] *= outliers
+    product = module(x.to(dtype))
+    assert product.dtype == dtype
+    exact = x.to(dtype).double() @ module.dequantize().double().T
+    assert (product.double() - exact).norm() <= bound * exact.norm()
+
+
+@pytest.mark.parametrize("columns", [1, 31, 33, 63, 65, 97, 200])
+def test_rows_of_bytes_may_have_any_length(columns: int) -> None:
+    module = build((37, columns), LinearSpec("int8"))
+    for rows in (1, 6):
+        x = activations(rows, columns)
+        assert_close(module(x), rounded(x, GROUP_OF_X), module.dequantize(), SUMS * 4)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(spec: LinearSpec) -> None:
+    module = build((70, 640), spec)
+    x = activations(21, 640)
+    together = module(x)
+    for row in range(21):
+        assert torch.equal(module(x[row : row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(spec: LinearSpec, threads: int) -> None:
+    module = build((700, 256), spec)
+    x = activations(5, 256)
+    before, usual = module(x), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(module(x), before)
+    finally:
+        torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_zeros_and_extremes_come_through(spec: LinearSpec) -> None:
+    module = build((5, 256), spec)
+    x = torch.zeros(4, 256)
+    x[1, 3], x[2] = 3e38 / 1e6, 1e-42  # large; subnormal, which counts as nothing
+    product = module(x)
+    assert torch.equal(product[0], torch.zeros(5))
+    assert torch.equal(product[2], torch.zeros(5))
+    assert product.isfinite().all()
+    assert_close(product[1:2], x[1:2], module.dequantize(), 1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_none(spec: LinearSpec, value: float) -> None:
+    module, x = build((5, 256), spec), activations(3, 256)
+    x[1, 100] = value
+    product = module(x)
+    assert product[1].isnan().all()
+    assert product[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_weights_are_read_where_they_lie(spec: LinearSpec) -> None:
+    chosen, shape = format_class(spec.format), (33, 256)
+    tensors = chosen.quantize(matrix(shape), spec)
+    shifted = {}
+    for name, tensor in tensors.items():  # one element further: as a mapped file may have them
+        room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        shifted[name] = room[1:].view(tensor.shape).copy_(tensor)
+    module = chosen.from_tensors(shifted, shape, spec)
+    held = {tensor.data_ptr() for tensor in module.buffers() if tensor.numel()}
+    assert spec.format == "int8" or held == {tensor.data_ptr() for tensor in shifted.values()}
+    x = activations(3, 256)
+    assert torch.equal(module(x), chosen.from_tensors(tensors, shape, spec)(x))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_many_rows_are_multiplied_exactly(spec: LinearSpec) -> None:
+    module = build((33, 128), spec)
+    x = activations(matmul.ROWS + 1, 128)
+    assert_close(module(x), x, module.dequantize(), 1e-5)
+
+
+def test_batches_and_no_rows_at_all_keep_their_shape() -> None:
+    for spec in SPECS:
+        module = build((33, 128), spec)
+        assert module(activations(6, 128).view(2, 3, 128)).shape == (2, 3, 33)
+        assert module(torch.empty(1, 0, 128)).shape == (1, 0, 33)
+
+
+@pytest.mark.parametrize("wanted", ["-march=x86-64", "-march=x86-64-v3"])
+def test_every_choice_of_instructions_gives_the_same(tmp_path: Path, wanted: str) -> None:
+    built, compiler = tmp_path / "built.so", library._compiler()
+    flags = tuple(flag for flag in library.FLAGS[0] if flag != "-march=native")
+    complaint = library._run(library._command(compiler, (*flags, wanted), built), str(tmp_path))
+    if complaint:
+        pytest.skip(f"{compiler.name} has no {wanted}: {complaint}")
+    if "v3" in wanted and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this processor has no AVX2")
+    other = ctypes.CDLL(str(built))
+    assert other.m1_self_test() == 1
+    for spec in SPECS:
+        module, x = build((33, 384), spec), activations(7, 384)
+        expected = module(x)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(matmul, "library", lambda: other)
+            found = module(x)
+        size = spec.group_size or GROUP_OF_X
+        assert_close(found, rounded(x, size), module.dequantize(), SUMS * 4)
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
