@@ -126,11 +126,11 @@ class ChatSession:
 
     def clear(self) -> None:
         """Forget the conversation; the system prompt stays."""
-        self._replace([])
+        self.restore([])
 
     def restore(self, turns: Sequence[Turn]) -> None:
         """Go on with `turns` of an earlier conversation: questions, each with its answer."""
-        self._replace(list(turns))
+        self.turns, self._hidden = list(turns), range(0)
 
     def _last_question(self) -> int:
         asked = [i for i, turn in enumerate(self.turns) if turn.message.role == "user"]

@@ -122,11 +122,13 @@ def generate(
     logits = yield from _prefill(context, prompt, cached_tokens)
     prefilled = time.perf_counter()
 
-    reason = None
+    reason, away = None, 0.0  # seconds that whoever draws the events took
     while reason is None:
         reason = answer.extend(logits)
         if piece := answer.released():
+            given = time.perf_counter()
             yield piece
+            away += time.perf_counter() - given
         if reason is not None:
             break
         if context.room:
@@ -136,6 +138,7 @@ def generate(
             logits = yield from _read_again(context, [*shorter.prompt, *answer.token_ids])
         else:
             reason = FinishReason.CONTEXT
+    decoded = time.perf_counter()
     reason, rest = answer.end(reason)
     if rest is not None:
         yield rest
@@ -145,7 +148,7 @@ def generate(
         cached_tokens=cached_tokens,
         new_tokens=len(answer.token_ids),
         prefill_seconds=prefilled - begun,
-        decode_seconds=time.perf_counter() - prefilled,
+        decode_seconds=decoded - prefilled - away,
     )
 
 

@@ -33,7 +33,7 @@ class Screen:
         program = f"{code}\nfrom m1local_app.cli import cli; cli()"
         command = [sys.executable, "-c", program, *arguments]
         variables = os.environ | {"PYTHONPATH": path, "TERM": "xterm-256color"} | environment
-        self.pid, self._terminal = pty.fork()
+        self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             # Whoever started the tests in the background had SIGINT ignored; children inherit that.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -47,18 +47,18 @@ class Screen:
     def resize(self, columns: int, lines: int) -> None:
         """Give the window another size."""
         size = struct.pack("HHHH", lines, columns, 0, 0)
-        fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, size)
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, size)
         self._shown.resize(lines, columns)
 
     def type(self, text: str) -> None:
         """Press keys."""
-        os.write(self._terminal, text.encode())
+        os.write(self.terminal, text.encode())
 
     def paste(self, text: str) -> None:
         """Paste as terminals do it, marked as such; what is echoed meanwhile is read."""
         data = f"\x1b[200~{text}\x1b[201~".encode()
         while data:
-            data = data[os.write(self._terminal, data[:1024]) :]
+            data = data[os.write(self.terminal, data[:1024]) :]
             self._read(0)
 
     def lines(self) -> list[str]:
@@ -115,13 +115,13 @@ class Screen:
         """End it if it has not ended."""
         if self.pid:
             self.kill()
-        os.close(self._terminal)
+        os.close(self.terminal)
 
     def _read(self, seconds: float) -> bool:
-        if not select.select([self._terminal], [], [], seconds)[0]:
+        if not select.select([self.terminal], [], [], seconds)[0]:
             return False
         with contextlib.suppress(OSError):  # Linux reports the end as an error
-            data = os.read(self._terminal, 65536)
+            data = os.read(self.terminal, 65536)
             self.sent += data
             self._stream.feed(data)
             return bool(data)

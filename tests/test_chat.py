@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m1local import contexts
 from m1local.cache import KVCache
-from m1local.chat import ChatSession, Overflow
+from m1local.chat import ChatSession, Overflow, Turn
 from m1local.checkpoint import load_model
 from m1local.context import Context
 from m1local.engine import Engine
@@ -180,6 +180,20 @@ def test_after_any_sequence_a_quantized_model_stays_within_its_rounding(quantize
     # 0.03. Logits have a standard deviation of 1.
     model = load_model(quantized, dtype=torch.float32)
     run_sequences(quantized, model, 100, tolerance=0.15)
+
+
+def test_another_conversation_is_seen_whole(new_engine: Callable[..., Engine]) -> None:
+    session = ChatSession(new_engine(), settings=settings(9, seed=1), overflow=Overflow.ROLLING)
+    for _ in range(6):
+        for _ in session.send("hello there"):
+            pass
+    assert session._hidden
+    for turns in ([Turn(Message("user", "I am allergic to penicillin"))], []):
+        session.restore(turns)
+        assert not session._hidden
+    session._hidden = range(0, 4)
+    session.clear()
+    assert not session._hidden
 
 
 def finished(events: Iterable[Event]) -> Finished:

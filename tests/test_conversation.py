@@ -8,7 +8,7 @@ import pytest
 
 from m1local.chat import ChatSession
 from m1local.engine import Engine
-from m1local.errors import ContextLengthError, M1Error
+from m1local.errors import ContextLengthError, M1Error, StorageError
 from m1local.generate import Event, TextDelta
 from m1local_app import conversation as module
 from m1local_app.conversation import CANCELLED, Conversation
@@ -119,6 +119,75 @@ def test_a_question_without_any_answer_is_taken_back(
         answer(conversation.send("far too long " * 500))
     assert stored(conversation) == said(conversation) == before
     assert store.user_texts() == ["one"]
+
+
+@pytest.mark.parametrize("turn", [0, 2])
+def test_an_edit_without_any_answer_leaves_the_shown_path(
+    conversation: Conversation, store: History, turn: int
+) -> None:
+    for question in ("one", "two", "three"):
+        answer(conversation.send(question))
+    before = said(conversation)
+    events = conversation.edit(turn, "other")
+    next(events)
+    events.close()  # type: ignore[attr-defined]
+    assert stored(conversation) == said(conversation) == before
+    answer(conversation.send("four"))
+    assert stored(conversation) == said(conversation)
+
+
+@pytest.mark.parametrize("broken", ["add", "update", "discard"])
+def test_a_store_that_fails_is_said_once_and_the_answer_goes_on(
+    conversation: Conversation, store: History, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    answer(conversation.send("one"))
+
+    def fail(*_: object, **__: object) -> int:
+        raise StorageError("The disk is full.")
+
+    monkeypatch.setattr(store, broken, fail)
+    for question in ("two", "three"):
+        events = conversation.send(question)
+        if broken == "discard":
+            next(events)
+            events.close()  # type: ignore[attr-defined]
+        else:
+            assert answer(events)
+    trouble = conversation.trouble()
+    assert "not kept any more: The disk is full." in trouble
+    assert conversation.trouble() == ""
+    assert len(said(conversation)) == (2 if broken == "discard" else 6)
+    monkeypatch.undo()
+    answer(conversation.retry())
+    conversation.undo()
+    conversation.set_system("x")
+    conversation.clear()
+    answer(conversation.send("four"))
+    assert stored(conversation) == said(conversation)
+
+
+def test_a_conversation_purged_by_another_process_goes_on_unkept(
+    conversation: Conversation, store: History
+) -> None:
+    answer(conversation.send("one"))
+    assert conversation.id is not None
+    store.purge(conversation_id=conversation.id)
+    assert answer(conversation.send("two"))
+    assert "not kept any more" in conversation.trouble()
+    assert len(said(conversation)) == 4
+
+
+def test_each_answer_says_under_which_system_prompt_it_was_made(
+    conversation: Conversation, store: History
+) -> None:
+    conversation.set_system("You are a vet.")
+    answer(conversation.send("one"))
+    conversation.set_system("You are a pirate.")
+    answer(conversation.send("two"))
+    assert conversation.id is not None
+    answers = [one for one in store.path(conversation.id) if one.role == "assistant"]
+    prompts = [one.parameters["system"] for one in answers]
+    assert prompts == ["You are a vet.", "You are a pirate."]
 
 
 def test_an_answer_is_written_while_it_comes(

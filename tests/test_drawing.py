@@ -3,13 +3,16 @@
 import io
 import random
 import re
+import signal
+from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
 
 from m1local.generate import Event, Finished, FinishReason, TextDelta, TurnsDropped
-from m1local_app.answer_view import ending_line, print_answer, speed_line
-from m1local_app.line_editor import PlainEditor, unfinished
+from m1local_app.answer_view import StoppedError, ending_line, print_answer, speed_line
+from m1local_app.interrupt import typed_text
+from m1local_app.line_editor import Message, PlainEditor, unfinished
 from m1local_app.markdown_stream import MarkdownStream
 
 pyte = pytest.importorskip("pyte", reason="the terminal emulator is missing: pip install -e .[dev]")
@@ -32,6 +35,14 @@ High **blood pressure** has *no* symptoms:
 print("<b>not bold</b>")
 ```
 
+[Dose]: 5mg
+[1]: https://example.org/paper
+
+![scan](http://example.org/scan.png)
+
+BP 120/80
+HR 70
+
 A [link](http://example.org/steal) and <script>alert(1)</script> and ~~struck~~.
 
 Last line
@@ -49,7 +60,7 @@ def shown_by(text: str, pieces: list[str]) -> list[str]:
     )  # fmt: skip
     drawn = MarkdownStream(console)
     for piece in pieces:
-        drawn._drawn_at = 0.0  # draw every time
+        drawn._draw_at = 0.0  # draw every time
         drawn.push(piece)
     drawn.end()
     stream.feed(written.getvalue().replace("\n", "\r\n"))
@@ -76,6 +87,12 @@ def test_markdown_hides_nothing_and_links_nowhere() -> None:
     assert "<b>not bold</b>" in shown
     assert "example.org/steal" in shown
     assert "100 mg" in shown
+    assert "[Dose]: 5mg\n[1]: https://example.org/paper" in shown
+    assert "scan" in shown
+    assert "example.org/scan.png" in shown
+    assert "BP 120/80\nHR 70" in shown
+    for word in set(re.findall(r"[\w/:.]+", TEXT)) - {"python"}:  # which only colours the code
+        assert word.strip(".") in shown, word
 
 
 def test_a_block_taller_than_the_window_is_whole_in_the_scrollback() -> None:
@@ -108,11 +125,11 @@ def test_plain_lines_are_read_without_a_terminal(
     typed = 'one\n"""two\nthree"""\nfour\n\n/bye\n'
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     editor = PlainEditor()
-    assert editor.read() == "one"
-    assert editor.read() == "two\nthree"
+    assert editor.read() == Message("one")
+    assert editor.read() == Message("two\nthree", is_quoted=True)
     editor.multi = True
-    assert editor.read() == "four"
-    assert editor.read() == "/bye"
+    assert editor.read() == Message("four")
+    assert editor.read() == Message("/bye")
     with pytest.raises(EOFError):
         editor.read()
     said = capsys.readouterr()
@@ -136,7 +153,7 @@ def test_an_answer_goes_to_stdout_and_all_about_it_to_stderr(
         TextDelta(" \x1b[31mred", (2,)),
         finished(FinishReason.LOOP),
     ]
-    print_answer(iter(events), stats=True, capacity=100)
+    print_answer(iter(events), stats=True, used=lambda: (41, 100))
     said = capsys.readouterr()
     assert said.out == "It is \x1b[31mred\n"  # a pipe gets what the model wrote
     assert "no longer sees 2 older messages (40 tokens)" in said.err
@@ -149,3 +166,58 @@ def test_an_answer_goes_to_stdout_and_all_about_it_to_stderr(
 def test_every_end_but_the_usual_one_is_said(reason: FinishReason) -> None:
     assert (ending_line(finished(reason)) is None) == (reason is FinishReason.STOP)
     assert speed_line(finished(reason), None).startswith("[11 tokens")
+
+
+def test_a_stopped_answer_stays_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def events() -> Iterator[Event]:
+        yield TextDelta("as far", (1,))
+        signal.raise_signal(signal.SIGINT)
+        yield TextDelta(" as it came", (2,))
+        raise AssertionError("nothing more is asked for")
+
+    with pytest.raises(StoppedError):
+        print_answer(events(), stats=True)
+    assert capsys.readouterr().out == "as far as it came\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ("and then\x7f\x7f?", "and th?"),
+        ("line\n", "line"),
+        ("病\x7f病人", "病人"),
+        ("\x1b[200~one\ntwo\x1b[201~ more", "one\ntwo more"),
+        ("\x1b[200~cut off", "cut off"),
+        ("a\x1b[A\x1b[1;5Cb\x1bOPc", "abc"),
+        ("wrong\x15right", "right"),
+        ("\x07\x12", ""),
+    ],
+)
+def test_what_is_typed_during_an_answer_becomes_a_text(keys: str, text: str) -> None:
+    assert typed_text(keys) == text
+
+
+@pytest.mark.parametrize(
+    ("message", "is_command", "unescaped"),
+    [
+        (Message("/help"), True, "/help"),
+        (Message("/edit 1 of\ntwo lines"), True, "/edit 1 of\ntwo lines"),
+        (Message("/etc/hosts says what?"), False, "/etc/hosts says what?"),
+        (Message("//help"), False, "/help"),
+        (Message("/home", is_quoted=True), False, "/home"),
+        (Message("//x", is_quoted=True), False, "//x"),
+        (Message("hello / there"), False, "hello / there"),
+    ],
+)
+def test_what_is_a_command(message: Message, is_command: bool, unescaped: str) -> None:
+    assert message.is_command is is_command
+    assert message.unescaped == unescaped
+
+
+def test_a_plain_editor_offers_the_question_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\nother\n"))
+    assert PlainEditor().read("as it was") == Message("as it was")
+    assert PlainEditor().read("as it was") == Message("other")
+    assert "as it was" in capsys.readouterr().err

@@ -115,7 +115,8 @@ def test_show_says_that_an_answer_is_unfinished(store: History) -> None:
 @pytest.mark.parametrize("command", ["show", "delete"])
 def test_a_name_that_fits_none_or_several_is_one_line(store: History, command: str) -> None:
     store.rename(2, "Eyelids")
-    for name, message in (("ey", "several conversations"), ("nose", "No conversation is called")):
+    several = "several conversations" if command == "show" else "No conversation is called"
+    for name, message in (("ey", several), ("nose", "No conversation is called")):
         result = m1(command, name)
         assert (result.exit_code, result.stdout) == (1, "")
         assert message in result.stderr

@@ -50,7 +50,7 @@ def test_purging_leaves_no_byte_of_what_was_deleted(path: Path, store: History) 
 
 def test_purging_removes_traces_of_discarded_messages_too(path: Path, store: History) -> None:
     conversation = say(store, "kept")
-    store.discard(store.add(conversation, "user", "qxzvsecret", parent=1))
+    store.discard(store.add(conversation, "user", "qxzvsecret", parent=1), head=1)
     assert store.purge() == 0
     assert b"qxz" not in bytes_of(path)
 

@@ -96,7 +96,7 @@ def test_an_updated_answer_is_found_by_its_new_words_only(
     store.update(answer, content=new, token_ids=(), finish=None)
     assert store.search(old) == []
     assert [hit.message.id for hit in store.search(new)] == [answer]
-    store.discard(answer)
+    store.discard(answer, head=None)
     assert store.search(new) == []
 
 

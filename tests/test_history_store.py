@@ -119,27 +119,28 @@ def test_the_head_can_go_back_and_to_nothing(store: History) -> None:
     assert len(store.messages(conversation)) == 3
 
 
-def test_a_discarded_question_is_gone_and_what_came_before_is_shown(store: History) -> None:
+def test_a_discarded_question_is_gone_and_what_was_shown_before_is_shown(store: History) -> None:
     conversation, (*_, answer, question) = asked(store, "q", "a", "q2")
-    with pytest.raises(ValueError, match="followed"):
-        store.discard(answer)
-    store.discard(question)
+    assert not store.discard(answer, head=None)  # something follows
+    assert contents(store.path(conversation)) == ["q", "a", "q2"]
+    assert store.discard(question, head=answer)
     assert contents(store.path(conversation)) == ["q", "a"]
     assert len(store.messages(conversation)) == 2
 
 
-def test_discarding_what_is_not_shown_leaves_the_path(store: History) -> None:
-    conversation, (question, answer) = asked(store, "q", "a")
-    store.add(conversation, "assistant", "b", parent=question)
-    store.discard(answer)
-    assert contents(store.path(conversation)) == ["q", "b"]
+def test_discarding_an_edit_shows_the_longer_path_again(store: History) -> None:
+    conversation, (*_, last) = asked(store, "q", "a", "q2", "a2")
+    edited = store.add(conversation, "user", "other", parent=None)
+    assert contents(store.path(conversation)) == ["other"]
+    assert store.discard(edited, head=last)
+    assert contents(store.path(conversation)) == ["q", "a", "q2", "a2"]
 
 
 def test_a_conversation_without_messages_is_not_listed(store: History) -> None:
     conversation = store.begin()
     assert store.conversations() == []
     assert store.latest() is None
-    store.discard(store.add(conversation, "user", "q", parent=None))
+    store.discard(store.add(conversation, "user", "q", parent=None), head=None)
     assert store.conversations() == []
     assert store.conversation(conversation).messages == 0
 
@@ -214,15 +215,25 @@ def test_a_conversation_is_found_by_number_title_or_part_of_it(store: History) -
         (str(eyes), eyes), ("Eyes", eyes), ("eyes", eyes), ("about", noses), ("nose", noses),
         (" noses ", noses), ("2024", year),
     ):  # fmt: skip
-        assert store.find(name).id == expected, name
+        assert store.find(name, parts=True).id == expected, name
     with pytest.raises(M1Error, match=r"1 \(Eyes\).*number") as raised:
-        store.find("eye")
+        store.find("eye", parts=True)
     assert "2 (Eyes and ears)" in str(raised.value)
     for name in ("throat", "", "%", "9" * 30):
         with pytest.raises(M1Error, match="No conversation is called"):
             store.find(name)
     with pytest.raises(M1Error, match="no conversation 77"):
         store.find("77")
+    for name in ("about", "nose"):
+        with pytest.raises(M1Error, match="No conversation is called"):
+            store.find(name)
+
+
+def test_digits_are_never_a_part_of_a_title(store: History) -> None:
+    asked(store, "q", title="Mr Lee 57")
+    for name in ("57", "7"):
+        with pytest.raises(M1Error, match="no conversation"):
+            store.find(name, parts=True)
 
 
 def test_what_is_in_the_bin_is_hidden_until_restored(store: History) -> None:

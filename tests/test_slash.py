@@ -92,7 +92,8 @@ def test_going_back(slash: SlashCommands, capsys: pytest.CaptureFixture[str]) ->
         obey(slash, "/edit 9 x")
     obey(slash, "/undo")
     assert questions(slash) == []
-    assert "Taken back: in other words" in capsys.readouterr().err
+    assert slash.ask_again == "in other words"
+    assert "Taken back" in capsys.readouterr().err
 
 
 def test_parameters_are_set_shown_and_checked(
@@ -185,6 +186,9 @@ def test_conversations_are_saved_listed_loaded_and_exported(
     assert questions(slash) == ["高血压是什么"]
     obey(slash, f"/export {tmp_path}/talk.html")
     assert "高血压是什么" in (tmp_path / "talk.html").read_text(encoding="utf-8")
+    obey(slash, f"/export {tmp_path}/talk.html --overwrite")
+    obey(slash, f'/export "{tmp_path}/a talk.md"')
+    assert (tmp_path / "a talk.md").exists()
     for line, wanted in (
         ("/load", "Say which one"),
         ("/load nowhere", "No conversation is called"),

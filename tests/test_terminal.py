@@ -1,5 +1,7 @@
 """The chat in a real pseudo-terminal, seen through a terminal emulator."""
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,8 @@ import pytest
 
 if sys.platform == "win32":
     pytest.skip("pseudo-terminals are POSIX", allow_module_level=True)
+import termios
+
 pytest.importorskip("pyte", reason="the terminal emulator is missing: pip install -e .[dev]")
 
 from m1local_app.history import History
@@ -86,21 +90,84 @@ def test_text_appears_while_it_is_made(start: Start) -> None:
     assert len(seen) > 10
 
 
-def test_ctrl_c_twice_at_the_prompt_leaves_with_130(start: Start) -> None:
+def test_ctrl_c_twice_at_the_empty_prompt_leaves_with_130(start: Start) -> None:
     screen = start()
+    screen.type("a draft\x03")  # which only empties the line
+    screen.settle()
+    assert "Ctrl-C again leaves" not in screen.text()
     screen.type("\x03")
     screen.wait_for("Ctrl-C again leaves")
     screen.prompt(2)
-    screen.type("hi\x15")  # what is typed in between is no second press
+    screen.type("another\x03")
     screen.settle()
+    screen.type("\x03")
+    screen.wait_for("Ctrl-C again leaves", times=2)
+    screen.prompt(3)
     screen.type("\x03")
     assert screen.exit_code() == 130
 
 
-def test_ctrl_d_leaves(start: Start) -> None:
+def test_ctrl_c_held_down_stops_the_answer_and_no_more(start: Start) -> None:
     screen = start()
-    screen.type("\x04")
-    assert screen.exit_code() == 0
+    screen.type("hello\r")
+    screen.wait_for_answer()
+    for _ in range(3):
+        screen.type("\x03")
+        time.sleep(0.05)
+    screen.wait_for(r"\[stopped\]")
+    screen.settle()
+    screen.type("still here\r")
+    stop(screen, 2)
+
+
+def test_lines_pasted_during_an_answer_wait_and_are_not_sent(start: Start) -> None:
+    screen = start("-n", "150")
+    screen.type("hello\r")
+    screen.wait_for_answer()
+    pasted = "Patient A, 57\nBP 150/90\n" + "and more " * 800
+    screen.paste(pasted)
+    screen.wait_for("its limit")
+    screen.settle(1)
+    screen.type("the end\r")
+    screen.wait_for("its limit", times=2)
+    with History.open() as history:
+        assert history.user_texts() == ["hello", f"{pasted}the end"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_an_end_by_the_system_gives_the_terminal_back(start: Start, name: str) -> None:
+    screen = start()
+    screen.type("hello\r")
+    screen.wait_for_answer()
+    os.kill(screen.pid, getattr(signal, name))
+    assert screen.exit_code() == 128 + getattr(signal, name)
+    flags = termios.tcgetattr(screen.terminal)[3]
+    assert flags & termios.ECHO
+    assert flags & termios.ICANON
+    assert screen.sent.rfind(b"\x1b[?25h") > screen.sent.rfind(b"\x1b[?25l")  # the cursor
+    with History.open() as history:
+        (found,) = history.conversations()
+        assert history.path(found.id)[-1].finish == "cancelled"
+
+
+def test_a_command_is_one_also_while_a_question_is_edited(start: Start) -> None:
+    screen = start("-n", "10")
+    screen.type("/etc/hosts says what?\r")
+    screen.wait_for("its limit")
+    screen.settle()
+    screen.type("/edit\r")
+    screen.wait_for("Question 1 is edited")
+    screen.wait_for(r">>> /etc/hosts")
+    screen.settle()
+    screen.type("\x15/history\r")
+    screen.wait_for("  1  /etc/hosts")
+    screen.settle()
+    screen.type("next\r")
+    screen.wait_for("its limit", times=2)
+    with History.open() as history:
+        (found,) = history.conversations()
+        questions = [one.content for one in history.path(found.id) if one.role == "user"]
+        assert questions == ["/etc/hosts says what?", "next"]
 
 
 def test_chinese_is_edited_by_whole_characters(start: Start) -> None:
@@ -189,7 +256,7 @@ def test_what_is_typed_during_an_answer_waits_for_the_prompt(start: Start) -> No
     assert screen.text().count("typed ahead") == 1
 
 
-def test_a_window_that_changes_its_size_keeps_the_text_whole(start: Start) -> None:
+def test_a_window_that_changes_its_size_disturbs_neither_answer_nor_prompt(start: Start) -> None:
     screen = start("-n", "150")
     screen.type("hello\r")
     screen.wait_for_answer()

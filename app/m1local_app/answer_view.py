@@ -6,11 +6,11 @@ What it is: the one place that prints a generation's events in a terminal or a p
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from m1local_app.columns import printable
-from m1local_app.interrupt import held_interrupts
+from m1local_app.interrupt import Keyboard
 from m1local_app.language import tr
 
 if TYPE_CHECKING:
@@ -29,16 +29,21 @@ def note(text: str) -> None:
 
 
 def print_answer(
-    events: Iterator["Event"], *, stats: bool, markdown: bool = False, capacity: int | None = None
-) -> None:
+    events: Iterator["Event"],
+    *,
+    stats: bool,
+    markdown: bool = False,
+    used: Callable[[], tuple[int, int]] | None = None,
+) -> str:
     """Print an answer as it comes; then why it ended and, if wanted, how fast it came.
 
-    Raises KeyboardInterrupt, between two events, when the user pressed Ctrl-C.
+    `used` says how much of the context is taken, and how much there is. Returns what was typed
+    meanwhile. Raises StoppedError, between two events, when the user pressed Ctrl-C.
     """
     from m1local.generate import Finished, PrefillProgress, TextDelta, TurnsDropped  # loads torch
 
     finished, view, reading = None, _view(markdown), ReadingLine()
-    with held_interrupts() as interrupted:
+    with Keyboard() as keyboard:
         try:
             for event in events:
                 if isinstance(event, PrefillProgress):
@@ -52,17 +57,22 @@ def print_answer(
                     view.push(event.text)
                 elif isinstance(event, Finished):
                     finished = event
-                if interrupted() and finished is None:
-                    raise KeyboardInterrupt
+                if keyboard.interrupted() and finished is None:
+                    break
         finally:
             reading.wipe()
             view.end()
     if finished is None:
-        return
+        raise StoppedError(keyboard.typed)
     if (ended := ending_line(finished)) is not None:
         note(ended)
     if stats:
-        note(speed_line(finished, capacity))
+        note(speed_line(finished, used))
+    return keyboard.typed
+
+
+class StoppedError(Exception):
+    """The user stopped an answer; `args[0]` is what was typed meanwhile."""
 
 
 class PlainView:
@@ -165,7 +175,7 @@ def dropped_line(dropped: "TurnsDropped") -> str:
     )
 
 
-def speed_line(finished: "Finished", capacity: int | None) -> str:
+def speed_line(finished: "Finished", used: Callable[[], tuple[int, int]] | None) -> str:
     """Tokens, tokens per second, time to the first one, and how full the context is."""
     line = tr(
         "{new} tokens, {speed:.1f} tokens/s, first after {first:.2f} s ({read} read)",
@@ -174,10 +184,7 @@ def speed_line(finished: "Finished", capacity: int | None) -> str:
         first=finished.prefill_seconds,
         read=finished.prompt_tokens - finished.cached_tokens,
     )
-    if capacity is None:
-        return f"[{line}]"
-    used = finished.prompt_tokens + finished.new_tokens
-    return f"[{line}, {context_line(used, capacity)}]"
+    return f"[{line}]" if used is None else f"[{line}, {context_line(*used())}]"
 
 
 def context_line(used: int, capacity: int) -> str:

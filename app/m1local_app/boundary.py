@@ -18,6 +18,10 @@ from m1local_app import language
 from m1local_app.language import tr
 
 INTERRUPTED = 130
+# Typer brings a click of its own, or uses the installed one; it shows this much of it.
+CommandLineError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 
 
 class M1Group(TyperGroup):
@@ -35,6 +39,24 @@ class M1Group(TyperGroup):
         _arrange_help()
         return super().parse_args(ctx, rest)
 
+    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Run as a program; what is wrong with the command line is one line, too."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **options)  # type: ignore[misc]
+        try:
+            left = super().main(*args, standalone_mode=False, **options)  # type: ignore[misc]
+        except CommandLineError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # type: ignore[attr-defined]  # it is the help
+            else:
+                said = error.format_message()  # type: ignore[attr-defined]
+                error_line(" ".join(said.split()).rstrip(".") + _help_hint(error))
+            sys.exit(2)
+        except typer.Abort:  # Ctrl-C or Ctrl-D at a question
+            error_line(tr("interrupted"))
+            sys.exit(1)
+        sys.exit(left if isinstance(left, int) else 0)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
@@ -49,6 +71,11 @@ class M1Group(TyperGroup):
             # Whoever read the answer is gone (`m1 run -p … | head`); Python must not complain too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
+
+
+def _help_hint(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return "." if context is None else tr(". See `{command} --help`.", command=context.command_path)
 
 
 def _translate(command: Any) -> None:
@@ -92,9 +119,13 @@ def _arrange_help() -> None:
 
 
 def error_line(message: str) -> None:
-    """Print what went wrong on stderr: one line, red where colour is wanted."""
+    """Print what went wrong on stderr: one line, red where colour is wanted, wrapped by words."""
+    from rich.console import Console
+
+    style = None if os.environ.get("NO_COLOR") else "red"
+    console = Console(stderr=True, highlight=False, emoji=False, markup=False)
     said = tr("error: {message}", message=message)
-    typer.secho(said, fg=None if os.environ.get("NO_COLOR") else typer.colors.RED, err=True)
+    console.print(said, style=style, soft_wrap=not console.is_terminal)
 
 
 def usage_error(message: str) -> typer.Exit:

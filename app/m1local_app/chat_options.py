@@ -242,7 +242,7 @@ class ChatOptions(EngineOptions):
         conversation_option(
             "--session",
             metavar="NAME",
-            text="Go on with the conversation of this number or title, or begin it.",
+            text="Go on with the conversation of this number or title; a new title begins one.",
         ),
     ] = None
     keep: Annotated[

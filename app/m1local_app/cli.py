@@ -69,17 +69,17 @@ def run(
 
     Examples:  m1 run  ·  m1 run baichuan-inc/Baichuan-M1-14B-Instruct  ·  m1 run ./FOLDER --ui
     """
-    from m1local_app.conversing import check_options, converse, question, serve_page
+    from m1local_app.conversing import check_options, checked, converse, serve_page
 
     if model is None or not library.is_repository(model):
         library.find(model)  # a wrong name is the first thing to be said
-    check_options(wanted)
-    asked = None if ui else question(wanted)
-    chosen = _prepared(model, recipe, offline=offline, keep_source=keep_source)
     if ui:
+        check_options(wanted)
+        chosen = _prepared(model, recipe, offline=offline, keep_source=keep_source)
         serve_page(chosen, wanted, port=DEFAULT_PORT, browser=True)
-    else:
-        converse(chosen, wanted, asked)
+        return
+    wish = checked(wanted)
+    converse(_prepared(model, recipe, offline=offline, keep_source=keep_source), wish)
 
 
 @cli.command()
@@ -90,11 +90,10 @@ def chat(model: options.Model = None, *, wanted: ChatOptions) -> None:
     Examples:  m1 chat ./m1-int4  ·  m1 chat ./m1-int4 --continue  ·
     cat note.txt | m1 chat ./m1-int4 -p "Summarise this report."
     """
-    from m1local_app.conversing import check_options, converse, question
+    from m1local_app.conversing import checked, converse
 
     chosen = library.find(model)
-    check_options(wanted)
-    converse(chosen, wanted, question(wanted))
+    converse(chosen, checked(wanted))
 
 
 @cli.command()

@@ -2,12 +2,14 @@
 
 What it is: what both front ends talk to. Every question and answer is written as it comes, so that
 a kill in the middle of an answer loses half a second of it; going back never deletes anything, an
-older version stays in the store. What it is not: the store itself (history/) or the session that
-makes the answers (m1local.chat). Without a store nothing is kept, and all else is the same.
+older version stays in the store. Without a store nothing is kept, and all else is the same; where
+the store fails, that is said once and the conversation goes on. What it is not: the store itself
+(history/) or the session that makes the answers (m1local.chat).
 """
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -38,13 +40,25 @@ class Conversation:
         self._checkpoint = checkpoint
         self._title = ""
         self._ids: list[int] = []  # in the store, of each turn of the session
+        self._failed = False  # whether the store could not follow, and is left alone since
+        self._trouble = ""
 
     @property
     def title(self) -> str:
         """The title, perhaps empty."""
-        if self.store is None or self.id is None:
+        if self._kept_in is None or self.id is None:
             return self._title
-        return self.store.conversation(self.id).title
+        return self._kept_in.conversation(self.id).title
+
+    @property
+    def _kept_in(self) -> "History | None":
+        """The store, while it follows."""
+        return None if self._failed else self.store
+
+    def trouble(self) -> str:
+        """Why the conversation is no longer kept, once; usually nothing."""
+        trouble, self._trouble = self._trouble, ""
+        return trouble
 
     def send(self, text: str) -> Iterator[Event]:
         """Ask; see ChatSession.send."""
@@ -62,25 +76,30 @@ class Conversation:
     def undo(self) -> str:
         """Take the last question and its answer back; returns the question."""
         text = self.session.undo()
-        self._cut(len(self.session.turns))
+        with self._following() as store:
+            if store is not None and self.id is not None:
+                self._ids = self._ids[: len(self.session.turns)]
+                store.set_head(self.id, self._ids[-1] if self._ids else None)
         return text
 
     def clear(self) -> None:
         """Begin a new conversation with the same model and settings."""
         self.session.clear()
-        self.id, self._title, self._ids = None, "", []
+        self.id, self._title, self._ids, self._failed = None, "", [], False
 
     def set_system(self, text: str) -> None:
         """Change the system prompt, from the next answer on."""
         self.session.system = text
-        if self.store is not None and self.id is not None:
-            self.store.set_system(self.id, text)
+        with self._following() as store:
+            if store is not None and self.id is not None:
+                store.set_system(self.id, text)
 
     def rename(self, title: str) -> None:
         """Give it a title."""
         self._title = title
-        if self.store is not None and self.id is not None:
-            self.store.rename(self.id, title)
+        with self._following() as store:
+            if store is not None and self.id is not None:
+                store.rename(self.id, title)
 
     def open(self, conversation_id: int) -> str:
         """Go on with a stored conversation; returns its last question if it has no answer.
@@ -96,7 +115,7 @@ class Conversation:
             unanswered = messages.pop().content
         self.session.system = found.system
         self.session.restore([_turn(message, self._checkpoint) for message in messages])
-        self.id, self._title = found.id, found.title
+        self.id, self._title, self._failed = found.id, found.title, False
         self._ids = [message.id for message in messages]
         return unanswered
 
@@ -104,11 +123,14 @@ class Conversation:
         roles = [turn.message.role for turn in self.session.turns]
         return len(roles) - 1 - roles[::-1].index("user")
 
-    def _cut(self, count: int) -> None:
-        """Let the shown path end after `count` turns."""
-        self._ids = self._ids[:count]
-        if self.store is not None and self.id is not None:
-            self.store.set_head(self.id, self._ids[-1] if self._ids else None)
+    @contextmanager
+    def _following(self) -> Iterator["History | None"]:
+        """The store to write to; where that fails, it is left alone until another conversation."""
+        try:
+            yield self._kept_in
+        except M1Error as error:
+            self._failed = True
+            self._trouble = tr("This conversation is not kept any more: {reason}", reason=error)
 
     def _kept(self, events: Iterator[Event], *, keep: int, question: str | None) -> Iterator[Event]:
         """`events`, each written before it is passed on; the answer follows turn `keep`.
@@ -118,14 +140,16 @@ class Conversation:
         record: _Record | None = None
         try:
             for event in events:
-                if self.store is not None:
-                    record = record or self._begin(self.store, keep, question)
-                    record.follow(event)
+                with self._following() as store:
+                    if store is not None:
+                        record = record or self._begin(store, keep, question)
+                        record.follow(event)
                 yield event
         finally:
             events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
-            if record is not None and record.end():
-                self._ids = record.ids
+            with self._following() as store:
+                if store is not None and record is not None and record.end():
+                    self._ids = record.ids
 
     def _begin(self, store: "History", keep: int, question: str | None) -> "_Record":
         if self.id is None:
@@ -136,8 +160,11 @@ class Conversation:
             ids.append(store.add(self.id, "user", question, parent=parent))
         reply = self.session.answering
         assert reply is not None, "an answer without a turn"
-        made_by = (self._label, self._checkpoint)
-        return _Record(store, self.id, ids, reply, made_by, asked=question is not None)
+        record = _Record(store, self.id, ids, reply, (self._label, self._checkpoint))
+        record.system = self.session.system
+        if question is not None:
+            record.shown_before = [self._ids[-1] if self._ids else None]
+        return record
 
 
 class _Record:
@@ -150,15 +177,15 @@ class _Record:
         ids: list[int],
         reply: Turn,
         made_by: tuple[str, str],
-        *,
-        asked: bool,
     ) -> None:
         self.ids = ids  # of the path, the question last, later the answer
+        self.system = ""
+        # The message shown before the question, or None; empty where the question is an old one.
+        self.shown_before: list[int | None] = []
         self._store = store
         self._conversation_id = conversation_id
         self._reply = reply
         self._model, self._checkpoint = made_by
-        self._asked = asked
         self._answer: int | None = None
         self._text = ""
         self._saved_at = time.monotonic()
@@ -175,7 +202,7 @@ class _Record:
                 "assistant",
                 self._text,
                 parent=self.ids[-1],
-                parameters=parameters(settings) if settings else {},
+                parameters={"system": self.system} | (parameters(settings) if settings else {}),
                 model=self._model,
                 checkpoint=self._checkpoint,
             )
@@ -187,8 +214,8 @@ class _Record:
     def end(self) -> bool:
         """Write the whole answer; without one take the question back. Returns if there is one."""
         if self._answer is None:
-            if self._asked:
-                self._store.discard(self.ids[-1])
+            if self.shown_before:
+                self._store.discard(self.ids[-1], head=self.shown_before[0])
             return False
         finish = self._reply.finish
         self._store.update(

@@ -6,12 +6,14 @@ the terminal, the single answer or the page begun. What it is not: any of these 
 
 import hashlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m1local.errors import M1Error, SamplingError
 from m1local_app.boundary import usage_error
 from m1local_app.chat_options import ChatOptions, EngineOptions
+from m1local_app.columns import one_line
 from m1local_app.language import tr
 from m1local_app.options import Chosen
 from m1local_app.textfile import read_text_file
@@ -39,13 +41,46 @@ def check_options(wanted: EngineOptions) -> None:
         raise usage_error(str(error)) from error
     if wanted.system and wanted.system_file:
         raise usage_error(tr("Give --system-prompt or --system-prompt-file, not both."))
-    if isinstance(wanted, ChatOptions) and not wanted.keep and (wanted.resume or wanted.session):
+    if (
+        isinstance(wanted, ChatOptions)
+        and not wanted.keep
+        and (wanted.resume or wanted.session is not None)
+    ):
         raise usage_error(tr("--no-history forbids what --continue and --session need."))
-    if isinstance(wanted, ChatOptions) and wanted.resume and wanted.session:
-        raise usage_error(tr("Give --continue or --session, not both."))
+    if isinstance(wanted, ChatOptions) and wanted.session is not None:
+        if wanted.resume:
+            raise usage_error(tr("Give --continue or --session, not both."))
+        if not wanted.session.strip():
+            raise usage_error(tr("--session is empty; give a number or a title."))
 
 
 _OWN = ("max_new_tokens", "stop", "loop_guard")  # of an answer, and not of sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a command line asks for, with every mistake already said.
+
+    `asked` is the one question, or None; `found` the conversation to go on with, in `store`.
+    """
+
+    options: ChatOptions
+    asked: str | None
+    store: "History | None"
+    found: "StoredConversation | None"
+
+
+def checked(wanted: ChatOptions) -> Wish:
+    """Find what can be wrong before anything is fetched, made or loaded."""
+    check_options(wanted)
+    asked = question(wanted)
+    if not (wanted.resume or wanted.session):
+        return Wish(wanted, asked, None, None)
+    store = _store()
+    found = _named(store, wanted.session) if wanted.session else store.latest()
+    if found is None and wanted.resume:
+        raise M1Error(tr("No conversation is kept yet; start one without --continue."))
+    return Wish(wanted, asked, store, found)
 
 
 def question(wanted: ChatOptions) -> str | None:
@@ -65,24 +100,34 @@ def question(wanted: ChatOptions) -> str | None:
     return text
 
 
-def converse(chosen: Chosen, wanted: ChatOptions, asked: str | None) -> None:
+def converse(chosen: Chosen, wish: Wish) -> None:
     """Answer the one question, or talk until the user leaves."""
-    from m1local_app.answer_view import note, print_answer
+    from m1local_app.answer_view import StoppedError, note, print_answer
     from m1local_app.line_editor import draws
     from m1local_app.notices import show_medical_notice_once
     from m1local_app.terminal import Terminal
 
+    wanted, asked = wish.options, wish.asked
     engine = load(chosen, wanted)
     raw = wanted.raw or not engine.generation.is_chat
-    conversation = _conversation(engine, chosen, wanted, keep=_kept(wanted, raw, asked))
+    # A single question is kept only as part of a conversation that was named.
+    kept = wanted.keep and not raw and asked is None
+    conversation = _conversation(engine, chosen, wanted, wish.store or (_store() if kept else None))
     show_medical_notice_once()
-    unanswered = _resume(conversation, wanted)
+    unanswered = _resume(conversation, wish)
     if asked is not None:
         settings = conversation.session.settings
         events = engine.complete(asked, settings) if raw else conversation.send(asked)
-        print_answer(
-            events, stats=wanted.stats is True, markdown=wanted.markdown is True and not raw
-        )
+        try:
+            print_answer(
+                events, stats=wanted.stats is True, markdown=wanted.markdown is True and not raw
+            )
+        except StoppedError:
+            raise KeyboardInterrupt from None
+        finally:
+            events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
+        if trouble := conversation.trouble():
+            note(trouble)
         return
     kind = tr("continues your text") if raw else tr("chat")
     note(tr("{label}: {kind}; not medical advice.", label=chosen.label, kind=kind))
@@ -122,13 +167,8 @@ def _settings(engine: "Engine", wanted: EngineOptions) -> "GenerationSettings":
     return engine.settings(**wanted.changes(), json_schema=schema)
 
 
-def _kept(wanted: ChatOptions, raw: bool, asked: str | None) -> bool:
-    """A single question is kept only as part of a conversation that was named."""
-    return wanted.keep and not raw and (asked is None or bool(wanted.resume or wanted.session))
-
-
 def _conversation(
-    engine: "Engine", chosen: Chosen, wanted: ChatOptions, *, keep: bool
+    engine: "Engine", chosen: Chosen, wanted: ChatOptions, store: "History | None"
 ) -> "Conversation":
     from m1local.chat import ChatSession, Overflow
     from m1local_app.conversation import Conversation
@@ -139,7 +179,6 @@ def _conversation(
         settings=_settings(engine, wanted),
         overflow=Overflow(wanted.overflow),
     )
-    store = _store() if keep else None
     return Conversation(session, store, label=chosen.label, checkpoint=_checkpoint(chosen.folder))
 
 
@@ -149,29 +188,28 @@ def _store() -> "History":
     return History.open()
 
 
-def _resume(conversation: "Conversation", wanted: ChatOptions) -> str:
-    """Open what --continue or --session names; returns its last question if it has no answer."""
-    store = conversation.store
-    if store is None or not (wanted.resume or wanted.session):
-        return ""
-    found = _named(store, wanted.session) if wanted.session else store.latest()
+def _resume(conversation: "Conversation", wish: Wish) -> str:
+    """Open what --continue or --session found; returns its last question if it has no answer."""
+    from m1local_app.answer_view import note
+
     unanswered = ""
-    if found is not None:
-        unanswered = conversation.open(found.id)
-    elif wanted.session:
-        conversation.rename(wanted.session)
-    else:
-        raise M1Error(tr("No conversation is kept yet; start one without --continue."))
-    if system := _system(wanted):
-        conversation.set_system(system)
+    if wish.found is not None:
+        unanswered = conversation.open(wish.found.id)
+        note(tr("Going on with {id}, {title}.", id=wish.found.id, title=wish.found.title))
+        if system := _system(wish.options):
+            conversation.set_system(system)
+    elif wish.options.session:
+        conversation.rename(one_line(wish.options.session))
     return unanswered
 
 
 def _named(store: "History", name: str) -> "StoredConversation | None":
-    """The conversation of that number or very title, or None."""
-    if name.isdecimal():
+    """The conversation of that number or very title, or None; raises M1Error for several."""
+    if name.strip().isdecimal():
         return store.find(name)
-    return next((each for each in store.conversations() if each.title == name), None)
+    title = one_line(name)
+    found = [each for each in store.conversations() if each.title == title]
+    return store.find(title) if len(found) > 1 else next(iter(found), None)
 
 
 def _system(wanted: EngineOptions) -> str:

@@ -101,7 +101,7 @@ def show_conversation(name: Name) -> None:
     from m1local_app.history import History
 
     with History.open() as store:
-        conversation = store.find(name)
+        conversation = store.find(name, parts=True)
         messages = store.path(conversation.id)
     parts = [one_line(conversation.title)]
     if conversation.system:

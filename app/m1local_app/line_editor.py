@@ -2,12 +2,14 @@
 
 What it is: keys, completion, history, messages of several lines and the editor. prompt_toolkit
 knows how wide Chinese characters are, so that backspace and wrapping are right. What it is not:
-aware of what the lines mean. Nothing typed is written to a file here.
+aware of what the lines mean. Nothing typed is written to a file here, but for the temporary one
+that the editor of Ctrl-G is given; only its user can read it, and it is deleted afterwards.
 """
 
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -20,12 +22,33 @@ CONTINUED = "... "
 QUOTES = '"""'
 
 
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What was typed; between triple quotes nothing is a command."""
+
+    text: str
+    is_quoted: bool = False
+
+    @property
+    def is_command(self) -> bool:
+        """Whether it begins as a slash command does: not with a path, nor with two slashes."""
+        first = self.text.partition(" ")[0].partition("\n")[0]
+        return not self.is_quoted and first.startswith("/") and "/" not in first[1:]
+
+    @property
+    def unescaped(self) -> str:
+        """The text for the model: of two slashes at the beginning one."""
+        doubled = not self.is_quoted and self.text.startswith("//")
+        return self.text[1:] if doubled else self.text
+
+
 class LineEditor(Protocol):
     """Whoever reads a message."""
 
     multi: bool  # whether Enter begins another line, and Alt-Enter sends
+    cleared: bool  # whether Ctrl-C has only emptied the line since the last message
 
-    def read(self, default: str = "") -> str:
+    def read(self, default: str = "") -> Message:
         """One message, `default` being there to begin with; EOFError where there is no more."""
         ...
 
@@ -56,18 +79,25 @@ class PlainEditor:
     """Lines of stdin; the prompt goes to stderr, so that stdout holds answers only."""
 
     multi = False
+    cleared = False
 
-    def read(self, default: str = "") -> str:
-        """One line, or several between triple quotes, or all until an empty one."""
+    def read(self, default: str = "") -> Message:
+        """One line, or several between triple quotes, or all until an empty one.
+
+        An empty line is `default`, which is shown first.
+        """
+        if default:
+            sys.stderr.write(f"{default}\n")
         line = self._line(PROMPT)
-        if not self.multi and not line.startswith(QUOTES):
-            return line
-        if line.startswith("/"):
-            return line
-        lines, end = [line.removeprefix(QUOTES)], QUOTES if line.startswith(QUOTES) else ""
+        if default and not line:
+            return Message(default)
+        is_quoted = line.startswith(QUOTES)
+        if not is_quoted and (not self.multi or line.startswith("/")):
+            return Message(line)
+        lines, end = [line.removeprefix(QUOTES)], QUOTES if is_quoted else ""
         while not (lines[-1].endswith(end) if end else not lines[-1]):
             lines.append(self._line(CONTINUED))
-        return "\n".join(lines).removesuffix(QUOTES).strip("\n")
+        return Message("\n".join(lines).removesuffix(QUOTES).strip("\n"), is_quoted)
 
     @staticmethod
     def _line(prompt: str) -> str:
@@ -95,6 +125,7 @@ class PromptEditor:
         from prompt_toolkit.history import InMemoryHistory
 
         self.multi = False
+        self.cleared = False
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
             history=InMemoryHistory(past),
@@ -107,13 +138,15 @@ class PromptEditor:
             tempfile_suffix=".md",
         )
 
-    def read(self, default: str = "") -> str:
-        """One message; raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C."""
+    def read(self, default: str = "") -> Message:
+        """One message; raises EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C without text."""
+        self.cleared = False
         text = self._session.prompt(default=default)
         stripped = text.strip()
         if stripped.startswith(QUOTES):
-            return stripped.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
-        return text
+            inner = stripped.removeprefix(QUOTES).removesuffix(QUOTES)
+            return Message(inner.strip("\n"), is_quoted=True)
+        return Message(text)
 
     def _keys(self) -> "KeyBindings":
         from prompt_toolkit.filters import is_searching
@@ -135,6 +168,14 @@ class PromptEditor:
                 event.current_buffer.validate_and_handle()
             else:
                 event.current_buffer.insert_text("\n")
+
+        @keys.add("c-c", filter=~is_searching)
+        def _ctrl_c(event: "KeyPressEvent") -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+                self.cleared = True
+            else:
+                event.app.exit(exception=KeyboardInterrupt)
 
         @keys.add("c-g", filter=~is_searching)
         def _editor(event: "KeyPressEvent") -> None:

@@ -2,8 +2,9 @@
 
 What it is: finished blocks are printed for good, the last one is drawn again as it grows, and of a
 block that is taller than the screen its end; so nothing flickers and everything stays in the
-scrollback. What it is not: a Markdown of its own; markdown-it finds the blocks, rich renders them.
-Raw HTML and links are shown as the text they are.
+scrollback. Nothing is hidden: raw HTML, the addresses of links and pictures, and what would be a
+link's definition are shown, and a line's end stays one. What it is not: a Markdown of its own;
+markdown-it finds the blocks, rich renders them.
 """
 
 import time
@@ -17,6 +18,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 
 REFRESH_SECONDS = 0.08
+DRAWING_SHARE = 5  # times as long as it took to draw, nothing is drawn
 ROWS_LEFT = 3  # of the screen, below a tall block
 
 
@@ -29,19 +31,21 @@ class MarkdownStream:
         self._parser = _parser()
         self._text = ""  # of the blocks that are not printed for good yet
         self._printed = False
-        self._drawn_at = 0.0
+        self._draw_at = 0.0  # not before
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def push(self, text: str) -> None:
-        """More of the answer; drawn at most every `REFRESH_SECONDS`."""
+        """More of the answer; drawn at most every `REFRESH_SECONDS`, long blocks less often."""
         self._text += text
-        if time.monotonic() - self._drawn_at < REFRESH_SECONDS:
+        begun = time.monotonic()
+        if begun < self._draw_at:
             return
         self._print_finished()
         if not self._live.is_started:
             self._live.start()
         self._live.update(_Lines(_PlainMarkdown(self._text), growing=True), refresh=True)
-        self._drawn_at = time.monotonic()
+        ended = time.monotonic()
+        self._draw_at = ended + max(REFRESH_SECONDS, DRAWING_SHARE * (ended - begun))
 
     def end(self) -> None:
         """Print what is left; the cursor is then on a line of its own."""
@@ -83,6 +87,10 @@ class _PlainMarkdown(Markdown):
     def __init__(self, text: str) -> None:
         super().__init__(text, hyperlinks=False, code_theme="ansi_dark")
         self.parsed = _parser().parse(text)
+        for token in self.parsed:
+            for child in token.children or ():
+                if child.type == "softbreak":
+                    child.type = "hardbreak"
 
 
 class _Lines:
@@ -117,4 +125,5 @@ def _joined(lines: list[list[Segment]]) -> Iterator[Segment]:
 
 
 def _parser() -> MarkdownIt:
-    return MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+    chosen = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+    return chosen.disable(["reference", "image"])

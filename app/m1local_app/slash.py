@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Answer = Iterator["Event"] | None
 LISTED = 20
+OVERWRITE = "--overwrite"
 
 
 class Leave(Exception):  # noqa: N818  # nothing went wrong
@@ -46,7 +47,7 @@ COMMANDS = (
     Command("undo", "", marked("take the last question and its answer back"), ("u",)),
     Command("clear", "", marked("begin a new conversation"), ("new",)),
     Command("history", "", marked("the conversation so far, its questions numbered")),
-    Command("read", "FILE", marked("ask about a text file")),
+    Command("read", "FILE [TEXT]", marked("ask about a text file")),
     Command("system", "[TEXT]", marked("show the system prompt, or set it")),
     Command("set", "[NAME VALUE]", marked("change a parameter: /set temp 0.2; alone: list them")),
     Command("show", "WHAT", marked("info, license, parameters, system or quality")),
@@ -54,7 +55,7 @@ COMMANDS = (
     Command("save", "TITLE", marked("give the conversation a title")),
     Command("load", "ID|TITLE", marked("go on with another conversation")),
     Command("list", "[WORDS]", marked("the kept conversations, or those that hold the words")),
-    Command("export", "FILE", marked("write the conversation to a .md, .html or .json file")),
+    Command("export", "[FILE]", marked("write the conversation to a .md, .html or .json file")),
     Command("multi", "", marked("Enter begins another line, Alt-Enter sends; again: as before")),
     Command("lang", "en|zh", marked("speak English or Chinese")),
     Command("bye", "", marked("leave"), ("exit", "quit", "x")),
@@ -81,6 +82,10 @@ class SlashCommands:
         names = {name: command.name for command in COMMANDS for name in command.aliases}
         self._names = names | {command.name: command.name for command in COMMANDS}
 
+    def knows(self, line: str) -> bool:
+        """Whether `line` begins with a command's name."""
+        return line[1:].strip().partition(" ")[0].lower() in self._names
+
     def obey(self, line: str) -> Answer:
         """Do what `line` says; raises Leave, or M1Error with what was wrong."""
         typed, _, argument = line[1:].strip().partition(" ")
@@ -105,6 +110,9 @@ class SlashCommands:
         raise Leave
 
     def _retry(self, argument: str) -> Answer:
+        sampling = self.conversation.session.settings.sampling
+        if sampling.seed is not None or not sampling.temperature:
+            note(tr("The seed is set, or the temperature 0: the answer will be the same."))
         return self.conversation.retry()
 
     def _edit(self, argument: str) -> Answer:
@@ -122,11 +130,12 @@ class SlashCommands:
             return self.conversation.edit(turn, text.strip())
         self.ask_again = self.conversation.session.messages[turn].content
         self.editing = turn
+        note(tr("Question {number} is edited; Ctrl-C leaves it as it is.", number=number))
         return None
 
     def _undo(self, argument: str) -> None:
-        question = self.conversation.undo()
-        note(tr("Taken back: {question}", question=_short(question)))
+        self.ask_again = self.conversation.undo()
+        note(tr("Taken back; the question is at the prompt, Ctrl-C drops it."))
 
     def _clear(self, argument: str) -> None:
         self.conversation.clear()
@@ -206,7 +215,7 @@ class SlashCommands:
     def _load(self, argument: str) -> None:
         if not argument:
             raise M1Error(tr("Say which one: /load ID or TITLE; /list lists them."))
-        found = self._store().find(argument)
+        found = self._store().find(argument, parts=True)
         self.ask_again = self.conversation.open(found.id)
         note(tr("{title}, {count} messages", title=found.title, count=found.messages))
         self._history("")
@@ -227,8 +236,10 @@ class SlashCommands:
         store = self._store()
         if self.conversation.id is None:
             raise M1Error(tr("Nothing was said yet."))
-        path = Path(argument or "conversation.md").expanduser()
-        write_export(store, self.conversation.id, path)
+        overwrite = argument.endswith(OVERWRITE)
+        named = argument.removesuffix(OVERWRITE).strip() or "conversation.md"
+        path = _path_and_rest(named)[0].expanduser() if named[0] in "\"'" else Path(named)
+        write_export(store, self.conversation.id, path.expanduser(), overwrite=overwrite)
         note(tr("Wrote {path}.", path=path))
 
     def _multi(self, argument: str) -> None:

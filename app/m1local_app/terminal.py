@@ -6,6 +6,7 @@ itself (conversation.py).
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,15 +14,18 @@ from typing import TYPE_CHECKING
 import typer
 
 from m1local.errors import M1Error
-from m1local_app.answer_view import note, print_answer
+from m1local_app.answer_view import StoppedError, note, print_answer
 from m1local_app.boundary import INTERRUPTED, error_line
 from m1local_app.language import tr
-from m1local_app.line_editor import line_editor
+from m1local_app.line_editor import Message, line_editor
 from m1local_app.slash import PATH_COMMANDS, Leave, SlashCommands, command_names
 
 if TYPE_CHECKING:
     from m1local.generate import Event
     from m1local_app.conversation import Conversation
+
+
+HELD_SECONDS = 0.7  # for so long Ctrl-C after a stopped answer means that answer still
 
 
 class Terminal:
@@ -35,6 +39,9 @@ class Terminal:
         self._raw = raw
         self._markdown = markdown
         self._slash = SlashCommands(conversation, folder=folder, stats=stats)
+        self._prefill = ""  # what stood at the prompt before the user typed
+        self._interrupted = False  # whether Ctrl-C was the last thing that came
+        self._stopped_at = -HELD_SECONDS
         store = conversation.store
         self._editor = line_editor(
             store.user_texts() if store is not None else [],
@@ -47,43 +54,47 @@ class Terminal:
         """Read and answer until the user leaves; `unanswered` is there to be sent again."""
         self._slash.ask_again = unanswered
         note(tr("/help lists the commands, Ctrl-D leaves."))
-        interrupted = False
         while True:
             try:
-                text = self._read()
+                if (message := self._read()) is not None:
+                    self._take(message)
             except EOFError:
                 sys.stderr.write("\n")
                 return
-            except KeyboardInterrupt:
-                if interrupted:
-                    raise typer.Exit(INTERRUPTED) from None
-                interrupted = True
-                self._slash.editing = None
-                note(tr("(Ctrl-C again leaves; Ctrl-D and /bye do, too)"))
-                continue
-            interrupted = False
-            try:
-                self._take(text)
             except Leave:
                 return
 
-    def _read(self) -> str:
+    def _read(self) -> Message | None:
+        """The next message; None where Ctrl-C came instead, which leaves when it came before."""
         self._editor.multi = self._slash.multi
-        default, self._slash.ask_again = self._slash.ask_again, ""
-        return self._editor.read(default)
-
-    def _take(self, text: str) -> None:
-        """Obey or answer `text`; whatever went wrong is one line, and the conversation goes on."""
-        editing, self._slash.editing = self._slash.editing, None
-        is_command = editing is None and text.startswith("/")
-        turns, events = self._conversation.session.turns, None
+        self._prefill, self._slash.ask_again = self._slash.ask_again, ""
         try:
-            if is_command:
-                events = self._slash.obey(text)
-            elif text.strip():
-                events = self._events(text, editing)
+            message = self._editor.read(self._prefill)
+        except KeyboardInterrupt:
+            if time.monotonic() - self._stopped_at < HELD_SECONDS:
+                return None  # the key that stopped the answer is still held down
+            if self._interrupted and not self._editor.cleared:
+                raise typer.Exit(INTERRUPTED) from None
+            self._interrupted, self._slash.editing = True, None
+            note(tr("(Ctrl-C again leaves; Ctrl-D and /bye do, too)"))
+            return None
+        self._interrupted = False
+        return message
+
+    def _take(self, message: Message) -> None:
+        """Obey or answer; whatever went wrong is one line, and the conversation goes on."""
+        editing, self._slash.editing = self._slash.editing, None
+        events, turns = None, self._conversation.session.turns
+        try:
+            if self._is_command(message, editing):
+                editing, events = None, self._slash.obey(message.text)
+            elif message.text.strip():
+                events = self._events(message.unescaped, editing)
             if events is not None:
                 self._show(events)
+        except StoppedError as stopped:
+            self._stopped_at, self._slash.ask_again = time.monotonic(), str(stopped)
+            note(tr("[stopped]"))
         except KeyboardInterrupt:
             note(tr("[stopped]"))
         except M1Error as error:
@@ -91,12 +102,27 @@ class Terminal:
         finally:
             if events is not None:
                 events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
-        unanswered = self._conversation.session.turns is turns
-        if events is not None and not is_command and not self._raw and unanswered:
-            self._slash.ask_again, self._slash.editing = text, editing
-            note(tr("[no answer: the question is at the prompt again]"))
         if events is not None:
-            sys.stderr.write("\n")  # a little air between an answer and the next question
+            self._after(message, editing, answered=self._conversation.session.turns is not turns)
+
+    def _after(self, message: Message, editing: int | None, *, answered: bool) -> None:
+        """Give a question without an answer back, and say what else there is to say."""
+        if not answered and not self._raw:
+            typed = self._slash.ask_again
+            self._slash.ask_again = "\n".join(part for part in (message.text, typed) if part)
+            self._slash.editing = editing
+            note(tr("[no answer: the question is at the prompt again]"))
+        if trouble := self._conversation.trouble():
+            error_line(" ".join(trouble.split()))
+        sys.stderr.write("\n")  # a little air between an answer and the next question
+
+    def _is_command(self, message: Message, editing: int | None) -> bool:
+        """Whether a message is for the terminal; a text that is being edited is for the model."""
+        if not message.is_command:
+            return False
+        return editing is None or (
+            message.text != self._prefill and self._slash.knows(message.text)
+        )
 
     def _events(self, text: str, editing: int | None) -> Iterator["Event"]:
         session = self._conversation.session
@@ -107,12 +133,14 @@ class Terminal:
         return self._conversation.send(text)
 
     def _show(self, events: Iterator["Event"]) -> None:
-        print_answer(
+        session = self._conversation.session
+        typed = print_answer(
             events,
             stats=self._slash.stats,
-            markdown=self._markdown,
-            capacity=self._conversation.session.engine.contexts.capacity,
+            markdown=self._markdown and session.settings.json_schema is None,
+            used=lambda: (session.used_tokens, session.engine.contexts.capacity),
         )
+        self._slash.ask_again = typed
 
     def _meter(self) -> str:
         """How full the context is, for the right edge of the prompt; nothing while it is empty."""

@@ -90,6 +90,7 @@ def ending(message: StoredMessage) -> str:
         "length": tr("CUT OFF: it reached the limit of tokens"),
         "context": tr("CUT OFF: the context was full"),
         "loop": tr("CUT OFF: it repeated itself"),
+        "cancelled": tr("CUT OFF: it was stopped"),
     }
     return known.get(message.finish) or one_line(str(message.finish))
 

@@ -113,20 +113,19 @@ class History:
             )
             queries.touch(connection, owner)
 
-    def discard(self, message_id: int) -> None:
-        """Delete a message that nothing follows; where it was shown, what precedes it is."""
+    def discard(self, message_id: int, *, head: int | None) -> bool:
+        """Delete a message and show what was shown before, up to `head`; False where others follow.
+
+        For a question whose answer never began.
+        """
         with self._database.writing() as connection:
             owner = queries.owner(connection, message_id)
             follower = "SELECT 1 FROM message WHERE parent = ?"
             if connection.execute(follower, (message_id,)).fetchone():
-                raise ValueError(f"message {message_id} is followed by others")
-            connection.execute(
-                "UPDATE conversation SET head = (SELECT parent FROM message WHERE id = ?) "
-                "WHERE head = ?",
-                (message_id, message_id),
-            )
+                return False
+            queries.show(connection, owner, head)
             connection.execute("DELETE FROM message WHERE id = ?", (message_id,))
-            queries.touch(connection, owner)
+        return True
 
     def path(self, conversation_id: int) -> list[StoredMessage]:
         """The shown messages, from the first to the head."""
@@ -208,8 +207,11 @@ class History:
         """The one changed last, or None."""
         return next(iter(self.conversations(limit=1)), None)
 
-    def find(self, name: str) -> StoredConversation:
-        """A conversation by its number, its title, or a part of it; raises M1Error."""
+    def find(self, name: str, *, parts: bool = False) -> StoredConversation:
+        """A conversation by its number or title, or with `parts` by a part of that; raises M1Error.
+
+        Digits are a number or a whole title, never a part: it would be somebody else's.
+        """
         rows = self._rows(queries.CONVERSATIONS.format(where="binned IS NULL"))
         known = [_conversation(row) for row in rows]
         wanted = name.strip()
@@ -217,12 +219,14 @@ class History:
             if wanted == str(one.id):
                 return one
         folded = wanted.casefold()
-        for found in (
+        ways = [
             [one for one in known if one.title == wanted],
             [one for one in known if one.title.casefold() == folded],
-            [one for one in known if one.title.casefold().startswith(folded)],
-            [one for one in known if folded in one.title.casefold()],
-        ):
+        ]
+        if parts and not wanted.isdecimal():
+            ways.append([one for one in known if one.title.casefold().startswith(folded)])
+            ways.append([one for one in known if folded in one.title.casefold()])
+        for found in ways:
             if found and folded:
                 return _only(found, wanted)
         if wanted.isdecimal() and len(wanted) < 19:  # SQLite's integers have 64 bits
