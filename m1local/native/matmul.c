@@ -3,7 +3,8 @@
  *
  * The rows of x are rounded to bytes, each group of their columns with a scale of its own, so that
  * products are whole numbers; all that is lost is that rounding, a 254th of a group's greatest at
- * most. One vector holds bytes of one row of W; four rows of W and up to four of x share what was
+ * most. For W of bytes, which deserves better, a second byte holds what the first has lost, in steps
+ * of a 256th: reading W takes longer than multiplying twice. One vector holds bytes of one row of W; four rows of W and up to four of x share what was
  * loaded. The codes of even columns lie in the low halves of bytes, so x is parted into even and odd
  * columns, instead of W being arranged.
  */
@@ -26,9 +27,10 @@ enum {
 typedef struct {
     int64_t rows, padded_rows, columns, vectors; /* vectors of W in a row */
     int size, parts;                             /* of a group; of x in a vector of W: 2 for nibbles */
+    int fine;                                    /* whether there are second bytes */
     int64_t groups;
-    int8_t *codes;     /* [row][vector][part][BYTES] */
-    int32_t *starts;   /* [row][vector][LANES]: what an integer sum begins with */
+    int8_t *codes;     /* [row][vector][part][BYTES]; for W of bytes what is lost is the 2nd part */
+    int32_t *starts;   /* [row][vector][LANES]: what an integer sum begins with; then the 2nd's */
     float *scales;     /* [row][group] */
     float *sums;       /* [row][group]: of the rounded x */
 } Rounded;
@@ -62,15 +64,16 @@ static int make_room(Rounded *x)
 {
     const size_t vectors = (size_t)x->padded_rows * (size_t)x->vectors;
     const size_t groups = (size_t)x->padded_rows * (size_t)x->groups;
-    x->codes = whole(vectors * (size_t)x->parts * BYTES);
-    x->starts = whole(vectors * LANES * sizeof(int32_t));
+    x->codes = whole(vectors * 2 * BYTES);
+    x->starts = whole(vectors * 2 * LANES * sizeof(int32_t));
     x->scales = whole(groups * sizeof(float));
     x->sums = whole(groups * sizeof(float));
     return x->codes && x->starts && x->scales && x->sums;
 }
 
 /* One group of a row to bytes; returns their scale, no number where one of the values is none. */
-static float round_group(const void *source, int is_wide, int64_t at, int count, int8_t *to)
+static float round_group(
+    const void *source, int is_wide, int64_t at, int count, int8_t *to, int8_t *lost)
 {
     float values[128], greatest = 0, zero = 0;
     for (int i = 0; i < count; i++)
@@ -83,36 +86,32 @@ static float round_group(const void *source, int is_wide, int64_t at, int count,
         zero += values[i] * 0.0f;
     if (zero != 0) { /* infinite, or no number */
         memset(to, 0, (size_t)count);
+        memset(lost, 0, (size_t)count);
         return zero;
     }
     const float scale = greatest / 127, inverse = inverse_of(scale);
-    for (int i = 0; i < count; i++)
-        to[i] = (int8_t)nearbyintf(values[i] * inverse);
+    for (int i = 0; i < count; i++) {
+        const float exact = values[i] * inverse, code = nearbyintf(exact);
+        const float rest = nearbyintf((exact - code) * 256);
+        to[i] = (int8_t)code;
+        lost[i] = (int8_t)(rest > 127 ? 127 : rest < -127 ? -127 : rest);
+    }
     return scale;
 }
 
-/* A row of x: its bytes where W's vectors want them, its scales and sums. */
-static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, int middle,
-                      int8_t *line)
+/* Bytes of a row where W's vectors want them, and what their sums begin with. */
+static void lay_out(
+    const Rounded *x, const int8_t *line, int64_t row, int part, int middle)
 {
-    float *scales = x->scales + row * x->groups, *sums = x->sums + row * x->groups;
-    for (int64_t group = 0; group * x->size < x->columns; group++) {
-        const int64_t first = group * x->size, left = x->columns - first;
-        const int count = left < x->size ? (int)left : x->size;
-        int32_t sum = 0;
-        scales[group] = round_group(source, is_wide, row * x->columns + first, count, line + first);
-        for (int i = 0; i < count; i++)
-            sum += line[first + i];
-        sums[group] = scales[group] * (float)sum;
-    }
-    const int columns = x->parts * BYTES, per_lane = columns / LANES;
+    const int columns = x->parts * BYTES, per_lane = columns / LANES, step = x->parts;
     for (int64_t v = 0; v < x->vectors; v++) {
+        const int64_t at = row * x->vectors + v;
         const int8_t *from = line + v * columns;
-        int8_t *to = x->codes + (row * x->vectors + v) * columns;
-        int32_t *start = x->starts + (row * x->vectors + v) * LANES;
-        for (int part = 0; part < x->parts; part++)
+        int8_t *to = x->codes + (at * 2 + part) * BYTES;
+        int32_t *start = x->starts + (at * 2 + part) * LANES;
+        for (int p = 0; p < step; p++)
             for (int i = 0; i < BYTES; i++)
-                to[part * BYTES + i] = from[i * x->parts + part];
+                to[p * BYTES + i] = from[i * step + p];
         for (int lane = 0; lane < LANES; lane++) {
             int32_t sum = 0;
             for (int i = 0; i < per_lane; i++)
@@ -122,10 +121,32 @@ static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, 
     }
 }
 
+/* A row of x: its bytes, its scales and sums; `line` has room for it twice. */
+static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, int middle,
+                      int8_t *line)
+{
+    float *scales = x->scales + row * x->groups, *sums = x->sums + row * x->groups;
+    int8_t *lost = line + x->vectors * x->parts * BYTES;
+    for (int64_t group = 0; group * x->size < x->columns; group++) {
+        const int64_t first = group * x->size, left = x->columns - first;
+        const int count = left < x->size ? (int)left : x->size;
+        int32_t sum = 0;
+        const float scale = round_group(source, is_wide, row * x->columns + first, count,
+                                        line + first, lost + first);
+        for (int i = 0; i < count; i++)
+            sum += line[first + i];
+        sums[group] = scale * (float)sum;
+        scales[group] = x->fine ? scale / 256 : scale;
+    }
+    lay_out(x, line, row, 0, middle);
+    if (x->fine)
+        lay_out(x, lost, row, 1, middle);
+}
+
 /* Round all rows of x; 0 where there is no memory for them. */
 static int round_rows(Rounded *x, const void *source, int is_wide, int middle, int threads)
 {
-    const size_t line = (size_t)x->vectors * (size_t)x->parts * BYTES;
+    const size_t line = (size_t)x->vectors * (size_t)x->parts * BYTES * 2;
     const int64_t used = threads < x->rows ? threads : x->rows;
     int8_t *lines = whole((size_t)used * line);
     if (!make_room(x) || !lines) {
@@ -171,7 +192,7 @@ INLINE void add_groups(
         const int64_t at = (first + m) * x->vectors + v;
         const Bytes even = load_bytes(x->codes + at * 2 * BYTES);
         const Bytes odd = load_bytes(x->codes + at * 2 * BYTES + BYTES);
-        const Ints start = load_ints(x->starts + at * LANES);
+        const Ints start = load_ints(x->starts + at * 2 * LANES);
         const Floats of_x = spread_over_lanes(x->scales + (first + m) * x->groups + group, spread);
         UNROLL for (int r = 0; r < w_rows; r++) {
             const Ints dot = dot_codes(dot_codes(start, low[r], even), high[r], odd);
@@ -189,11 +210,14 @@ INLINE void add_bytes(
     UNROLL for (int r = 0; r < w_rows; r++) weights[r] = load_bytes(codes[r]);
     UNROLL for (int m = 0; m < x_rows; m++) {
         const int64_t at = (first + m) * x->vectors + v;
-        const Bytes of_row = load_bytes(x->codes + at * BYTES);
-        const Ints start = load_ints(x->starts + at * LANES);
+        const Bytes coarse = load_bytes(x->codes + at * 2 * BYTES);
+        const Bytes fine = load_bytes(x->codes + at * 2 * BYTES + BYTES);
+        const Ints start = load_ints(x->starts + at * 2 * LANES);
+        const Ints more = load_ints(x->starts + at * 2 * LANES + LANES);
         const Floats of_x = all_of(x->scales[(first + m) * x->groups + v / vectors_in_group]);
         UNROLL for (int r = 0; r < w_rows; r++) {
-            const Ints dot = dot_bytes(start, weights[r], of_row);
+            const Ints first_dot = dot_bytes(start, weights[r], coarse);
+            const Ints dot = dot_bytes(raised(first_dot, more), weights[r], fine);
             sums->of[r][m] = plus_product(sums->of[r][m], to_floats(dot), of_x);
         }
     }
@@ -367,6 +391,7 @@ static int multiply_stored(
         .vectors = (w->columns + columns - 1) / columns,
         .size = size,
         .parts = parts,
+        .fine = parts == 1,
     };
     const Output output = {target, is_wide};
     x.groups = (x.vectors * columns + size - 1) / size;
