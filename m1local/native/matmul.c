@@ -11,6 +11,10 @@
 #include <math.h>
 #include <stdlib.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "common.h"
 #include "lanes.h"
 
@@ -20,6 +24,7 @@ enum {
     AHEAD = 2048,       /* bytes */
     GROUP_OF_X = 64,    /* columns of x that share a scale where W has no groups */
     BLOCK = 32,         /* rows of W, and of x, that stay in the cache while they are multiplied */
+    BLOCKS_TAKEN = 4,   /* by a thread at a time */
     LEAST_WORK = 1 << 17 /* weights: fewer are not worth a second thread */
 };
 
@@ -351,7 +356,32 @@ static void multiply_rows_of_w(
     }
 }
 
-/* All of W by all of x, in blocks that stay in the cache; 0 where there is no memory. */
+static int thread_number(void)
+{
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+/* A block of rows of W by all of x, in blocks of x. */
+static void multiply_block(
+    const Stored *w, const Rounded *x, int64_t block, float *scales, const Output *output)
+{
+    const int64_t end = (block + 1) * BLOCK < w->rows ? (block + 1) * BLOCK : w->rows;
+    for (int64_t first = 0; first < x->padded_rows; first += BLOCK) {
+        const int64_t last = first + BLOCK < x->padded_rows ? first + BLOCK : x->padded_rows;
+        int count = ROWS_TOGETHER;
+        for (int64_t row = block * BLOCK; row < end; row += count) {
+            count = end - row < ROWS_TOGETHER || x->rows <= FEW ? 1 : ROWS_TOGETHER;
+            multiply_rows_of_w(w, x, row, count, first, last, scales, output);
+        }
+    }
+}
+
+/* All of W by all of x, in blocks that stay in the cache; 0 where there is no memory. The threads
+ * take a few blocks at a time: one that has to wait for another program holds nobody up. */
 static int multiply(const Stored *w, const Rounded *x, const Output *output, int threads)
 {
     const int64_t blocks = (w->rows + BLOCK - 1) / BLOCK, per_row = x->groups + 4;
@@ -359,22 +389,9 @@ static int multiply(const Stored *w, const Rounded *x, const Output *output, int
     float *scratch = whole((size_t)used * ROWS_TOGETHER * (size_t)per_row * sizeof(float));
     if (!scratch)
         return 0;
-#pragma omp parallel for num_threads(used) schedule(static, 1) if (used > 1)
-    for (int part = 0; part < used; part++) {
-        float *scales = scratch + (int64_t)part * ROWS_TOGETHER * per_row;
-        const int64_t from = blocks * part / used, to = blocks * (part + 1) / used;
-        for (int64_t block = from; block < to; block++)
-            for (int64_t first = 0; first < x->padded_rows; first += BLOCK) {
-                const int64_t end = (block + 1) * BLOCK < w->rows ? (block + 1) * BLOCK : w->rows;
-                const int64_t last =
-                    first + BLOCK < x->padded_rows ? first + BLOCK : x->padded_rows;
-                int count = ROWS_TOGETHER;
-                for (int64_t row = block * BLOCK; row < end; row += count) {
-                    count = end - row < ROWS_TOGETHER || x->rows <= FEW ? 1 : ROWS_TOGETHER;
-                    multiply_rows_of_w(w, x, row, count, first, last, scales, output);
-                }
-            }
-    }
+#pragma omp parallel for num_threads(used) schedule(dynamic, BLOCKS_TAKEN) if (used > 1)
+    for (int64_t block = 0; block < blocks; block++)
+        multiply_block(w, x, block, scratch + thread_number() * ROWS_TOGETHER * per_row, output);
     give_back(scratch);
     return 1;
 }

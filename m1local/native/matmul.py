@@ -1,10 +1,9 @@
 """Multiplying by matrices as the checkpoint stores them, in the compiled library.
 
-What it is: tensors in, a tensor out, by whole numbers: the activations are rounded to bytes (for
-int8 to two each, which loses next to nothing), each
-group of columns with a scale of its own (matmul.c). None where there is no library, or it does not
-know a tensor's kind, and then torch does it. What it is not: bit-equal to torch, as quantizing is;
-tests/test_native_matmul.py has the bound.
+What it is: tensors in, a tensor out, by whole numbers: the activations are rounded to bytes, each
+group of columns with a scale of its own (matmul.c); for int8 to two bytes each, which loses next to
+nothing. None where there is no library, or it does not know a tensor's kind, and then torch does
+it. What it is not: bit-equal to torch, as quantizing is; tests/test_native_matmul.py has the bound.
 """
 
 import ctypes
