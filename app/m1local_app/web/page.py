@@ -35,7 +35,6 @@ def build(desk: Desk) -> gr.Blocks:
         _one(desk, first, accepted=accepted)
     (other,) = (name for name in LANGUAGES if name != first)
     with page.route(other, f"/{other}", show_in_navbar=False):
-        gr.Navbar(visible=False)
         _one(desk, other, accepted=accepted)
     page.queue(default_concurrency_limit=None)
     return page
@@ -70,6 +69,7 @@ def spoken(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _one(desk: Desk, name: str, *, accepted: bool) -> None:
+    gr.Navbar(visible=False)
     with speaking(name):
         parts = layout.build(desk, accepted=accepted)
     handlers = Models(desk, parts)

@@ -78,10 +78,10 @@ def build(desk: Desk, *, accepted: bool) -> Parts:
     """Lay the page out, in the language that is spoken now."""
     made: dict[str, Any] = {}
     with gr.Column(visible=not accepted, elem_id="welcome") as made["welcome"]:
-        gr.HTML(_welcome(desk))
+        gr.HTML(apply_default_css=False, value=_welcome(desk))
         made["accept"] = gr.Button(tr("I have read this and accept it"), variant="primary")
     with gr.Column(visible=accepted, elem_id="shell") as made["shell"]:
-        gr.HTML(_bar(desk), elem_id="bar")
+        gr.HTML(apply_default_css=False, value=_bar(desk), elem_id="bar")
         with gr.Row(elem_id="columns"):
             with gr.Column(elem_id="side", min_width=0):
                 made |= _side()
@@ -92,7 +92,7 @@ def build(desk: Desk, *, accepted: bool) -> Parts:
                 made |= _model()
     made["current"] = gr.Textbox(visible="hidden", elem_id="current", label="id")
     made["exported"] = gr.JSON(visible="hidden", elem_id="exported")
-    made["versions"] = gr.HTML(
+    made["versions"] = gr.HTML(apply_default_css=False, value=
         views.versions({}), visible="hidden", elem_id="versions", js_on_load=FLIPS
     )
     return Parts(**made)
@@ -146,8 +146,8 @@ def _side() -> dict[str, Any]:
         label=tr("Search"), show_label=False, placeholder=tr("Search all conversations"),
         elem_id="search", container=False, max_lines=1,
     )  # fmt: skip
-    made["deleted"] = gr.HTML("", elem_id="deleted", js_on_load=DELEGATE)
-    made["list"] = gr.HTML("", elem_id="list", js_on_load=DELEGATE)
+    made["deleted"] = gr.HTML(apply_default_css=False, value="", elem_id="deleted", js_on_load=DELEGATE)
+    made["list"] = gr.HTML(apply_default_css=False, value="", elem_id="list", js_on_load=DELEGATE)
     with gr.Accordion(tr("This conversation"), open=False, elem_id="this"):
         made["title"] = gr.Textbox(
             label=tr("Title (Enter saves it)"), elem_id="title", max_lines=1
@@ -159,7 +159,7 @@ def _side() -> dict[str, Any]:
             ]
         made["delete"] = gr.Button(tr("Move to the bin"), size="sm", elem_id="delete")
     with gr.Accordion(tr("Bin"), open=False, elem_id="bin-panel"):
-        made["bin"] = gr.HTML("", elem_id="bin", js_on_load=DELEGATE)
+        made["bin"] = gr.HTML(apply_default_css=False, value="", elem_id="bin", js_on_load=DELEGATE)
         made["purge_sure"] = gr.Checkbox(
             label=tr("Yes, delete all conversations for good, the listed ones too"),
             elem_id="purge-sure",
@@ -178,8 +178,8 @@ def _main(desk: Desk) -> dict[str, Any]:
         sanitize_html=True, allow_tags=False, group_consecutive_messages=False,
         placeholder=_placeholder(), feedback_options=None, layout="bubble",
     )  # fmt: skip
-    made["status"] = gr.HTML("", elem_id="status")
-    made["chips"] = gr.HTML("", elem_id="chips", js_on_load=DELEGATE)
+    made["status"] = gr.HTML(apply_default_css=False, value="", elem_id="status")
+    made["chips"] = gr.HTML(apply_default_css=False, value="", elem_id="chips", js_on_load=DELEGATE)
     with gr.Row(elem_id="ask"):
         made["attach"] = gr.UploadButton(
             "+", file_types=[".txt", ".md", ".pdf"], elem_id="attach", min_width=0, scale=0
@@ -196,7 +196,7 @@ def _main(desk: Desk) -> dict[str, Any]:
             tr("Stop"), variant="stop", elem_id="stop", visible=False, min_width=0, scale=0
         )
     caution = tr("Not a doctor: answers are often wrong. Nothing leaves this machine.")
-    gr.HTML(f'<p class="m1-caution">{caution}</p>')
+    gr.HTML(apply_default_css=False, value=f'<p class="m1-caution">{caution}</p>')
     return made
 
 
@@ -233,7 +233,7 @@ def _model() -> dict[str, Any]:
 
     made: dict[str, Any] = {}
     with gr.Accordion(tr("Model"), open=False, elem_id="model-panel") as made["model_panel"]:
-        made["model"] = gr.HTML("", elem_id="model")
+        made["model"] = gr.HTML(apply_default_css=False, value="", elem_id="model")
         made["kept"] = gr.Dropdown([], label=tr("Kept on this machine"), elem_id="kept")
         made["switch"] = gr.Button(tr("Talk to this one"), size="sm", elem_id="switch")
         made["source"] = gr.Textbox(
@@ -244,6 +244,6 @@ def _model() -> dict[str, Any]:
             sorted(shipped_recipes()), value="int4", label=tr("Recipe"), elem_id="recipe"
         )
         made["quantize"] = gr.Button(tr("Quantize"), size="sm", elem_id="quantize")
-        made["work"] = gr.HTML("", elem_id="work")
+        made["work"] = gr.HTML(apply_default_css=False, value="", elem_id="work")
     return made
 

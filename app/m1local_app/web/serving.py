@@ -114,12 +114,33 @@ def launch(
 
 def theme() -> gr.themes.Base:
     """Calm colours, text as the system shows it, nothing fetched."""
-    return gr.themes.Base(
+    base = gr.themes.Base(
         primary_hue=gr.themes.colors.teal,
         neutral_hue=gr.themes.colors.slate,
         font=list(FONTS),
         font_mono=list(MONOSPACE),
         radius_size=gr.themes.sizes.radius_md,
+    )
+    # White on the middle of a hue would be too faint to read.
+    return base.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_text_color="white",
+        button_cancel_background_fill="#be123c",
+        button_cancel_background_fill_hover="#9f1239",
+        button_cancel_background_fill_dark="#be123c",
+        button_cancel_background_fill_hover_dark="#e11d48",
+        button_cancel_text_color="white",
+        button_cancel_text_color_dark="white",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_400",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
     )
 
 
