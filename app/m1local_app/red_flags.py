@@ -22,10 +22,10 @@ URGENT = (
     r"(severe|heavy|uncontrolled) bleeding", r"(cough|vomit)\w* (up )?blood",
     r"anaphyla\w+", r"(throat|tongue|lips) (is |are )?swelling", r"overdos\w+", r"poison(ed|ing)",
     r"swallowed (bleach|poison|a battery|batteries)",
-    "胸痛", "胸口(剧)?痛", "胸闷", "心梗", "心肌梗死", "心脏病发作", "呼吸困难", "喘不(过|上)气", "无法呼吸",
-    "窒息", "口角歪斜", "嘴歪", "半身(无力|麻木|不遂)", "言语不清", "说话不清", "中风了", "脑卒中发作",
-    "昏迷", "失去意识", "晕倒", "抽搐", "大出血", "咯血", "呕血", "吐血", "过敏性休克", "喉头水肿",
-    "服药过量", "中毒", "剧烈头痛",
+    "胸痛", "胸口(剧)?痛", "胸闷", "心梗", "心肌梗死", "心脏病发作", "呼吸困难", "喘不(过|上)气",
+    "无法呼吸", "窒息", "口角歪斜", "嘴歪", "半身(无力|麻木|不遂)", "言语不清", "说话不清",
+    "中风了", "脑卒中发作", "昏迷", "失去意识", "晕倒", "抽搐", "大出血", "咯血", "呕血", "吐血",
+    "过敏性休克", "喉头水肿", "服药过量", "中毒", "剧烈头痛",
 )  # fmt: skip
 DESPAIR = (
     r"suicid\w*", r"kill(ing)? (myself|himself|herself)", r"end (my|his|her) (own )?life",

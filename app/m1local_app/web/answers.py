@@ -7,6 +7,7 @@ gives rise to. What it is not: what the page shows of it (views.py).
 import time
 from collections.abc import Callable, Iterator
 
+from m1local.chat import Turn
 from m1local.generate import (
     Event,
     Finished,
@@ -16,7 +17,6 @@ from m1local.generate import (
     TurnsDropped,
 )
 from m1local.tokenizer import Message
-from m1local.chat import Turn
 from m1local_app.answer_view import dropped_line
 from m1local_app.language import tr
 from m1local_app.web.desk import Desk

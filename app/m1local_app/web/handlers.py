@@ -53,9 +53,7 @@ class Handlers:
 
         def start() -> Iterator[Event]:
             tab.files.clear()
-            if not self._desk.engine.generation.is_chat:
-                return answers.continued(tab, self._desk, question)
-            return tab.conversation.send(question)
+            return self._asked_of(tab, question)
 
         files = list(tab.files)
         yield {self._parts.box: ""}
@@ -115,12 +113,8 @@ class Handlers:
         """Ask, and stream the answer so far: the interface for programs."""
         tab = self._desk.tab(request.session_hash)
         tab.conversation.session.settings = self._desk.settings
-        if self._desk.engine.generation.is_chat:
-            start: Callable[[], Iterator[Event]] = lambda: tab.conversation.send(message)  # noqa: E731
-        else:
-            start = lambda: answers.continued(tab, self._desk, message)  # noqa: E731
         try:
-            yield from answers.follow(self._desk, tab, start)
+            yield from answers.follow(self._desk, tab, lambda: self._asked_of(tab, message))
         except M1Error as error:
             raise gr.Error(str(error), title="m1local", print_exception=False) from error
 
@@ -192,7 +186,11 @@ class Handlers:
     # what all have in common
 
     def _answer(
-        self, tab: Tab, form: tuple[Any, ...], turns: list[Turn], start: Callable[[], Iterator[Event]]
+        self,
+        tab: Tab,
+        form: tuple[Any, ...],
+        turns: list[Turn],
+        start: Callable[[], Iterator[Event]],
     ) -> Iterator[Shown]:
         parts = self._parts
         before, asked = views.messages(turns), turns[-1].message.content if turns else ""
@@ -215,6 +213,12 @@ class Handlers:
             tab.progress.error = str(error)
         if not tab.silent:
             yield self._whole(tab)
+
+    def _asked_of(self, tab: Tab, text: str) -> Iterator[Event]:
+        """The events of an answer to `text`, or of its continuation by a Base model."""
+        if self._desk.engine.generation.is_chat:
+            return tab.conversation.send(text)
+        return answers.continued(tab, self._desk, text)
 
     def _apply(self, tab: Tab, form: tuple[Any, ...]) -> None:
         """Answer as the settings form says; raises M1Error for a wrong value."""

@@ -1,6 +1,10 @@
 // What the page does without the server: panels, colours, keys, addresses, files, versions.
 // What it is not: a part of the conversation; no word of it is kept or sent by this script.
 (() => {
+  const sheet = new CSSStyleSheet();
+  sheet.replaceSync(window.m1Style);
+  document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
+
   const wide = () => window.matchMedia("(min-width: 900px)").matches;
   const one = selector => document.querySelector(selector);
 
@@ -17,12 +21,19 @@
     document.documentElement.style.colorScheme = name;
   }
 
+  const panels = {side: wide(), drawer: false};
+
   function panel(name, open) {
-    document.documentElement.classList.toggle(`m1-${name}`, open);
-    one(`[data-do="${name}"]`)?.setAttribute("aria-expanded", String(open));
-    if (open && !wide()) {
-      const other = name === "side" ? "drawer" : "side";
-      if (document.documentElement.classList.contains(`m1-${other}`)) panel(other, false);
+    panels[name] = open;
+    if (open && !wide()) panels[name === "side" ? "drawer" : "side"] = false;
+    draw();
+  }
+
+  // On the panels themselves: they come into the page later than this script.
+  function draw() {
+    for (const [name, open] of Object.entries(panels)) {
+      one(`#${name}`)?.toggleAttribute("data-open", open);
+      one(`[data-do="${name}"]`)?.setAttribute("aria-expanded", String(open));
     }
   }
 
@@ -32,8 +43,8 @@
       kept("m1-theme", name);
       colours(name);
     },
-    side() { panel("side", !document.documentElement.classList.contains("m1-side")); },
-    drawer() { panel("drawer", !document.documentElement.classList.contains("m1-drawer")); },
+    side() { panel("side", !panels.side); },
+    drawer() { panel("drawer", !panels.drawer); },
     language(button) {
       const at = location.pathname.replace(/\/(en|zh)\/?$/, "").replace(/\/$/, "");
       const second = /\/(en|zh)\/?$/.test(location.pathname);
@@ -112,13 +123,12 @@
   function changed() {
     if (planned) return;
     planned = true;
-    requestAnimationFrame(() => { planned = false; versions(); });
+    requestAnimationFrame(() => { planned = false; draw(); versions(); });
   }
 
   function begin() {
     const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
     colours(kept("m1-theme") || (dark ? "dark" : "light"));
-    panel("side", wide());
     document.documentElement.lang = /\/zh\/?$/.test(location.pathname) ? "zh-Hans" : document.documentElement.lang;
     new MutationObserver(changed).observe(document.body, {childList: true, subtree: true, attributes: true, attributeFilter: ["data-versions"]});
   }

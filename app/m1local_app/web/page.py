@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
+from gradio.components.navbar import Navbar
+from gradio.events import api
 
 from m1local_app import notices
 from m1local_app.language import LANGUAGES, language, speaking
@@ -69,13 +71,17 @@ def spoken(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _one(desk: Desk, name: str, *, accepted: bool) -> None:
-    gr.Navbar(visible=False)
+    Navbar(visible=False)
     with speaking(name):
         parts = layout.build(desk, accepted=accepted)
     handlers = Models(desk, parts)
 
     def on(
-        event: Callable[..., Any], handler: Callable[..., Any], inputs: Any, outputs: Any, **more: Any
+        event: Callable[..., Any],
+        handler: Callable[..., Any],
+        inputs: Any,
+        outputs: Any,
+        **more: Any,
     ) -> Any:
         more.setdefault("show_progress", "hidden")
         more.setdefault("api_visibility", "private")
@@ -86,13 +92,24 @@ def _one(desk: Desk, name: str, *, accepted: bool) -> None:
     _drawer_events(parts, handlers, on)
     if name == language():
         chat = spoken(name, handlers.chat)
-        gr.api(chat, api_name="chat", concurrency_limit=MOST_ANSWERS, concurrency_id="answers")
+        api(chat, api_name="chat", concurrency_limit=MOST_ANSWERS, concurrency_id="answers")
 
 
 def _chat_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
     context = gr.context.Context.root_block
     assert context is not None
-    shown = [p.chat, p.status, p.chips, p.box, p.send, p.stop, p.versions, p.current, p.list, p.title]
+    shown = [
+        p.chat,
+        p.status,
+        p.chips,
+        p.box,
+        p.send,
+        p.stop,
+        p.versions,
+        p.current,
+        p.list,
+        p.title,
+    ]
     slow = {"concurrency_limit": MOST_ANSWERS, "concurrency_id": "answers"}
     form = [p.current, *p.form]
     on(context.load, handlers.load, p.current, [*shown, *p.form, p.bin], js=ADDRESS)
@@ -110,7 +127,18 @@ def _chat_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
 
 
 def _panel_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
-    shown = [p.chat, p.status, p.chips, p.box, p.send, p.stop, p.versions, p.current, p.list, p.title]
+    shown = [
+        p.chat,
+        p.status,
+        p.chips,
+        p.box,
+        p.send,
+        p.stop,
+        p.versions,
+        p.current,
+        p.list,
+        p.title,
+    ]
     every = [*shown, p.form[0], p.deleted, p.bin, p.purge_sure]
     on(p.new.click, handlers.new, p.current, every)
     on(p.list.select, handlers.open, p.current, every)

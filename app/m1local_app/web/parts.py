@@ -17,7 +17,7 @@ from m1local_app.web import views
 from m1local_app.web.desk import Desk
 from m1local_app.web.forms import OVERFLOWS, PRESETS
 
-LATEX = [
+LATEX: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
@@ -92,8 +92,12 @@ def build(desk: Desk, *, accepted: bool) -> Parts:
                 made |= _model()
     made["current"] = gr.Textbox(visible="hidden", elem_id="current", label="id")
     made["exported"] = gr.JSON(visible="hidden", elem_id="exported")
-    made["versions"] = gr.HTML(apply_default_css=False, value=
-        views.versions({}), visible="hidden", elem_id="versions", js_on_load=FLIPS
+    made["versions"] = gr.HTML(
+        apply_default_css=False,
+        value=views.versions({}),
+        visible="hidden",
+        elem_id="versions",
+        js_on_load=FLIPS,
     )
     return Parts(**made)
 
@@ -146,12 +150,12 @@ def _side() -> dict[str, Any]:
         label=tr("Search"), show_label=False, placeholder=tr("Search all conversations"),
         elem_id="search", container=False, max_lines=1,
     )  # fmt: skip
-    made["deleted"] = gr.HTML(apply_default_css=False, value="", elem_id="deleted", js_on_load=DELEGATE)
+    made["deleted"] = gr.HTML(
+        apply_default_css=False, value="", elem_id="deleted", js_on_load=DELEGATE
+    )
     made["list"] = gr.HTML(apply_default_css=False, value="", elem_id="list", js_on_load=DELEGATE)
     with gr.Accordion(tr("This conversation"), open=False, elem_id="this"):
-        made["title"] = gr.Textbox(
-            label=tr("Title (Enter saves it)"), elem_id="title", max_lines=1
-        )
+        made["title"] = gr.Textbox(label=tr("Title (Enter saves it)"), elem_id="title", max_lines=1)
         with gr.Row(elem_id="exports"):
             made["exports"] = [
                 gr.Button(name, size="sm", elem_id=f"export-{name.lower()}", min_width=60)
@@ -205,7 +209,7 @@ def _placeholder() -> str:
 
 
 def _settings(desk: Desk) -> dict[str, Any]:
-    form, sampling = desk.form, {"step": 0.01}
+    form = desk.form
     with gr.Accordion(tr("Settings"), elem_id="settings"):
         preset = gr.Dropdown(
             [tr(name) for name, _ in PRESETS], label=tr("Role"), value=None, elem_id="preset"
@@ -213,11 +217,11 @@ def _settings(desk: Desk) -> dict[str, Any]:
         fields = [
             gr.Textbox(form.system, label=tr("System prompt"), lines=3, max_lines=8,
                        elem_id="system"),
-            gr.Slider(0, 2, form.temperature, label=tr("Temperature"), **sampling),
+            gr.Slider(0, 2, form.temperature, label=tr("Temperature"), step=0.01),
             gr.Slider(0, 200, form.top_k, step=1, label=tr("Top-k (0: off)")),
-            gr.Slider(0.01, 1, form.top_p, label="Top-p", **sampling),
-            gr.Slider(0, 1, form.min_p, label="Min-p", **sampling),
-            gr.Slider(0.5, 2, form.repetition_penalty, label=tr("Repeat penalty"), **sampling),
+            gr.Slider(0.01, 1, form.top_p, label="Top-p", step=0.01),
+            gr.Slider(0, 1, form.min_p, label="Min-p", step=0.01),
+            gr.Slider(0.5, 2, form.repetition_penalty, label=tr("Repeat penalty"), step=0.01),
             gr.Number(form.max_new_tokens, label=tr("Longest answer, in tokens"), precision=0,
                       minimum=1, elem_id="length"),
             gr.Number(form.seed, label=tr("Seed (empty: random)"), precision=0, elem_id="seed"),
@@ -246,4 +250,3 @@ def _model() -> dict[str, Any]:
         made["quantize"] = gr.Button(tr("Quantize"), size="sm", elem_id="quantize")
         made["work"] = gr.HTML(apply_default_css=False, value="", elem_id="work")
     return made
-

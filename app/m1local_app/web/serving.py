@@ -5,6 +5,7 @@ analytics, uploads in a private folder that goes away. What it is not: the page.
 """
 
 import atexit
+import json
 import os
 import shutil
 import socket
@@ -32,9 +33,7 @@ CONTENT_POLICY = (
 )
 
 
-def serve(
-    desk: Desk, *, host: str, port: int, browser: bool, auth: tuple[str, str] | None
-) -> None:
+def serve(desk: Desk, *, host: str, port: int, browser: bool, auth: tuple[str, str] | None) -> None:
     """Open the page and wait until Ctrl-C."""
     page = pages.build(desk)
     _, url, _ = launch(page, host=host, port=port, browser=browser, auth=auth)
@@ -86,21 +85,20 @@ def launch(
     _keep_uploads_private()
     _ask_no_proxy()
     try:
-            started: tuple[Any, str, str | None] = page.launch(
-                server_name=host,
-                server_port=port or free_port(),
-                share=False,
-                inbrowser=browser,
-                prevent_thread_lock=True,
-                quiet=True,
-                theme=theme(),
-                css_paths=[HERE / "page.css"],
-                head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
-                footer_links=[],
-                auth=auth,
-                max_file_size="64mb",
-                app_kwargs={"middleware": [Middleware(OwnContentOnly)]},
-            )
+        started: tuple[Any, str, str | None] = page.launch(
+            server_name=host,
+            server_port=port or free_port(),
+            share=False,
+            inbrowser=browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            theme=theme(),
+            head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+            footer_links=[],
+            auth=auth,
+            max_file_size="64mb",
+            app_kwargs={"middleware": [Middleware(OwnContentOnly)]},
+        )
     except OSError as error:
         raise M1Error(
             tr(
@@ -110,6 +108,12 @@ def launch(
             )
         ) from error
     return started
+
+
+def head() -> str:
+    """Our script, which also brings our style: Gradio rewrites the selectors of every <style>."""
+    style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return f"<script>window.m1Style = {json.dumps(style)};\n{script}</script>"
 
 
 def theme() -> gr.themes.Base:
