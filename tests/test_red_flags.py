@@ -27,7 +27,9 @@ def test_signs_of_an_emergency_are_noticed(question: str) -> None:
     assert advice(question) == URGENT_ADVICE
 
 
-@pytest.mark.parametrize("question", ["I want to die", "thoughts of suicide", "我想自杀", "不想活了"])
+@pytest.mark.parametrize(
+    "question", ["I want to die", "thoughts of suicide", "我想自杀", "不想活了"]
+)
 def test_despair_has_an_advice_of_its_own(question: str) -> None:
     assert advice(question) == DESPAIR_ADVICE
 

@@ -92,6 +92,7 @@ def unfold(window: Window, panel: str) -> None:
 def upload(window: Window, path: Path) -> None:
     from selenium.webdriver.common.by import By
 
+    window.js("document.querySelector('#main input[type=file]').value = ''")
     window.browser.find_element(By.CSS_SELECTOR, "#main input[type=file]").send_keys(str(path))
 
 
@@ -236,7 +237,7 @@ def test_light_and_dark_can_be_read_and_are_remembered(window: Window, page: Ser
     window.ended(1)
     window.click("[data-do=drawer]")
     selectors = [
-        "#send", "#new", "#chat .user .prose p", "#chat .bot .prose p", ".m1-facts span",
+        "#send", "#new", "#chat .user .prose p", "#chat .bot .prose p", ".m1-facts > span",
         ".m1-notice", ".m1-label", ".m1-caution", "#list span", "#list small", "#settings label span",
     ]  # fmt: skip
     for _ in range(2):
@@ -256,7 +257,9 @@ def test_light_and_dark_can_be_read_and_are_remembered(window: Window, page: Ser
 def test_a_phone_shows_everything_without_scrolling_sideways(
     page: Served, window: Window, store: History
 ) -> None:
-    long = "| a | b |\n|---|---|\n| " + "word " * 40 + "| " + "x" * 200 + " |\n\n`" + "y" * 300 + "`"
+    long = (
+        "| a | b |\n|---|---|\n| " + "word " * 40 + "| " + "x" * 200 + " |\n\n`" + "y" * 300 + "`"
+    )
     kept = keep(store, "w" * 200, long)
     metrics: dict[str, Any] = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     window.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

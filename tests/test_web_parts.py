@@ -138,6 +138,22 @@ def test_what_was_written_by_others_is_escaped_everywhere(tab: Tab) -> None:
         assert "&lt;img" in html
 
 
+def test_nothing_in_a_message_is_html_and_nothing_is_swallowed() -> None:
+    for text in (
+        "a <b>c</b>",
+        "x <script>",
+        "<!-- no",
+        "5 <a and",
+        "< 5",
+        "`<b>` <br> ```\n<i>\n```",
+    ):
+        shown = views.without_tags(text)
+        assert views.typed(shown) == text
+        assert shown.replace("\N{WORD JOINER}", "") == text
+    assert "<b" not in views.without_tags("a <b>c</b>")
+    assert views.without_tags("`<b>` <br> < 5") == "`<b>` <br> < 5"
+
+
 def test_advice_stands_above_the_answer_to_that_question_only() -> None:
     turns = [
         Turn(Message(role, text))

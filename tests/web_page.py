@@ -23,7 +23,7 @@ from m1local_app import notices
 from m1local_app.history import History
 from tests.conftest import TINY, write_checkpoint
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 30
 ANSWER_TOKENS = 6000
 TOKEN_SECONDS = 0.03
 LABEL = "tiny <b>model</b>"
@@ -110,7 +110,10 @@ class Window:
         ):  # fmt: skip
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-        preferences = {"download.default_directory": str(downloads)}
+        preferences = {
+            "download.default_directory": str(downloads),
+            "profile.default_content_setting_values.automatic_downloads": 1,
+        }
         options.add_experimental_option("prefs", preferences)
         from selenium.webdriver.chrome.service import Service
 

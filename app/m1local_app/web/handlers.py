@@ -78,7 +78,7 @@ class Handlers:
         tab = self._desk.tab(request.session_hash, current)
         tab.interrupt()
         index = edited.index if isinstance(edited.index, int) else edited.index[0]
-        text = str(edited.value)
+        text = views.typed(str(edited.value))
         turns = [*tab.conversation.session.turns[:index], _asked(text)]
         yield from self._answer(tab, form, turns, lambda: tab.conversation.edit(index, text))
 
@@ -152,7 +152,7 @@ class Handlers:
         taken = tab.conversation.session.used_tokens + sum(file.tokens for file in tab.files)
         left = capacity * 3 // 4 - taken  # a quarter is for the answer
         if tokens > left:
-            raise ContextLengthError(
+            raise M1Error(
                 tr(
                     "{name} has {tokens:,} tokens; {left:,} are left of the context, a quarter "
                     "being kept for the answer. Attach a part, begin a new conversation, or start "
@@ -209,6 +209,8 @@ class Handlers:
                     return
                 shown = [*before, views.answer(asked, text)] if text else before
                 yield {parts.chat: shown, parts.status: self._status(tab)}
+        except ContextLengthError:
+            tab.progress.error = self._too_long()
         except M1Error as error:
             tab.progress.error = str(error)
         if not tab.silent:
@@ -229,6 +231,13 @@ class Handlers:
         if wanted.system != session.system:
             tab.conversation.set_system(wanted.system)
         self._desk.form = wanted
+
+    def _too_long(self) -> str:
+        return tr(
+            "This does not fit into the context of {capacity:,} tokens. Shorten it, or begin a new "
+            "conversation; `m1 ui --ctx-size` allows more.",
+            capacity=self._desk.engine.contexts.capacity,
+        )
 
     def _calm(self, request: gr.Request, current: str) -> Tab:
         """The tab, its answer stopped if one was under way, and the last error forgotten."""

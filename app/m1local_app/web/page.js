@@ -21,7 +21,7 @@
     document.documentElement.style.colorScheme = name;
   }
 
-  const panels = {side: wide(), drawer: false};
+  const panels = {side: false, drawer: false};
 
   function panel(name, open) {
     panels[name] = open;
@@ -129,6 +129,8 @@
   function begin() {
     const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
     colours(kept("m1-theme") || (dark ? "dark" : "light"));
+    panels.side = wide();
+    draw();
     document.documentElement.lang = /\/zh\/?$/.test(location.pathname) ? "zh-Hans" : document.documentElement.lang;
     new MutationObserver(changed).observe(document.body, {childList: true, subtree: true, attributes: true, attributeFilter: ["data-versions"]});
   }

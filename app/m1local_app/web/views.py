@@ -5,6 +5,7 @@ What it is not: Gradio; these are lists and strings.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -19,6 +20,9 @@ from m1local_app.web.attachments import Attachment
 from m1local_app.web.tabs import Progress, Tab
 
 Message = dict[str, str]
+# What begins a tag, unless it is in code, or a line break as models write it in tables.
+_TAG = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`|<br ?/?>)|<(?=[A-Za-z/!?])", re.DOTALL)
+_JOINER = "\N{WORD JOINER}"  # has no width; behind it nothing is a tag
 SNIPPET = 70  # characters of a message around what was searched
 LISTED = 200
 
@@ -36,12 +40,22 @@ def messages(turns: Iterable[Turn]) -> list[Message]:
 
 def question(text: str) -> Message:
     """A question as a message."""
-    return {"role": "user", "content": text}
+    return {"role": "user", "content": without_tags(text)}
+
+
+def without_tags(text: str) -> str:
+    """Markdown that looks the same, in which nothing is HTML: a browser would swallow it."""
+    return _TAG.sub(lambda found: found[1] or f"<{_JOINER}", text)
+
+
+def typed(text: str) -> str:
+    """What a user means who edited a text that `without_tags` made."""
+    return text.replace(f"<{_JOINER}", "<")
 
 
 def answer(asked: str, text: str) -> Message:
     """An answer as a message; where `asked` holds a word of an emergency, advice stands above."""
-    line = advice(asked)
+    line, text = advice(asked), without_tags(text)
     content = text if line is None else f"> **{line}**\n\n{text}"
     return {"role": "assistant", "content": content}
 
