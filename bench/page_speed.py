@@ -7,6 +7,7 @@ main thread is busy for each. What it is not: a test; it times one machine.
     python -m bench.page_speed
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ RESULT = Path(__file__).parent / "results" / "page_speed.json"
 LENGTHS = (10, 200)
 TOKENS = 150
 LABEL = "m1-tiny"
-TEXT = "Glaucoma is a group of **diseases** of the eye:\n\n- open angle\n- closed angle\n\n`IOP > 21`\n"
+TEXT = "Glaucoma is a group of **eye diseases**:\n\n- open angle\n- closed angle\n\n`IOP > 21`"
 WATCH = """
 window.m1Times = []; window.m1Text = '';
 new MutationObserver(() => {
@@ -85,7 +86,7 @@ def _measured(url: str, identifier: int, length: int) -> dict[str, Any]:
         times = browser.execute_script("return window.m1Times")
     finally:
         browser.quit()
-    between = [after - earlier for earlier, after in zip(times, times[1:], strict=False)]
+    between = [after - earlier for earlier, after in itertools.pairwise(times)]
     return {
         "messages": length,
         "updates": len(times),

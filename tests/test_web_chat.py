@@ -125,7 +125,7 @@ def test_editing_an_earlier_question_asks_it_anew_and_keeps_the_old(
     window.click("#chat button[aria-label=Submit]")
     window.until(lambda: window.idle and len(window.questions) == 1, "it was not asked anew")
     window.ended(1)
-    assert [message.content for message in path(page)][0] == "first changed"
+    assert path(page)[0].content == "first changed"
     window.until(lambda: window.texts(".user-row .m1-flip span") == ["2/2"], "no version to flip")
     window.click(".user-row .m1-flip button")
     window.until(lambda: window.questions == ["first", "second"], "the old version did not come")
@@ -225,8 +225,13 @@ def test_an_error_is_one_line_and_the_question_comes_back(page: Served, window: 
 
 
 def test_after_a_restart_of_the_server_the_page_goes_on(
-    home: Path, page: Served, model: SlowEngine, window: Window
+    home: Path,
+    page: Served,
+    model: SlowEngine,
+    window: Window,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    accept(home, monkeypatch)
     window.ask("before the restart", answers=1)
     window.stop()
     window.until(lambda: "?c=" in window.browser.current_url, "the address names nothing")

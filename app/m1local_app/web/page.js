@@ -1,10 +1,6 @@
 // What the page does without the server: panels, colours, keys, addresses, files, versions.
 // What it is not: a part of the conversation; no word of it is kept or sent by this script.
 (() => {
-  const sheet = new CSSStyleSheet();
-  sheet.replaceSync(window.m1Style);
-  document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
-
   const wide = () => window.matchMedia("(min-width: 900px)").matches;
   const one = selector => document.querySelector(selector);
 

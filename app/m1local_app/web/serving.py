@@ -5,7 +5,6 @@ analytics, uploads in a private folder that goes away. What it is not: the page.
 """
 
 import atexit
-import json
 import os
 import shutil
 import socket
@@ -93,6 +92,7 @@ def launch(
             prevent_thread_lock=True,
             quiet=True,
             theme=theme(),
+            css_paths=[HERE / "page.css"],
             head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
             footer_links=[],
             auth=auth,
@@ -108,12 +108,6 @@ def launch(
             )
         ) from error
     return started
-
-
-def head() -> str:
-    """Our script, which also brings our style: Gradio rewrites the selectors of every <style>."""
-    style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    return f"<script>window.m1Style = {json.dumps(style)};\n{script}</script>"
 
 
 def theme() -> gr.themes.Base:
