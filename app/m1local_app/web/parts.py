@@ -190,7 +190,7 @@ def _main(desk: Desk) -> dict[str, Any]:
         )
         made["box"] = gr.Textbox(
             label=tr("Your question"), show_label=False, elem_id="box", container=False,
-            placeholder=tr("Ask a question. Enter sends, Shift-Enter makes a new line, Esc stops."),
+            placeholder=tr("Ask a question"),
             lines=1, max_lines=8, autofocus=True, scale=1,
         )  # fmt: skip
         made["send"] = gr.Button(
@@ -205,7 +205,9 @@ def _main(desk: Desk) -> dict[str, Any]:
 
 
 def _placeholder() -> str:
-    return f"### {tr('What would you like to know?')}\n{tr('Answers stay on this machine.')}"
+    keys = tr("Enter sends, Shift-Enter makes a new line, Esc stops.")
+    private = tr("Answers stay on this machine.")
+    return f"### {tr('What would you like to know?')}\n{private}\n\n{keys}"
 
 
 def _settings(desk: Desk) -> dict[str, Any]:
