@@ -156,10 +156,11 @@ def test_nothing_in_a_message_is_html_and_nothing_is_swallowed() -> None:
 
 def test_advice_stands_above_the_answer_to_that_question_only() -> None:
     turns = [
-        Turn(Message(role, text))
-        for role, text in (("user", "chest pain"), ("assistant", "a"), ("user", "thanks"),
-                           ("assistant", "b"))
-    ]  # type: ignore[arg-type]  # fmt: skip
+        Turn(Message("user", "chest pain")),
+        Turn(Message("assistant", "a")),
+        Turn(Message("user", "thanks")),
+        Turn(Message("assistant", "b")),
+    ]
     contents = [message["content"] for message in views.messages(turns)]
     assert contents[1] == f"> **{red_flags.URGENT_ADVICE}**\n\na"
     assert contents[3] == "b"
