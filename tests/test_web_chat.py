@@ -221,6 +221,7 @@ def test_an_error_is_one_line_and_the_question_comes_back(page: Served, window: 
     assert "Traceback" not in line
     value = "return document.querySelector('#box textarea').value.length"
     window.until(lambda: window.js(value) > 50000, "the question is gone")
+    window.until(lambda: window.idle, "the stop button stays")
     window.assert_private_and_quiet()
 
 

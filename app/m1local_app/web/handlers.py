@@ -56,11 +56,15 @@ class Handlers:
             return self._asked_of(tab, question)
 
         files = list(tab.files)
-        yield {self._parts.box: ""}
-        yield from self._answer(tab, form, [*turns, _asked(question)], start)
-        if len(tab.conversation.session.turns) <= len(turns) and not tab.silent:
+
+        def end() -> Shown:
+            if len(tab.conversation.session.turns) > len(turns):
+                return {}
             tab.files = tab.files or files  # nothing was answered: the question comes back
-            yield {self._parts.box: text, self._parts.chips: views.attached(tab.files)}
+            return {self._parts.box: text, self._parts.chips: views.attached(tab.files)}
+
+        yield {self._parts.box: ""}
+        yield from self._answer(tab, form, [*turns, _asked(question)], start, end)
 
     def retry(self, current: str, request: gr.Request, *form: Any) -> Iterator[Shown]:
         """Answer the last question again."""
@@ -191,6 +195,7 @@ class Handlers:
         form: tuple[Any, ...],
         turns: list[Turn],
         start: Callable[[], Iterator[Event]],
+        end: Callable[[], Shown] = dict,
     ) -> Iterator[Shown]:
         parts = self._parts
         before, asked = views.messages(turns), turns[-1].message.content if turns else ""
@@ -214,7 +219,7 @@ class Handlers:
         except M1Error as error:
             tab.progress.error = str(error)
         if not tab.silent:
-            yield self._whole(tab)
+            yield self._whole(tab) | end()
 
     def _asked_of(self, tab: Tab, text: str) -> Iterator[Event]:
         """The events of an answer to `text`, or of its continuation by a Base model."""
