@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,30 @@ def test_a_phone_shows_everything_without_scrolling_sideways(
         assert send[1] <= 800
     finally:
         window.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_of_a_long_conversation_the_end_is_shown_and_more_on_demand(
+    page: Served, store: History, window: Window
+) -> None:
+    identifier, parent = store.begin(), None
+    for number in range(30):
+        parent = store.add(identifier, "user", f"question {number}", parent=parent)
+        parent = store.add(identifier, "assistant", f"answer {number}", parent=parent)
+    page.desk.form = replace(page.desk.form, overflow="rolling")
+    window.open(f"{page.url}?c={identifier}")
+    window.until(lambda: len(window.questions) == 20, "the end is not shown")
+    assert window.questions[0] == "question 10"
+    window.js("document.querySelectorAll('#chat button[aria-label=Edit]')[0].click()")
+    window.type("#chat textarea", " changed")
+    window.click("#chat button[aria-label=Submit]")
+    window.until(lambda: store.path(identifier)[-2].content == "question 10 changed", "not it")
+    window.until(lambda: window.idle and window.shown("#earlier") is False, "all can be shown")
+    window.until(lambda: "question 10 changed" in window.questions, "it is not shown")
+    window.until(lambda: window.texts(".m1-flip span") == ["2/2"], "no version to flip")
+    window.click(".m1-flip button")
+    window.until(lambda: window.questions[-1:] == ["question 29"], "it did not flip")
+    window.click("#earlier")
+    window.until(lambda: len(window.questions) == 30, "no earlier ones came")
 
 
 def test_everything_to_press_has_a_name(window: Window) -> None:

@@ -21,7 +21,7 @@ from m1local_app.web.attachments import Attachment
 from m1local_app.web.desk import Desk
 from m1local_app.web.forms import Form, preset
 from m1local_app.web.parts import Parts
-from m1local_app.web.tabs import Tab
+from m1local_app.web.tabs import SHOWN_TURNS, Tab
 
 Shown = dict[Any, Any]  # a component, and what it shows from now on
 
@@ -81,7 +81,8 @@ class Handlers:
         """Ask another question in place of an earlier one."""
         tab = self._desk.tab(request.session_hash, current)
         tab.interrupt()
-        index = edited.index if isinstance(edited.index, int) else edited.index[0]
+        at = edited.index if isinstance(edited.index, int) else edited.index[0]
+        index = tab.first + at
         text = views.typed(str(edited.value))
         turns = [*tab.conversation.session.turns[:index], _asked(text)]
         yield from self._answer(tab, form, turns, lambda: tab.conversation.edit(index, text))
@@ -99,10 +100,18 @@ class Handlers:
         """Show another version of a message, and what followed it."""
         tab = self._calm(request, current)
         try:
-            unanswered = tab.conversation.flip(int(clicked.index), int(clicked.step))
+            unanswered = tab.conversation.flip(tab.first + int(clicked.index), int(clicked.step))
         except M1Error as error:
             return self._failed(tab, error)
         return self._whole(tab) | ({self._parts.box: unanswered} if unanswered else {})
+
+    def earlier(self, current: str, request: gr.Request) -> Shown:
+        """Show more of a long conversation."""
+        tab = self._desk.tab(request.session_hash, current)
+        if tab.busy:
+            return {}
+        tab.shown_turns += SHOWN_TURNS
+        return self._whole(tab)
 
     def stop(self, request: gr.Request) -> None:
         """End the answer under way."""
@@ -198,7 +207,10 @@ class Handlers:
         end: Callable[[], Shown] = dict,
     ) -> Iterator[Shown]:
         parts = self._parts
-        before, asked = views.messages(turns), turns[-1].message.content if turns else ""
+        before, asked = (
+            views.messages(turns[tab.frame(len(turns)) :]),
+            turns[-1].message.content if turns else "",
+        )
 
         def begin() -> Iterator[Event]:
             self._apply(tab, form)
@@ -255,12 +267,15 @@ class Handlers:
         """Everything about the conversation, idle."""
         parts, conversation = self._parts, tab.conversation
         tab.progress.used = conversation.session.used_tokens
+        first = tab.frame(len(conversation.session.turns))
+        versions = {at - first: one for at, one in conversation.versions().items() if at >= first}
         store, current = self._desk.store, conversation.id
         known = [] if store is None else store.conversations(limit=views.LISTED)
         return {
-            parts.chat: views.messages(conversation.session.turns),
+            parts.chat: views.messages(conversation.session.turns[first:]),
             parts.status: self._status(tab),
-            parts.versions: views.versions(conversation.versions()),
+            parts.versions: views.versions(versions),
+            parts.earlier: gr.update(visible=first > 0),
             parts.current: "" if current is None else str(current),
             parts.list: views.conversations(known, current),
             parts.title: conversation.title,

@@ -14,7 +14,7 @@ from m1local_app.language import tr
 from m1local_app.transcript import Transcript
 from m1local_app.web import views
 from m1local_app.web.handlers import Handlers, Shown
-from m1local_app.web.tabs import Progress, Tab
+from m1local_app.web.tabs import SHOWN_TURNS, Progress, Tab
 
 FORMATS = {"Markdown": ".md", "HTML": ".html", "JSON": ".json"}
 
@@ -26,6 +26,7 @@ class Keeping(Handlers):
         """Begin a new conversation."""
         tab = self._calm(request, current)
         tab.conversation.clear()
+        tab.shown_turns = SHOWN_TURNS
         tab.conversation.session.system = self._desk.form.system
         tab.deleted = None
         return self._whole(tab) | {self._parts.deleted: "", self._parts.box: ""}
@@ -37,7 +38,7 @@ class Keeping(Handlers):
             unanswered = tab.conversation.open(int(clicked.open))
         except M1Error as error:
             return self._whole(tab) | self._failed(tab, error)
-        tab.progress = Progress()
+        tab.progress, tab.shown_turns = Progress(), SHOWN_TURNS
         return (
             self._whole(tab)
             | self._system(tab)

@@ -95,21 +95,18 @@ def _one(desk: Desk, name: str, *, accepted: bool) -> None:
         api(chat, api_name="chat", concurrency_limit=MOST_ANSWERS, concurrency_id="answers")
 
 
+def _conversation(p: Any) -> list[Any]:
+    """What shows the conversation."""
+    return [
+        p.earlier, p.chat, p.status, p.chips, p.box, p.send, p.stop, p.versions, p.current,
+        p.list, p.title,
+    ]  # fmt: skip
+
+
 def _chat_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
     context = gr.context.Context.root_block
     assert context is not None
-    shown = [
-        p.chat,
-        p.status,
-        p.chips,
-        p.box,
-        p.send,
-        p.stop,
-        p.versions,
-        p.current,
-        p.list,
-        p.title,
-    ]
+    shown = _conversation(p)
     slow = {"concurrency_limit": MOST_ANSWERS, "concurrency_id": "answers"}
     form = [p.current, *p.form]
     on(context.load, handlers.load, p.current, [*shown, *p.form, p.bin], js=ADDRESS)
@@ -120,6 +117,7 @@ def _chat_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
     on(p.chat.edit, handlers.edit, form, shown, **slow)
     on(p.chat.undo, handlers.undo, p.current, shown)
     on(p.versions.select, handlers.flip, p.current, shown)
+    on(p.earlier.click, handlers.earlier, p.current, shown)
     on(p.stop.click, handlers.stop, None, None, queue=False)
     on(p.attach.upload, handlers.attach, [p.attach, p.current], [p.chips, p.status, p.attach])
     on(p.chips.select, handlers.detach, None, p.chips)
@@ -127,18 +125,7 @@ def _chat_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
 
 
 def _panel_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
-    shown = [
-        p.chat,
-        p.status,
-        p.chips,
-        p.box,
-        p.send,
-        p.stop,
-        p.versions,
-        p.current,
-        p.list,
-        p.title,
-    ]
+    shown = _conversation(p)
     every = [*shown, p.form[0], p.deleted, p.bin, p.purge_sure]
     on(p.new.click, handlers.new, p.current, every)
     on(p.list.select, handlers.open, p.current, every)

@@ -53,6 +53,7 @@ class Parts:
     purge_sure: Any
     purge: Any
     # the conversation
+    earlier: Any
     chat: Any
     status: Any
     chips: Any
@@ -176,6 +177,9 @@ def _side() -> dict[str, Any]:
 
 def _main(desk: Desk) -> dict[str, Any]:
     made: dict[str, Any] = {}
+    made["earlier"] = gr.Button(
+        tr("Show earlier messages"), visible=False, size="sm", elem_id="earlier"
+    )
     made["chat"] = gr.Chatbot(
         label=tr("Conversation"), show_label=False, elem_id="chat", height="100%",
         latex_delimiters=LATEX, editable="user", buttons=["copy"], watermark=notice(),

@@ -15,6 +15,7 @@ from m1local_app.language import tr
 from m1local_app.web.attachments import Attachment
 
 MOST_TABS = 64
+SHOWN_TURNS = 40  # the page draws all that it shows at every update of an answer
 INTERRUPT_SECONDS = 30
 
 
@@ -41,11 +42,18 @@ class Tab:
         self.files: list[Attachment] = []
         self.progress = Progress()
         self.deleted: int | None = None  # the conversation that an undo would bring back
+        self.shown_turns = SHOWN_TURNS
+        self.first = 0  # the turn that the page shows first
         self._stopping = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
         self._lock = threading.Lock()
         self.silent = False  # what the answer under way would still show is of no interest
+
+    def frame(self, turns: int) -> int:
+        """Which of so many turns is shown first: a question, with the last ones after it."""
+        self.first = max(0, turns - self.shown_turns) // 2 * 2
+        return self.first
 
     @property
     def stopping(self) -> bool:
