@@ -23,7 +23,7 @@ from m1local_app import notices
 from m1local_app.history import History
 from tests.conftest import TINY, write_checkpoint
 
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 120
 ANSWER_TOKENS = 6000
 TOKEN_SECONDS = 0.03
 LABEL = "tiny <b>model</b>"
