@@ -1,6 +1,7 @@
 """The page's side panel, settings, files and look, in a real headless Chromium."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -215,6 +216,9 @@ def test_a_file_is_attached_with_its_tokens_or_refused_with_a_reason(
     asked = store.path(latest.id)[0].content
     assert asked.startswith("What does it say?")
     assert "blood pressure 140 <C_A> fine" in asked
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+    kept = [path for path in uploads.rglob("*") if path.is_file()]
+    assert not [path for path in kept if b"blood pressure" in path.read_bytes()]
     assert not window.texts(".m1-chip")
     window.assert_private_and_quiet()
 

@@ -5,6 +5,7 @@ text becomes part of the question and the upload is deleted, or an OCR: a scanne
 """
 
 import contextlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from m1local_app.language import tr
 SUFFIXES = (".txt", ".md", ".pdf")
 MOST_BYTES = 32 << 20
 NAME_COLUMNS = 48
+UPLOADS = "GRADIO_TEMP_DIR"  # where Gradio keeps uploads (serving.py chooses a private folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +43,22 @@ def read(path: Path) -> tuple[str, str]:
         reason = error.strerror or error
         raise M1Error(tr("{name} cannot be read ({reason}).", name=name, reason=reason)) from error
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        _forget(path)
     if not text.strip():
         raise M1Error(tr("{name} holds no text.", name=name))
     return name, printable(text).strip()
+
+
+def _forget(path: Path) -> None:
+    """Delete an upload, and the copies that Gradio made of it beside, under whatever names."""
+    with contextlib.suppress(OSError):
+        content, size = path.read_bytes(), path.stat().st_size
+        path.unlink()
+        if not (folder := os.environ.get(UPLOADS)):
+            return
+        for file in Path(folder).rglob("*"):
+            if file.is_file() and file.stat().st_size == size and file.read_bytes() == content:
+                file.unlink()
 
 
 def joined(question: str, files: list[Attachment]) -> str:

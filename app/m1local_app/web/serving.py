@@ -19,6 +19,7 @@ from starlette.middleware import Middleware
 from m1local.errors import M1Error
 from m1local_app.language import tr
 from m1local_app.web import page as pages
+from m1local_app.web.attachments import UPLOADS
 from m1local_app.web.desk import Desk
 
 HOST = "127.0.0.1"
@@ -152,5 +153,5 @@ def _ask_no_proxy() -> None:
 def _keep_uploads_private() -> None:
     """Let uploads lie in a folder of this user's, which is gone when the program ends."""
     folder = tempfile.mkdtemp(prefix="m1-")
-    os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ[UPLOADS] = folder
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
