@@ -262,3 +262,29 @@ def test_without_a_store_all_is_the_same(engine: Engine) -> None:
     assert conversation.title == "nowhere"
     with pytest.raises(M1Error, match="--no-history"):
         conversation.open(1)
+
+
+def test_versions_are_counted_and_flipped(conversation: Conversation, store: History) -> None:
+    answer(conversation.send("one"))
+    assert conversation.versions() == {}
+    answer(conversation.retry())
+    second = said(conversation)
+    assert conversation.versions() == {1: (2, 2)}
+    assert conversation.flip(1, -1) == ""
+    assert conversation.versions() == {1: (1, 2)}
+    assert said(conversation)[0] == "one"
+    assert stored(conversation) == said(conversation)
+    answer(conversation.send("two"))
+    conversation.flip(1, 1)
+    assert said(conversation) == second
+    conversation.flip(1, 1)  # at the end nothing happens
+    assert said(conversation) == second
+    conversation.flip(1, -1)
+    assert len(said(conversation)) == 4  # with what followed
+    answer(conversation.edit(0, "other"))
+    assert conversation.versions() == {0: (2, 2)}
+    conversation.flip(0, -1)
+    assert said(conversation)[0] == "one"
+    answer(conversation.send("three"))
+    assert stored(conversation) == said(conversation)
+    assert conversation.flip(9, 1) == ""

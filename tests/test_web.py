@@ -1,216 +1,168 @@
-"""The chat page: through its API, and in a real headless Chromium where there is one.
-
-The model never ends an answer by itself, so that stopping is what ends it.
-"""
+"""The chat page's basics: the address, the policy, the interface for programs, the first visit."""
 
 import http.server
 import json
-import shutil
 import threading
 import time
+import urllib.error
 import urllib.request
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from torch import Tensor
+from typer.testing import CliRunner
 
-from m1local.engine import Engine
-from m1local.tokenizer import Message
-from m1local_app import web
-from tests.conftest import TINY, write_checkpoint
+from m1local import home
+from m1local.errors import M1Error
+from m1local_app import notices
+from m1local_app.cli import cli
+from tests.conftest import write_checkpoint
+from tests.web_page import ANSWER_TOKENS, LABEL, PATIENCE_SECONDS, Served, SlowEngine, Window
 
 pytestmark = [
     pytest.mark.slow,
     # Deprecations between gradio and the libraries it brings are theirs to mend.
     pytest.mark.filterwarnings("default"),
 ]
-PATIENCE_SECONDS = 120
-ANSWER_TOKENS = 6000
-TOKEN_SECONDS = (
-    0.03  # a real model's pace; the page could not draw the tiny one's on a busy machine
-)
-# How many stop buttons are to be seen.
-STOPS_SHOWN = (
-    "return [...document.querySelectorAll('button.stop-button')].filter(b => b.offsetParent).length"
-)
-LABEL = "tiny <b>model</b>"
-
-
-class Page:
-    """A served page and the engine behind it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.engine = Engine.load(folder)
-        feed = self.engine.context.feed
-
-        def feed_slowly(token_ids: Sequence[int]) -> Tensor:
-            time.sleep(TOKEN_SECONDS)
-            return feed(token_ids)
-
-        self.engine.context.feed = feed_slowly  # type: ignore[method-assign]  # a slower model
-        settings = self.engine.settings(max_new_tokens=ANSWER_TOKENS, seed=1)
-        self.blocks = web.build(self.engine, settings, LABEL, system="")
-        _, self.url, self.share_url = web.launch(self.blocks, port=0, browser=False)
-
-    def tokens_held(self) -> int:
-        return len(self.engine.context.token_ids)
-
-    def wait_until_idle(self) -> int:
-        """Tokens in the context once nothing more is computed."""
-        until, before = time.monotonic() + PATIENCE_SECONDS, -1
-        while (held := self.tokens_held()) != before:
-            assert time.monotonic() < until, "the model never stopped"
-            before = held
-            time.sleep(0.5)
-        return held
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Served to somebody who never was here: the notices are not accepted yet."""
     pytest.importorskip("gradio", reason="the page needs gradio")
-    folder = tmp_path_factory.mktemp("web") / "model"
-    write_checkpoint(folder, TINY | {"max_position_embeddings": 8192}, endless=True)
-    (folder / "generation_config.json").write_text('{"assistant_token_id": 7, "temperature": 1.0}')
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        served = Page(folder)
+    folder = tmp_path_factory.mktemp("web")
+    served = Served(SlowEngine(folder / "model"), folder)
     yield served
-    served.blocks.close()
+    served.close()
 
 
-@pytest.fixture
-def client(page: Page) -> Any:
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+    opened = Window(tmp_path_factory.mktemp("downloads"))
+    yield opened
+    opened.close()
+
+
+def client(page: Served) -> Any:
     from gradio_client import Client
 
     return Client(page.url, verbose=False)
 
 
-def test_the_page_is_on_loopback_only(page: Page) -> None:
+def test_the_page_is_on_loopback_only(page: Served) -> None:
     assert urlsplit(page.url).hostname == "127.0.0.1"
     assert page.share_url is None
     assert page.blocks.analytics_enabled is False
 
 
-def test_the_api_streams_and_cancelling_stops_the_model(page: Page, client: Any) -> None:
-    job = client.submit("hello", api_name="/chat")
+def test_the_api_streams_and_cancelling_stops_the_model(page: Served) -> None:
+    job = client(page).submit("hello", api_name="/chat")
     until = time.monotonic() + PATIENCE_SECONDS
-    while len(job.outputs()) < 3:
+    while len(job.outputs()) < 5:
         assert time.monotonic() < until, "nothing was streamed"
         time.sleep(0.05)
     parts = [str(part) for part in job.outputs()]
-    assert parts[2].startswith(parts[1])
+    assert parts[-1].startswith(parts[-2])
     job.cancel()
-    assert page.wait_until_idle() < ANSWER_TOKENS
+    page.model.quiet()
+    assert len(page.model.passes) < ANSWER_TOKENS
+    kept = page.store.latest()
+    assert kept is not None
+    assert page.store.path(kept.id)[-1].finish == "cancelled"
 
 
-def test_a_prompt_that_is_too_long_is_one_clear_error(page: Page, client: Any) -> None:
+def test_a_prompt_that_is_too_long_is_one_clear_error(page: Served) -> None:
     with pytest.raises(Exception, match="The prompt has"):
-        client.predict("hello " * 9000, api_name="/chat")
+        client(page).predict("hello " * 9000, api_name="/chat")
 
 
-def test_history_is_read_as_text_or_as_parts() -> None:
-    history: list[dict[str, Any]] = [
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
-    ]
-    assert web.read_history(history) == [Message("user", "one"), Message("assistant", "two")]
+def test_only_the_chat_is_an_interface_for_programs(page: Served) -> None:
+    endpoints = client(page).view_api(return_format="dict", print_info=False)
+    assert set(endpoints["named_endpoints"]) == {"/chat"}
 
 
-@pytest.fixture
-def browser(page: Page) -> Iterator[Any]:
-    """Headless Chromium on the page, keeping a record of every request."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1280,900",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    from selenium.webdriver.chrome.service import Service
-
-    started = webdriver.Chrome(options=options, service=Service(driver))
-    started.implicitly_wait(PATIENCE_SECONDS)
-    started.get(page.url)
-    yield started
-    started.quit()
-
-
-def texts(browser: Any, selector: str) -> list[str]:
-    """What the matching elements show, in one step: the page replaces them while it streams."""
-    script = "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText.trim())"
-    found: list[str] = browser.execute_script(script, selector)
-    return found
-
-
-def ask_and_stop(page: Page, browser: Any, question: str, *, answers: int) -> None:
-    """Type a question, wait for some of the answer, press the stop button."""
-    browser.find_element("css selector", "textarea").send_keys(question + "\n")
-    until = time.monotonic() + PATIENCE_SECONDS
-    while len(shown := texts(browser, ".bot.message")) <= answers or len(shown[answers]) < 40:
-        assert time.monotonic() < until, f"no answer was streamed: {shown}"
-        time.sleep(0.1)
-    browser.execute_script("document.querySelector('button.stop-button').click()")
-    assert page.wait_until_idle() < ANSWER_TOKENS
-    # A question asked before the page has taken the stop to its end would be stopped with it.
-    while browser.execute_script(STOPS_SHOWN):
-        assert time.monotonic() < until + PATIENCE_SECONDS, "the stop button stays"
-        time.sleep(0.1)
-
-
-def test_in_the_browser_an_answer_streams_stops_and_another_follows(
-    page: Page, browser: Any
-) -> None:
-    ask_and_stop(page, browser, "高血压是什么? <i>x</i>", answers=0)
-    ask_and_stop(page, browser, "and now?", answers=1)
-    first, second = texts(browser, ".user.message")
-    assert first.startswith("高血压是什么?")
-    assert second == "and now?"
-    assert_private_and_quiet(browser)
-
-
-def assert_private_and_quiet(browser: Any) -> None:
-    """No request left this machine, and the page reported no error."""
-    for entry in browser.get_log("performance"):
-        message = json.loads(entry["message"])["message"]
-        if message["method"] == "Network.requestWillBeSent":
-            url = urlsplit(message["params"]["request"]["url"])
-            assert url.scheme in ("data", "blob") or url.hostname == "127.0.0.1", url
-    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
-
-
-def test_the_page_cannot_share_a_conversation(browser: Any) -> None:
-    browser.find_element("css selector", "textarea")
-    browser.implicitly_wait(0)
-    shown = browser.find_elements(
-        "css selector", "button[aria-label*='hare'], button[title*='hare']"
-    )
-    assert [button for button in shown if button.is_displayed()] == []
-
-
-def test_the_page_may_show_nothing_of_another_server(page: Page) -> None:
+def test_the_page_may_show_nothing_of_another_server(page: Served) -> None:
     with urllib.request.urlopen(page.url) as response:
         policy = response.headers["content-security-policy"]
     assert "img-src 'self'" in policy
     assert "connect-src 'self'" in policy
 
 
-def test_an_image_in_an_answer_is_not_fetched_from_elsewhere(browser: Any) -> None:
+def test_a_taken_port_is_one_line(page: Served) -> None:
+    import gradio as gr
+
+    from m1local_app.web import serving
+
+    with gr.Blocks(analytics_enabled=False) as another, pytest.raises(M1Error, match="is taken"):
+        serving.launch(another, port=page.port, browser=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--host", "0.0.0.0"], "add --auth"),
+        (["--host", "192.168.1.2"], "add --auth"),
+        (["--host", "example"], "add --auth"),
+        (["--auth", "me"], "USER:PASSWORD"),
+        (["--host", "0.0.0.0", "--auth", ":x"], "USER:PASSWORD"),
+    ],
+)
+def test_others_come_in_by_a_password_only(arguments: list[str], complaint: str) -> None:
+    refused = CliRunner().invoke(cli, ["ui", *arguments])
+    assert refused.exit_code == 2
+    assert complaint in refused.stderr
+
+
+def test_a_page_with_a_password_shows_nothing_without_it(tmp_path: Path) -> None:
+    import gradio as gr
+
+    from m1local_app.web import serving
+
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        gr.Textbox("secret words")
+    _, url, _ = serving.launch(blocks, port=0, browser=False, auth=("me", "open sesame"))
+    try:
+        with urllib.request.urlopen(url) as response:
+            assert "secret words" not in response.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{url}config")
+    finally:
+        blocks.close()
+
+
+def test_the_first_visit_shows_the_notices_and_records_that_they_were_accepted(
+    page: Served, window: Window, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("M1_HOME", str(tmp_path))
+    window.browser.get(page.url)
+    window.until(lambda: window.shown("#welcome button"), "no notice came")
+    text = window.texts("#welcome")[0]
+    assert "no medical advice" in text
+    assert LABEL in text
+    assert not window.shown("#shell")
+    window.click("#welcome button")
+    window.until(lambda: window.shown("#box textarea"), "the page never came")
+    assert notices.is_accepted(LABEL)
+    assert any(name.startswith("accepted") for name in json.loads(home.licences().read_text()))
+    window.ask("hello", answers=1)
+    window.stop()
+    window.assert_private_and_quiet()
+
+
+def test_an_acceptance_is_of_one_model(m1_home: Path) -> None:
+    assert not notices.is_accepted("one")
+    notices.accept("one")
+    assert notices.is_accepted("one")
+    assert not notices.is_accepted("another")
+
+
+def test_the_page_cannot_share_a_conversation(window: Window) -> None:
+    assert not window.shown("button[aria-label*='hare'], button[title*='hare']")
+
+
+def test_an_image_in_an_answer_is_not_fetched_from_elsewhere(page: Served, window: Window) -> None:
     asked: list[str] = []
 
     class Other(http.server.BaseHTTPRequestHandler):
@@ -224,9 +176,24 @@ def test_an_image_in_an_answer_is_not_fetched_from_elsewhere(browser: Any) -> No
         thread.start()
         address = f"http://127.0.0.1:{other.server_port}/leak?q=secret"
         script = "const i = new Image(); i.src = arguments[0]; document.body.append(i)"
-        browser.find_element("css selector", "textarea")
-        browser.execute_script(script, address)
+        window.js(script, address)
         time.sleep(2)
         other.shutdown()
         thread.join()
     assert asked == []
+
+
+def test_a_base_model_continues_what_is_typed(tmp_path: Path, m1_home: Path) -> None:
+    write_checkpoint(tmp_path / "model", endless=True)
+    model = SlowEngine(tmp_path / "model")
+    (model.folder / "generation_config.json").write_text('{"temperature": 1.0}')
+    from m1local.engine import Engine
+
+    model.engine = Engine.load(model.folder)
+    assert not model.engine.generation.is_chat
+    served = Served(model, tmp_path, tokens=8)
+    try:
+        assert client(served).predict("The heart", api_name="/chat")
+        assert served.store.conversations() == []
+    finally:
+        served.close()

@@ -103,7 +103,19 @@ def ui(
     recipe: options.RecipeName = None,
     offline: options.Offline = False,
     keep_source: options.KeepSource = False,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = DEFAULT_PORT,
+    port: Annotated[
+        int, typer.Option(help="Port of the page; 0: any.", min=0, max=65535)
+    ] = DEFAULT_PORT,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on; any but this machine's own demands --auth."),
+    ] = "127.0.0.1",
+    auth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER:PASSWORD", help="Ask for this name and password.", show_default=False
+        ),
+    ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
     *,
     wanted: EngineOptions,
@@ -112,11 +124,12 @@ def ui(
 
     Example:  m1 ui ./Baichuan-M1-14B-Instruct
     """
-    from m1local_app.conversing import check_options, serve_page
+    from m1local_app.conversing import check_host, check_options, serve_page
 
     check_options(wanted)
+    check_host(host, auth)
     chosen = _prepared(model, recipe, offline=offline, keep_source=keep_source)
-    serve_page(chosen, wanted, port=port, browser=browser)
+    serve_page(chosen, wanted, host=host, auth=auth, port=port, browser=browser)
 
 
 cli.add_typer(commands.checkpoints)

@@ -119,6 +119,34 @@ class Conversation:
         self._ids = [message.id for message in messages]
         return unanswered
 
+    def versions(self) -> dict[int, tuple[int, int]]:
+        """By turn: which version is shown, from 1, and of how many; only where there are more."""
+        if self.store is None or self.id is None:
+            return {}
+        beside: dict[int | None, list[int]] = {}
+        for message in self.store.messages(self.id):
+            beside.setdefault(message.parent, []).append(message.id)
+        shown: dict[int, tuple[int, int]] = {}
+        for index, parent in enumerate([None, *self._ids[:-1]] if self._ids else []):
+            ids = beside.get(parent, [])
+            if len(ids) > 1 and self._ids[index] in ids:
+                shown[index] = (ids.index(self._ids[index]) + 1, len(ids))
+        return shown
+
+    def flip(self, index: int, step: int) -> str:
+        """Show the version `step` further in place of turn `index`, and what followed that one.
+
+        At either end nothing happens. Returns the last question if it has no answer.
+        """
+        if self.store is None or self.id is None or not 0 <= index < len(self._ids):
+            return ""
+        ids = [message.id for message in self.store.versions(self._ids[index])]
+        wanted = ids.index(self._ids[index]) + step
+        if not 0 <= wanted < len(ids):
+            return ""
+        self.store.show_version(ids[wanted])
+        return self.open(self.id)
+
     def _last_question(self) -> int:
         roles = [turn.message.role for turn in self.session.turns]
         return len(roles) - 1 - roles[::-1].index("user")

@@ -5,6 +5,7 @@ the terminal, the single answer or the page begun. What it is not: any of these 
 """
 
 import hashlib
+import ipaddress
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from m1local_app.history import History, StoredConversation
 
 MANIFEST = "m1local.json"
+LOOPBACK = "127.0.0.1"
 
 
 def check_options(wanted: EngineOptions) -> None:
@@ -140,15 +142,55 @@ def converse(chosen: Chosen, wish: Wish) -> None:
     ).run(unanswered)
 
 
-def serve_page(chosen: Chosen, wanted: EngineOptions, *, port: int, browser: bool) -> None:
+def serve_page(
+    chosen: Chosen,
+    wanted: EngineOptions,
+    *,
+    port: int,
+    browser: bool,
+    host: str = LOOPBACK,
+    auth: str | None = None,
+) -> None:
     """Open the page and wait until Ctrl-C."""
     from m1local_app.notices import show_medical_notice_once
-    from m1local_app.web import serve
+    from m1local_app.web.desk import Desk
+    from m1local_app.web.serving import serve
 
     engine = load(chosen, wanted)
     show_medical_notice_once()
-    settings = _settings(engine, wanted)
-    serve(engine, settings, chosen.label, system=_system(wanted), port=port, browser=browser)
+    desk = Desk(
+        engine,
+        chosen.folder,
+        chosen.label,
+        _settings(engine, wanted),
+        _store() if not isinstance(wanted, ChatOptions) or wanted.keep else None,
+        system=_system(wanted),
+        overflow=wanted.overflow,
+        context_tokens=wanted.context_tokens,
+    )
+    user, _, password = (auth or "").partition(":")
+    serve(desk, host=host, port=port, browser=browser, auth=(user, password) if auth else None)
+
+
+def check_host(host: str, auth: str | None) -> None:
+    """Leave with exit code 2 where others could come in without a password."""
+    user, _, password = (auth or "").partition(":")
+    if auth is not None and not (user and password):
+        raise usage_error(tr("--auth must be USER:PASSWORD."))
+    if auth is None and not is_loopback(host):
+        raise usage_error(
+            tr("--host {host} lets others reach this page; add --auth USER:PASSWORD.", host=host)
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is this machine, and nobody else comes in."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def load(chosen: Chosen, wanted: EngineOptions) -> "Engine":
@@ -179,7 +221,7 @@ def _conversation(
         settings=_settings(engine, wanted),
         overflow=Overflow(wanted.overflow),
     )
-    return Conversation(session, store, label=chosen.label, checkpoint=_checkpoint(chosen.folder))
+    return Conversation(session, store, label=chosen.label, checkpoint=checkpoint_id(chosen.folder))
 
 
 def _store() -> "History":
@@ -222,7 +264,7 @@ def _schema(wanted: ChatOptions) -> str | None:
     return read_text_file(wanted.json_schema_file)
 
 
-def _checkpoint(folder: Path) -> str:
+def checkpoint_id(folder: Path) -> str:
     """What tells one checkpoint from all others: the SHA-256 of its manifest; "" without one."""
     manifest = folder / MANIFEST
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""

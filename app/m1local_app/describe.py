@@ -21,6 +21,11 @@ LICENCE_FILES = ("NOTICE", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 def describe(folder: Path) -> str:
     """Aligned lines about the checkpoint in `folder`; raises CheckpointError for a bad one."""
+    return aligned(facts(folder))
+
+
+def facts(folder: Path) -> list[tuple[str, str]]:
+    """The same as names and values."""
     config = M1Config.from_file(folder / CONFIG)
     generation = GenerationConfig.from_folder(folder)
     parameters = sum(_size(shape) for shape in parameter_shapes(config).values())
@@ -48,7 +53,7 @@ def describe(folder: Path) -> str:
     ]
     notes = [path.name for path in sorted(folder.iterdir()) if path.name in LICENCE_FILES]
     found = tr("see {files}", files=series(notes)) if notes else tr("see the model's source")
-    return aligned([*rows, (tr("licence"), found)])
+    return [*rows, (tr("licence"), found)]
 
 
 def licence(folder: Path) -> str:

@@ -64,17 +64,18 @@ def examine(*, offline: bool) -> list[Fact]:
 def as_text(facts: list[Fact]) -> str:
     """Aligned lines, each group under its name, advice under its line."""
     lines: list[str] = []
-    most, group = max(width(_label(fact.name)) for fact in facts), ""
+    most, group = max(width(label(fact.name)) for fact in facts), ""
     for fact in facts:
         if fact.group != group:
             group = fact.group
-            lines += ["", _label(group)] if lines else [_label(group)]
-        lines.append(f"  {padded(_label(fact.name), most)}  {fact.value}")
+            lines += ["", label(group)] if lines else [label(group)]
+        lines.append(f"  {padded(label(fact.name), most)}  {fact.value}")
         lines += [f"  {padded('', most)}  -> {fact.advice}"] if fact.advice else []
     return "\n".join(lines)
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """What a fact or a group is called in the chosen language."""
     return tr(name) if name in LABELS else name
 
 

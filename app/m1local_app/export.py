@@ -38,7 +38,7 @@ def write_export(
         )
     _check_free(path, overwrite=overwrite)
     transcript = Transcript.of(store, conversation_id)
-    _write(path, _rendered(transcript, suffix))
+    _write(path, rendered(transcript, suffix))
 
 
 def markdown(transcript: Transcript) -> str:
@@ -90,7 +90,8 @@ def _json_message(message: StoredMessage) -> dict[str, object]:
     }
 
 
-def _rendered(transcript: Transcript, suffix: str) -> str:
+def rendered(transcript: Transcript, suffix: str) -> str:
+    """The transcript in the format of one of SUFFIXES."""
     if suffix == ".md":
         return markdown(transcript)
     if suffix == ".json":

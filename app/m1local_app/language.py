@@ -7,22 +7,25 @@ the model's answers, which follow the question, or for the errors of the library
 English. tests/test_language.py finds every text that is missing in the catalogue.
 """
 
+import contextlib
 import functools
 import locale
 import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 LANGUAGES = ("en", "zh")
 OPTION = "--lang"
 
 _chosen = ["en"]  # one for the whole process, as a locale is
+_here: ContextVar[str | None] = ContextVar("language", default=None)  # or of one page of several
 
 
 def tr(text: str, /, **values: object) -> str:
     """`text` in the chosen language, with `values` in the places of its {names}."""
-    if _chosen[0] == "zh":
+    if language() == "zh":
         text = catalogue().get(text, text)
     return text.format(**values) if values else text
 
@@ -45,7 +48,17 @@ def series(items: Iterable[str]) -> str:
 
 def language() -> str:
     """The chosen language: "en" or "zh"."""
-    return _chosen[0]
+    return _here.get() or _chosen[0]
+
+
+@contextlib.contextmanager
+def speaking(name: str) -> Iterator[None]:
+    """Speak `name` within the `with`, in this thread only; not around a `yield`."""
+    token = _here.set(name)
+    try:
+        yield
+    finally:
+        _here.reset(token)
 
 
 def choose(name: str) -> None:

@@ -1,7 +1,8 @@
 """What a user must be told once: the licence of each source, and that a model is no doctor.
 
-What it is: the texts, and a record of when each was shown (M1_HOME/licences.json). What it is not:
-the NOTICE in a checkpoint (m1local_quantize.notice), or a question that must be answered.
+What it is: the texts, and a record of when each was shown, or accepted on the page
+(M1_HOME/licences.json). What it is not: the NOTICE in a checkpoint (m1local_quantize.notice), or
+how a user is asked.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from m1local import home
 from m1local_app.language import tr
 
 MEDICAL = "medical notice"
+ACCEPTED = "accepted on the page"
 
 
 def show_licence_once(source: str) -> None:
@@ -43,15 +45,34 @@ def medical_notice() -> str:
     )
 
 
+def accept(source: str) -> None:
+    """Record that the licence of `source` and the medical notice were accepted on the page."""
+    _record(ACCEPTED)
+    _record(f"{ACCEPTED}: {source}")
+
+
+def is_accepted(source: str) -> bool:
+    """Whether both were accepted before."""
+    shown = _shown()
+    return ACCEPTED in shown and f"{ACCEPTED}: {source}" in shown
+
+
 def _show_once(key: str, text: str) -> None:
-    path = home.licences()
-    try:
-        shown = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        shown = {}
-    if key in shown:
+    if key in _shown():
         return
     Console(stderr=True, highlight=False).print(text, markup=False)
+    _record(key)
+
+
+def _shown() -> dict[str, str]:
+    try:
+        return dict(json.loads(home.licences().read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _record(key: str) -> None:
+    path, shown = home.licences(), _shown()
     shown[key] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     # Where nothing can be recorded it is shown again next time; that stops nobody's work.
     with contextlib.suppress(OSError):

@@ -1,0 +1,306 @@
+"""What happens on the page: each method answers one event with what changes on it.
+
+What it is: between Gradio's events and a tab's conversation; errors become the status line's text.
+What it is not: the model's work (answers.py), or the look of anything (views.py).
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from m1local.chat import Turn
+from m1local.errors import ContextLengthError, M1Error
+from m1local.generate import Event
+from m1local.tokenizer import Message
+from m1local_app import notices
+from m1local_app.language import tr
+from m1local_app.web import answers, attachments, views
+from m1local_app.web.attachments import Attachment
+from m1local_app.web.desk import Desk
+from m1local_app.web.forms import Form, preset
+from m1local_app.web.parts import Parts
+from m1local_app.web.tabs import SHOWN_TURNS, Tab
+
+Shown = dict[Any, Any]  # a component, and what it shows from now on
+
+
+class Handlers:
+    """The events of one page."""
+
+    def __init__(self, desk: Desk, parts: Parts) -> None:
+        """Answer the events of `parts` with what `desk` has."""
+        self._desk = desk
+        self._parts = parts
+
+    # the conversation
+
+    def load(self, shown: str, request: gr.Request) -> Shown:
+        """A tab was opened, or reloaded, at the address of conversation `shown`, perhaps none."""
+        self._desk.tabs.drop(request.session_hash or "")
+        tab = self._desk.tab(request.session_hash, shown or "")
+        form = dict(zip(self._parts.form, self._desk.form.values, strict=True))
+        return form | self._whole(tab) | {self._parts.bin: self._bin()} | self._system(tab)
+
+    def send(self, text: str, current: str, request: gr.Request, *form: Any) -> Iterator[Shown]:
+        """Ask what is in the box, with the attached files."""
+        tab = self._desk.tab(request.session_hash, current)
+        question = attachments.joined(text or "", tab.files)
+        if not question.strip():
+            return
+        turns = list(tab.conversation.session.turns)
+
+        def start() -> Iterator[Event]:
+            tab.files.clear()
+            return self._asked_of(tab, question)
+
+        files = list(tab.files)
+
+        def end() -> Shown:
+            if len(tab.conversation.session.turns) > len(turns):
+                return {}
+            tab.files = tab.files or files  # nothing was answered: the question comes back
+            return {self._parts.box: text, self._parts.chips: views.attached(tab.files)}
+
+        yield {self._parts.box: ""}
+        yield from self._answer(tab, form, [*turns, _asked(question)], start, end)
+
+    def retry(self, current: str, request: gr.Request, *form: Any) -> Iterator[Shown]:
+        """Answer the last question again."""
+        tab = self._desk.tab(request.session_hash, current)
+        tab.interrupt()
+        turns = list(tab.conversation.session.turns)
+        while turns and turns[-1].message.role != "user":
+            turns.pop()
+        yield from self._answer(tab, form, turns, lambda: tab.conversation.retry())
+
+    def edit(
+        self, current: str, request: gr.Request, edited: gr.EditData, *form: Any
+    ) -> Iterator[Shown]:
+        """Ask another question in place of an earlier one."""
+        tab = self._desk.tab(request.session_hash, current)
+        tab.interrupt()
+        at = edited.index if isinstance(edited.index, int) else edited.index[0]
+        index = tab.first + at
+        text = views.typed(str(edited.value))
+        turns = [*tab.conversation.session.turns[:index], _asked(text)]
+        yield from self._answer(tab, form, turns, lambda: tab.conversation.edit(index, text))
+
+    def undo(self, current: str, request: gr.Request) -> Shown:
+        """Take the last question back into the box."""
+        tab = self._calm(request, current)
+        try:
+            text = tab.conversation.undo()
+        except M1Error as error:
+            return self._failed(tab, error)
+        return self._whole(tab) | {self._parts.box: text}
+
+    def flip(self, current: str, request: gr.Request, clicked: gr.EventData) -> Shown:
+        """Show another version of a message, and what followed it."""
+        tab = self._calm(request, current)
+        try:
+            unanswered = tab.conversation.flip(tab.first + int(clicked.index), int(clicked.step))
+        except M1Error as error:
+            return self._failed(tab, error)
+        return self._whole(tab) | ({self._parts.box: unanswered} if unanswered else {})
+
+    def earlier(self, current: str, request: gr.Request) -> Shown:
+        """Show more of a long conversation."""
+        tab = self._desk.tab(request.session_hash, current)
+        if tab.busy:
+            return {}
+        tab.shown_turns += SHOWN_TURNS
+        return self._whole(tab)
+
+    def stop(self, request: gr.Request) -> None:
+        """End the answer under way."""
+        if (tab := self._desk.tabs.known(request.session_hash or "")) is not None:
+            tab.stop()
+
+    def leave(self, request: gr.Request) -> None:
+        """Forget a tab that was closed."""
+        self._desk.tabs.drop(request.session_hash or "")
+
+    def chat(self, message: str, request: gr.Request) -> Iterator[str]:
+        """Ask, and stream the answer so far: the interface for programs."""
+        tab = self._desk.tab(request.session_hash)
+        tab.conversation.session.settings = self._desk.settings
+        try:
+            yield from answers.follow(self._desk, tab, lambda: self._asked_of(tab, message))
+        except M1Error as error:
+            raise gr.Error(str(error), title="m1local", print_exception=False) from error
+
+    # attached files
+
+    def attach(self, upload: str | None, current: str, request: gr.Request) -> Shown:
+        """Take a file's text into the next question, if it fits."""
+        tab = self._desk.tab(request.session_hash, current)
+        if upload is None:
+            return {}
+        tab.progress.error = ""
+        try:
+            name, text = attachments.read(Path(upload))
+            tokens = len(self._desk.engine.tokenizer.encode(text))
+            self._check_room(tab, name, tokens)
+        except M1Error as error:
+            return self._failed(tab, error) | {self._parts.attach: None}
+        tab.files.append(Attachment(name, text, tokens))
+        return {
+            self._parts.chips: views.attached(tab.files),
+            self._parts.status: self._status(tab),
+            self._parts.attach: None,
+        }
+
+    def detach(self, request: gr.Request, clicked: gr.EventData) -> Shown:
+        """Leave a file out of the next question."""
+        tab = self._desk.tab(request.session_hash)
+        index = int(clicked.detach)
+        if 0 <= index < len(tab.files):
+            del tab.files[index]
+        return {self._parts.chips: views.attached(tab.files)}
+
+    def _check_room(self, tab: Tab, name: str, tokens: int) -> None:
+        capacity = self._desk.engine.contexts.capacity
+        taken = tab.conversation.session.used_tokens + sum(file.tokens for file in tab.files)
+        left = capacity * 3 // 4 - taken  # a quarter is for the answer
+        if tokens > left:
+            raise M1Error(
+                tr(
+                    "{name} has {tokens:,} tokens; {left:,} are left of the context, a quarter "
+                    "being kept for the answer. Attach a part, begin a new conversation, or start "
+                    "m1 with a larger --ctx-size.",
+                    name=name,
+                    tokens=tokens,
+                    left=max(0, left),
+                )
+            )
+
+    # settings and first visit
+
+    def reset(self) -> Shown:
+        """Go back to the model's own settings, and those of the command line."""
+        self._desk.form = self._desk.defaults()
+        values = dict(zip(self._parts.form, self._desk.form.values, strict=True))
+        return values | {self._parts.preset: None}
+
+    def preset(self, name: str | None) -> str:
+        """The system prompt of a preset."""
+        return preset(name or "")
+
+    def accept(self) -> Shown:
+        """Record that the notices were accepted, and show the page."""
+        notices.accept(self._desk.label)
+        return {
+            self._parts.welcome: gr.update(visible=False),
+            self._parts.shell: gr.update(visible=True),
+        }
+
+    # what all have in common
+
+    def _answer(
+        self,
+        tab: Tab,
+        form: tuple[Any, ...],
+        turns: list[Turn],
+        start: Callable[[], Iterator[Event]],
+        end: Callable[[], Shown] = dict,
+    ) -> Iterator[Shown]:
+        parts = self._parts
+        before, asked = (
+            views.messages(turns[tab.frame(len(turns)) :]),
+            turns[-1].message.content if turns else "",
+        )
+
+        def begin() -> Iterator[Event]:
+            self._apply(tab, form)
+            return start()
+
+        try:
+            yield {
+                parts.chat: before, parts.chips: "",
+                parts.send: gr.update(visible=False), parts.stop: gr.update(visible=True),
+            }  # fmt: skip
+            for text in answers.follow(self._desk, tab, begin):
+                if tab.silent:
+                    return
+                shown = [*before, views.answer(asked, text)] if text else before
+                yield {parts.chat: shown, parts.status: self._status(tab)}
+        except ContextLengthError:
+            tab.progress.error = self._too_long()
+        except M1Error as error:
+            tab.progress.error = str(error)
+        if not tab.silent:
+            yield self._whole(tab) | end()
+
+    def _asked_of(self, tab: Tab, text: str) -> Iterator[Event]:
+        """The events of an answer to `text`, or of its continuation by a Base model."""
+        if self._desk.engine.generation.is_chat:
+            return tab.conversation.send(text)
+        return answers.continued(tab, self._desk, text)
+
+    def _apply(self, tab: Tab, form: tuple[Any, ...]) -> None:
+        """Answer as the settings form says; raises M1Error for a wrong value."""
+        wanted = Form.read(form)
+        session = tab.conversation.session
+        session.settings = wanted.settings(self._desk.settings)
+        session.overflow = wanted.policy
+        if wanted.system != session.system:
+            tab.conversation.set_system(wanted.system)
+        self._desk.form = wanted
+
+    def _too_long(self) -> str:
+        return tr(
+            "This does not fit into the context of {capacity:,} tokens. Shorten it, or begin a new "
+            "conversation; `m1 ui --ctx-size` allows more.",
+            capacity=self._desk.engine.contexts.capacity,
+        )
+
+    def _calm(self, request: gr.Request, current: str) -> Tab:
+        """The tab, its answer stopped if one was under way, and the last error forgotten."""
+        tab = self._desk.tab(request.session_hash, current)
+        tab.interrupt()
+        tab.progress.error = ""
+        return tab
+
+    def _whole(self, tab: Tab) -> Shown:
+        """Everything about the conversation, idle."""
+        parts, conversation = self._parts, tab.conversation
+        tab.progress.used = conversation.session.used_tokens
+        first = tab.frame(len(conversation.session.turns))
+        versions = {at - first: one for at, one in conversation.versions().items() if at >= first}
+        store, current = self._desk.store, conversation.id
+        known = [] if store is None else store.conversations(limit=views.LISTED)
+        return {
+            parts.chat: views.messages(conversation.session.turns[first:]),
+            parts.status: self._status(tab),
+            parts.versions: views.versions(versions),
+            parts.earlier: gr.update(visible=first > 0),
+            parts.current: "" if current is None else str(current),
+            parts.list: views.conversations(known, current),
+            parts.title: conversation.title,
+            parts.chips: views.attached(tab.files),
+            parts.send: gr.update(visible=True),
+            parts.stop: gr.update(visible=False),
+        }
+
+    def _system(self, tab: Tab) -> Shown:
+        """The system prompt of the open conversation, in the form."""
+        if tab.conversation.id is None:
+            return {}
+        return {self._parts.form[0]: tab.conversation.session.system}
+
+    def _bin(self) -> str:
+        store = self._desk.store
+        return views.binned([] if store is None else store.conversations(binned=True))
+
+    def _status(self, tab: Tab) -> str:
+        return views.status(tab, capacity=self._desk.engine.contexts.capacity)
+
+    def _failed(self, tab: Tab, error: M1Error) -> Shown:
+        tab.progress.error = str(error)
+        return {self._parts.status: self._status(tab)}
+
+
+def _asked(text: str) -> Turn:
+    return Turn(Message("user", text))

@@ -1,0 +1,135 @@
+// What the page does without the server: panels, colours, keys, addresses, files, versions.
+// What it is not: a part of the conversation; no word of it is kept or sent by this script.
+(() => {
+  const wide = () => window.matchMedia("(min-width: 900px)").matches;
+  const one = selector => document.querySelector(selector);
+
+  function kept(name, value) {
+    try {
+      if (value === undefined) return localStorage.getItem(name);
+      localStorage.setItem(name, value);
+    } catch { /* a browser that keeps nothing */ }
+    return null;
+  }
+
+  function colours(name) {
+    document.body.classList.toggle("dark", name === "dark");
+    document.documentElement.style.colorScheme = name;
+  }
+
+  const panels = {side: false, drawer: false};
+
+  function panel(name, open) {
+    panels[name] = open;
+    if (open && !wide()) panels[name === "side" ? "drawer" : "side"] = false;
+    draw();
+  }
+
+  // On the panels themselves: they come into the page later than this script.
+  function draw() {
+    for (const [name, open] of Object.entries(panels)) {
+      one(`#${name}`)?.toggleAttribute("data-open", open);
+      one(`[data-do="${name}"]`)?.setAttribute("aria-expanded", String(open));
+    }
+  }
+
+  const actions = {
+    theme() {
+      const name = document.body.classList.contains("dark") ? "light" : "dark";
+      kept("m1-theme", name);
+      colours(name);
+    },
+    side() { panel("side", !panels.side); },
+    drawer() { panel("drawer", !panels.drawer); },
+    language(button) {
+      const at = location.pathname.replace(/\/(en|zh)\/?$/, "").replace(/\/$/, "");
+      const second = /\/(en|zh)\/?$/.test(location.pathname);
+      location.assign((second ? at || "/" : `${at}/${button.dataset.to}`) + location.search);
+    },
+  };
+
+  document.addEventListener("click", event => {
+    const button = event.target.closest?.("[data-do]");
+    if (button) actions[button.dataset.do]?.(button);
+    // On a phone the list makes way for what was chosen from it.
+    if (event.target.closest?.("#list button, #new") && !wide()) panel("side", false);
+    const flip = event.target.closest?.("[data-flip]");
+    if (flip) window.m1Flip?.(Number(flip.dataset.index), Number(flip.dataset.flip));
+  });
+
+  document.addEventListener("keydown", event => {
+    if (event.key !== "Escape") return;
+    const stop = one("#stop");
+    if (stop?.offsetParent) stop.click();
+    else if (!wide()) { panel("side", false); panel("drawer", false); }
+  });
+
+  // The address names the open conversation, so that a reload finds it again.
+  window.m1Address = id => {
+    const address = new URL(location.href);
+    if (id) address.searchParams.set("c", id);
+    else address.searchParams.delete("c");
+    history.replaceState(history.state, "", address);
+  };
+
+  window.m1Save = file => {
+    if (!file) return;
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([file.text], {type: "text/plain;charset=utf-8"}));
+    link.download = file.name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  };
+
+  // ‹ 2/3 › below each message that has other versions.
+  function versions() {
+    const holder = one("[data-versions]");
+    if (!holder) return;
+    const data = JSON.parse(holder.dataset.versions);
+    document.querySelectorAll("#chat .message-row").forEach((row, index) => {
+      const shown = data.turns[index];
+      const text = shown ? `${shown[0]}/${shown[1]}` : "";
+      let control = row.querySelector(".m1-flip");
+      if (!shown) { control?.remove(); return; }
+      if (control?.dataset.text === text && control.dataset.index === String(index)) return;
+      control?.remove();
+      control = document.createElement("div");
+      control.className = "m1-flip";
+      control.dataset.text = text;
+      control.dataset.index = String(index);
+      const step = (by, sign, label, off) => {
+        const button = document.createElement("button");
+        button.type = "button";
+        button.textContent = sign;
+        button.disabled = off;
+        button.setAttribute("aria-label", label);
+        button.dataset.flip = String(by);
+        button.dataset.index = String(index);
+        return button;
+      };
+      const middle = document.createElement("span");
+      middle.textContent = text;
+      control.append(step(-1, "‹", data.before, shown[0] === 1), middle,
+        step(1, "›", data.after, shown[0] === shown[1]));
+      row.append(control);
+    });
+  }
+
+  let planned = false;
+  function changed() {
+    if (planned) return;
+    planned = true;
+    requestAnimationFrame(() => { planned = false; draw(); versions(); });
+  }
+
+  function begin() {
+    const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
+    colours(kept("m1-theme") || (dark ? "dark" : "light"));
+    panels.side = wide();
+    draw();
+    document.documentElement.lang = /\/zh\/?$/.test(location.pathname) ? "zh-Hans" : document.documentElement.lang;
+    new MutationObserver(changed).observe(document.body, {childList: true, subtree: true, attributes: true, attributeFilter: ["data-versions"]});
+  }
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", begin);
+  else begin();
+})();

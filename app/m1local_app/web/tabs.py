@@ -1,0 +1,129 @@
+"""The tabs of browsers that talk to this server, each with a conversation of its own.
+
+What it is: what a tab is doing, by the session's name that Gradio gives it. What it is not: the
+conversation itself, or Gradio's state, which would copy it.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from m1local.errors import M1Error
+from m1local_app.conversation import Conversation
+from m1local_app.language import tr
+from m1local_app.web.attachments import Attachment
+
+MOST_TABS = 64
+SHOWN_TURNS = 40  # the page draws all that it shows at every update of an answer
+INTERRUPT_SECONDS = 30
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far an answer is; what the status line says."""
+
+    waiting: int = 0
+    reading: tuple[int, int] | None = None
+    first_seconds: float | None = None
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    used: int | None = None
+    notices: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+class Tab:
+    """One tab: its conversation, the files attached to the next question, the answer under way."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        """Begin with `conversation`, idle."""
+        self.conversation = conversation
+        self.files: list[Attachment] = []
+        self.progress = Progress()
+        self.deleted: int | None = None  # the conversation that an undo would bring back
+        self.shown_turns = SHOWN_TURNS
+        self.first = 0  # the turn that the page shows first
+        self._stopping = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._lock = threading.Lock()
+        self.silent = False  # what the answer under way would still show is of no interest
+
+    def frame(self, turns: int) -> int:
+        """Which of so many turns is shown first: a question, with the last ones after it."""
+        self.first = max(0, turns - self.shown_turns) // 2 * 2
+        return self.first
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the answer under way is to end."""
+        return self._stopping.is_set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is under way."""
+        return not self._idle.is_set()
+
+    def begin(self) -> Progress:
+        """Begin an answer; one that is under way is stopped first."""
+        with self._lock:
+            self.interrupt()
+            self._idle.clear()
+            self._stopping.clear()
+            self.silent = False
+            self.progress = Progress()
+        return self.progress
+
+    def end(self) -> None:
+        """Note that the answer has ended."""
+        self._idle.set()
+
+    def stop(self) -> None:
+        """Let the answer under way end before its next token."""
+        self._stopping.set()
+
+    def interrupt(self) -> None:
+        """Stop the answer under way, if any, and wait until it has ended; it shows nothing more."""
+        if self._idle.is_set():
+            return
+        self.silent = True
+        self._stopping.set()
+        if not self._idle.wait(INTERRUPT_SECONDS):
+            raise M1Error(tr("The answer before is still being ended; try again in a moment."))
+
+
+class Tabs:
+    """All tabs by session; the one unused longest is forgotten when there are too many."""
+
+    def __init__(self, make: Callable[[], Tab]) -> None:
+        """Make a new tab by `make`."""
+        self._make = make
+        self._tabs: OrderedDict[str, Tab] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, session: str) -> tuple[Tab, bool]:
+        """The tab of `session`, and whether it is new here."""
+        with self._lock:
+            tab = self._tabs.pop(session, None)
+            new = tab is None
+            tab = tab or self._make()
+            self._tabs[session] = tab
+            forgotten = [
+                name for name, each in self._tabs.items() if not each.busy and each is not tab
+            ][: max(0, len(self._tabs) - MOST_TABS)]
+            for name in forgotten:
+                del self._tabs[name]
+        return tab, new
+
+    def known(self, session: str) -> Tab | None:
+        """The tab of `session`, if there is one."""
+        with self._lock:
+            return self._tabs.get(session)
+
+    def drop(self, session: str) -> None:
+        """Forget a tab that was closed, and stop its answer."""
+        with self._lock:
+            tab = self._tabs.pop(session, None)
+        if tab is not None:
+            tab.stop()

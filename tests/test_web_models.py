@@ -1,0 +1,73 @@
+"""The model panel's work, without a browser: quantizing a local folder, and changing the model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m1local.engine import Engine
+from m1local_app.history import History
+from tests.conftest import write_checkpoint
+
+pytestmark = [
+    pytest.mark.slow,
+    # Deprecations between gradio and the libraries it brings are theirs to mend.
+    pytest.mark.filterwarnings("default"),
+]
+
+
+@pytest.fixture
+def panel(m1_home: Path, tmp_path: Path) -> Iterator[Any]:
+    gradio = pytest.importorskip("gradio", reason="the page needs gradio")
+    from m1local_app.web import parts as layout
+    from m1local_app.web.desk import Desk
+    from m1local_app.web.models import Models
+
+    write_checkpoint(tmp_path / "tiny")
+    engine = Engine.load(tmp_path / "tiny")
+    with History.open() as store:
+        desk = Desk(engine, tmp_path / "tiny", "tiny", engine.defaults, store)
+        with gradio.Blocks(analytics_enabled=False):
+            parts = layout.build(desk, accepted=True)
+        yield Models(desk, parts)
+
+
+def said(steps: Iterator[Any], panel: Any) -> list[str]:
+    return [step[panel._parts.work] for step in steps]
+
+
+def test_a_local_folder_is_quantized_and_then_talked_to(panel: Any, tmp_path: Path) -> None:
+    desk = panel._desk
+    tab = desk.tab("one")
+    before = list(tab.conversation.send("hello"))
+    assert before
+    kept = tab.conversation.id
+    lines = said(panel.quantize(str(tmp_path / "tiny"), "int8"), panel)
+    assert any("Quantizing to int8" in line for line in lines)
+    name = next(folder.name for folder in (tmp_path / "home" / "models").iterdir())
+    assert name in lines[-1]
+    assert said(panel.switch(name), panel)[-1].count(name) == 1
+    assert desk.label == name
+    assert desk.engine is not tab.conversation.session.engine
+    again = desk.tab("one")  # the same conversation, with the other model
+    assert again.conversation.session.engine is desk.engine
+    assert again.conversation.id == kept
+    assert list(again.conversation.send("more"))
+    assert "int8" in panel.show()[panel._parts.model]
+
+
+@pytest.mark.parametrize(("source", "recipe"), [("", "int8"), ("nowhere", "int8"), (".", "int8")])
+def test_what_is_no_checkpoint_is_one_line(
+    panel: Any, source: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (line,) = said(panel.quantize(source, recipe), panel)
+    assert "m1-error" in line
+    assert "Traceback" not in line
+
+
+def test_a_model_that_is_gone_leaves_the_old_one(panel: Any) -> None:
+    assert "m1-error" in said(panel.switch("gone"), panel)[-1]
+    assert "Choose one" in said(panel.switch(None), panel)[-1]
+    assert panel._desk.label == "tiny"

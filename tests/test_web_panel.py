@@ -1,0 +1,338 @@
+"""The page's side panel, settings, files and look, in a real headless Chromium."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m1local_app.history import History
+from tests.web_page import LABEL, Served, SlowEngine, Window, accept
+
+pytestmark = [
+    pytest.mark.slow,
+    # Deprecations between gradio and the libraries it brings are theirs to mend.
+    pytest.mark.filterwarnings("default"),
+]
+CONTRAST = """
+const seen = (c) => { const m = c.match(/[\\d.]+/g).map(Number); return m.length > 3 && m[3] < 1
+  ? null : m.slice(0, 3).map(v => c.startsWith('color(') ? v * 255 : v); };
+const light = (rgb) => { const [r, g, b] = rgb.map(v => { v /= 255;
+  return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; });
+  return .2126 * r + .7152 * g + .0722 * b; };
+return arguments[0].flatMap(selector => [...document.querySelectorAll(selector)]
+  .filter(e => e.offsetParent).map(e => {
+    let under = e, back = null;
+    while (under && !(back = seen(getComputedStyle(under).backgroundColor)))
+      under = under.parentElement;
+    const [a, b] = [light(seen(getComputedStyle(e).color) || [0, 0, 0]),
+      light(back || [255, 255, 255])].sort((x, y) => y - x);
+    return [selector, (a + .05) / (b + .05)];
+  }));
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        accept(folder, patch)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def page(home: Path) -> Iterator[Served]:
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    served = Served(SlowEngine(home / "model", 1024), home, tokens=12)
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def opened(downloads: Path) -> Iterator[Window]:
+    window = Window(downloads)
+    yield window
+    window.close()
+
+
+@pytest.fixture
+def store(page: Served) -> History:
+    for one in page.store.conversations():
+        page.store.delete(one.id)
+    page.store.purge()
+    return page.store
+
+
+def keep(store: History, question: str, answer: str) -> int:
+    identifier = store.begin()
+    first = store.add(identifier, "user", question, parent=None)
+    store.add(identifier, "assistant", answer, parent=first, finish="stop")
+    return identifier
+
+
+@pytest.fixture
+def window(page: Served, store: History, opened: Window) -> Window:
+    """A new conversation, and nothing kept."""
+    page.desk.form = page.desk.defaults()
+    opened.open(page.url)
+    return opened
+
+
+def unfold(window: Window, panel: str) -> None:
+    """Open an accordion."""
+    window.js("document.querySelector(arguments[0] + ' > button').click()", panel)
+
+
+def upload(window: Window, path: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    window.js("document.querySelector('#main input[type=file]').value = ''")
+    window.browser.find_element(By.CSS_SELECTOR, "#main input[type=file]").send_keys(str(path))
+
+
+def test_conversations_are_listed_found_opened_and_renamed(
+    page: Served, store: History, window: Window
+) -> None:
+    keep(store, "What is <b>glaucoma</b>?", "A disease of the eye.")
+    chinese = keep(store, "高血压是什么?", "血压长期升高。")
+    window.open(page.url)
+    window.until(lambda: len(window.texts("#list button")) == 2, "they are not listed")
+    assert "<b>glaucoma</b>" in window.texts("#list button span")[1]
+    window.type("#search input, #search textarea", "升高")
+    window.until(lambda: len(window.texts("#list button")) == 1, "it was not found")
+    assert "升高" in window.texts("#list small")[0]
+    window.click("#list button")
+    window.until(lambda: window.questions == ["高血压是什么?"], "it was not opened")
+    assert window.answers == ["血压长期升高。"]
+    unfold(window, "#this")
+    window.type("#title input, #title textarea", "\ue009a\ue000血压 <i>x</i>\n")
+    window.until(lambda: store.conversation(chinese).title == "血压 <i>x</i>", "not renamed")
+    window.until(lambda: "血压 <i>x</i>" in window.texts("#list span"), "the list is old")
+    window.click("#new")
+    window.until(lambda: window.questions == [], "no new conversation")
+    window.assert_private_and_quiet()
+
+
+def test_deleting_can_be_taken_back_and_purging_cannot(
+    page: Served, store: History, window: Window
+) -> None:
+    kept = keep(store, "delete me", "yes")
+    window.open(f"{page.url}?c={kept}")
+    window.until(lambda: window.questions == ["delete me"], "it was not opened")
+    unfold(window, "#this")
+    window.click("#delete")
+    window.until(lambda: store.conversations() == [], "it was not deleted")
+    window.until(lambda: window.shown("#deleted button"), "it cannot be taken back")
+    window.click("#deleted button")
+    window.until(lambda: window.questions == ["delete me"], "it did not come back")
+    assert len(store.conversations()) == 1
+    window.click("#delete")
+    window.until(lambda: store.conversations() == [], "it was not deleted")
+    unfold(window, "#bin-panel")
+    window.until(lambda: window.texts("#bin span") == ["delete me"], "it is not in the bin")
+    keep(store, "another", "one")
+    window.click("#purge")
+    window.until(lambda: window.texts(".m1-error"), "nothing was asked")
+    assert len(store.conversations(binned=True)) == 1
+    window.click("#purge-sure input")
+    window.click("#purge")
+    window.until(lambda: not store.conversations(binned=True), "nothing was purged")
+    window.until(lambda: store.conversations() == [], "the listed one stays")
+    assert b"delete me" not in (page.desk.folder.parent / "history.db").read_bytes()
+
+
+def test_a_conversation_is_saved_in_three_formats(
+    page: Served, store: History, window: Window, downloads: Path
+) -> None:
+    kept = keep(store, "save me <script>", "saved")
+    window.open(f"{page.url}?c={kept}")
+    window.until(lambda: len(window.questions) == 1, "it was not opened")
+    unfold(window, "#this")
+    for name, suffix in (("markdown", "md"), ("html", "html"), ("json", "json")):
+        window.click(f"#export-{name}")
+        file = downloads / f"m1-{kept}.{suffix}"
+        window.until(file.is_file, f"no {file.name} came")
+        assert "save me" in window.until(partial(file.read_text, "utf-8"), "it is empty")
+    assert "save me <script>" not in (downloads / f"m1-{kept}.html").read_text("utf-8")
+    assert json.loads((downloads / f"m1-{kept}.json").read_text("utf-8"))["id"] == kept
+    assert not list(page.desk.folder.parent.rglob("*.html"))
+
+
+def test_settings_and_presets_make_the_answer_and_are_reset(
+    page: Served, store: History, window: Window
+) -> None:
+    window.click("[data-do=drawer]")
+    window.type("#preset input", "Explain\n")
+    value = "return document.querySelector('#system textarea').value"
+    window.until(lambda: "patient" in window.js(value), "the preset wrote nothing")
+    window.type("#seed input", "\ue009a\ue0007\t")
+    window.type("#box textarea", "hello\n")
+    window.ended(1)
+    latest = store.latest()
+    assert latest is not None
+    assert "patient" in latest.system
+    assert store.path(latest.id)[-1].parameters["seed"] == 7
+    assert "length limit" in window.texts(".m1-notice")[0]
+    window.click("#reset")
+    window.until(lambda: window.js(value) == "", "nothing was reset")
+    window.type("#length input", "\ue009a\ue0000\t")
+    window.type("#box textarea", "and now?\n")
+    window.until(lambda: window.texts(".m1-error"), "a wrong value was taken")
+
+
+def test_a_file_is_attached_with_its_tokens_or_refused_with_a_reason(
+    store: History, window: Window, tmp_path: Path
+) -> None:
+    name = "<img src=x onerror=alert(1)> 报告.md"
+    (tmp_path / name).write_text("blood pressure 140 <C_A> fine", encoding="utf-8")
+    (tmp_path / "large.txt").write_text("hello " * 3000)
+    (tmp_path / "blob.txt").write_bytes(b"\0\1\2" * 9)
+    upload(window, tmp_path / "large.txt")
+    window.until(lambda: window.texts(".m1-error"), "it was not refused")
+    assert "are left of the context" in window.texts(".m1-error")[0]
+    upload(window, tmp_path / "blob.txt")
+    window.until(lambda: "is no text" in "".join(window.texts(".m1-error")), "it was not refused")
+    upload(window, tmp_path / name)
+    window.until(lambda: window.texts(".m1-chip"), "it was not attached")
+    assert "tokens" in window.texts(".m1-chip small")[0]
+    assert window.js("return document.querySelectorAll('#chips img, #chat img').length") == 0
+    window.click(".m1-chip button")
+    window.until(lambda: not window.texts(".m1-chip"), "it stays")
+    upload(window, tmp_path / name)
+    window.until(lambda: window.texts(".m1-chip"), "it was not attached again")
+    window.type("#box textarea", "What does it say?\n")
+    window.ended(1)
+    latest = store.latest()
+    assert latest is not None
+    asked = store.path(latest.id)[0].content
+    assert asked.startswith("What does it say?")
+    assert "blood pressure 140 <C_A> fine" in asked
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+    kept = [path for path in uploads.rglob("*") if path.is_file()]
+    assert not [path for path in kept if b"blood pressure" in path.read_bytes()]
+    assert not window.texts(".m1-chip")
+    window.assert_private_and_quiet()
+
+
+def test_both_languages_are_pages_that_change_into_each_other(
+    page: Served, store: History, window: Window
+) -> None:
+    kept = keep(store, "stay", "yes")
+    window.open(f"{page.url}?c={kept}")
+    window.click("[data-do=language]")
+    window.until(lambda: window.texts("#send") == ["发送"], "no Chinese came")
+    window.until(lambda: window.questions == ["stay"], "the conversation was lost")
+    window.type("#box textarea", "你好\n")
+    window.ended(2)
+    assert "词元/秒" in window.texts(".m1-facts")[0]
+    window.click("[data-do=language]")
+    window.until(lambda: window.texts("#send") == ["Send"], "no English came")
+
+
+def test_light_and_dark_can_be_read_and_are_remembered(window: Window, page: Served) -> None:
+    window.type("#box textarea", "I have chest pain\n")
+    window.ended(1)
+    window.click("[data-do=drawer]")
+    selectors = [
+        "#send", "#new", "#chat .user .prose p", "#chat .bot .prose p", ".m1-facts > span",
+        ".m1-notice", ".m1-label", ".m1-caution", "#list span", "#list small",
+        "#settings label span",
+    ]  # fmt: skip
+
+    def faint() -> list[Any]:
+        return [found for found in window.js(CONTRAST, selectors) if found[1] < 4.5]
+
+    script = "return document.body.classList.contains('dark')"
+    for _ in range(2):
+        window.until(lambda: not faint(), f"too faint to read: {faint()}")
+        dark = window.js(script)
+        window.click("[data-do=theme]")
+        window.until(partial(window.js, f"{script} != {str(dark).lower()}"), "the colours stay")
+    window.click("[data-do=theme]")
+    chosen = window.js(script)
+    window.open(page.url)
+    assert window.js(script) == chosen
+    window.click("[data-do=theme]")
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(
+    page: Served, window: Window, store: History
+) -> None:
+    long = (
+        "| a | b |\n|---|---|\n| " + "word " * 40 + "| " + "x" * 200 + " |\n\n`" + "y" * 300 + "`"
+    )
+    kept = keep(store, "w" * 200, long)
+    metrics: dict[str, Any] = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    window.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        window.open(f"{page.url}?c={kept}")
+        window.until(lambda: len(window.answers) == 1, "it was not opened")
+        assert not window.shown("#side")
+        wide = "return document.documentElement.scrollWidth"
+        assert window.js(wide) <= 390
+        for panel in ("side", "drawer"):
+            window.click(f"[data-do={panel}]")
+            window.until(partial(window.shown, f"#{panel}"), "it did not open")
+            assert window.js(wide) <= 390
+        assert not window.shown("#side")  # one at a time
+        window.js("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))")
+        window.until(lambda: not window.shown("#drawer"), "Escape did not close it")
+        send = window.js("const r = document.querySelector('#send').getBoundingClientRect();"
+                         "return [r.right, r.bottom]")  # fmt: skip
+        assert send[0] <= 390
+        assert send[1] <= 800
+    finally:
+        window.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_of_a_long_conversation_the_end_is_shown_and_more_on_demand(
+    page: Served, store: History, window: Window
+) -> None:
+    identifier, parent = store.begin(), None
+    for number in range(30):
+        parent = store.add(identifier, "user", f"question {number}", parent=parent)
+        parent = store.add(identifier, "assistant", f"answer {number}", parent=parent)
+    page.desk.form = replace(page.desk.form, overflow="rolling")
+    window.open(f"{page.url}?c={identifier}")
+    window.until(lambda: len(window.questions) == 20, "the end is not shown")
+    assert window.questions[0] == "question 10"
+    window.js("document.querySelectorAll('#chat button[aria-label=Edit]')[0].click()")
+    window.type("#chat textarea", " changed")
+    window.click("#chat button[aria-label=Submit]")
+    window.until(lambda: store.path(identifier)[-2].content == "question 10 changed", "not it")
+    window.until(lambda: window.idle and window.shown("#earlier") is False, "all can be shown")
+    window.until(lambda: "question 10 changed" in window.questions, "it is not shown")
+    window.until(lambda: window.texts(".m1-flip span") == ["2/2"], "no version to flip")
+    window.click(".m1-flip button")
+    window.until(lambda: window.questions[-1:] == ["question 29"], "it did not flip")
+    window.click("#earlier")
+    window.until(lambda: len(window.questions) == 30, "no earlier ones came")
+
+
+def test_everything_to_press_has_a_name(window: Window) -> None:
+    window.click("[data-do=drawer]")
+    nameless = window.js(
+        "return [...document.querySelectorAll('button, input, textarea')].filter(e => "
+        "e.offsetParent && !(e.innerText?.trim() || e.getAttribute('aria-label') || e.title || "
+        "e.labels?.length || e.placeholder)).map(e => e.outerHTML.slice(0, 200))"
+    )
+    assert nameless == []
+
+
+def test_the_model_panel_says_what_one_talks_to(window: Window) -> None:
+    window.click("[data-do=drawer]")
+    unfold(window, "#model-panel")
+    window.until(lambda: window.texts("#model dd"), "no facts came")
+    assert LABEL in window.texts("#model dd")
+    text = window.texts("#model")[0]
+    for fact in ("parameters", "memory used", "processor", "int8"):
+        assert fact in text
