@@ -96,6 +96,25 @@ def test_going_back(slash: SlashCommands, capsys: pytest.CaptureFixture[str]) ->
     assert "Taken back" in capsys.readouterr().err
 
 
+def test_earlier_versions_come_back(
+    slash: SlashCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask(slash, "one")
+    ask(slash, "two")
+    with pytest.raises(M1Error, match="no other versions"):
+        obey(slash, "/version")
+    before = slash.conversation.session.messages
+    obey(slash, "/edit 1 other")
+    assert questions(slash) == ["other"]
+    obey(slash, "/version")
+    assert "version 2 of 2" in capsys.readouterr().err
+    for wrong in ("0", "3", "x"):
+        with pytest.raises(M1Error, match="There are 2 versions"):
+            obey(slash, f"/version {wrong}")
+    obey(slash, "/version 1")
+    assert slash.conversation.session.messages == before
+
+
 def test_parameters_are_set_shown_and_checked(
     slash: SlashCommands, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,9 @@ COMMANDS = (
     Command("help", "", marked("this list"), ("?",)),
     Command("retry", "", marked("answer the last question again"), ("regen", "r")),
     Command("edit", "[N] [TEXT]", marked("ask the last or N-th question in other words"), ("e",)),
+    Command(
+        "version", "[K]", marked("other versions of the last answer or question; show the K-th")
+    ),
     Command("undo", "", marked("take the last question and its answer back"), ("u",)),
     Command("clear", "", marked("begin a new conversation"), ("new",)),
     Command("history", "", marked("the conversation so far, its questions numbered")),
@@ -136,6 +139,20 @@ class SlashCommands:
     def _undo(self, argument: str) -> None:
         self.ask_again = self.conversation.undo()
         note(tr("Taken back; the question is at the prompt, Ctrl-C drops it."))
+
+    def _version(self, argument: str) -> None:
+        versions = self.conversation.versions()
+        if not versions:
+            raise M1Error(tr("There are no other versions; /retry and /edit make some."))
+        turn = max(versions)
+        shown, count = versions[turn]
+        if argument:
+            if not argument.isdecimal() or not 1 <= int(argument) <= count:
+                raise M1Error(tr("There are {count} versions; say which: /version K", count=count))
+            self.ask_again = self.conversation.flip(turn, int(argument) - shown)
+            shown = int(argument)
+        self._history("")
+        note(tr("This is version {shown} of {count}.", shown=shown, count=count))
 
     def _clear(self, argument: str) -> None:
         self.conversation.clear()
