@@ -66,6 +66,10 @@ class Screen:
         above = ["".join(row[x].data for x in range(len(row))) for row in self._shown.history.top]
         return [line.rstrip() for line in [*above, *self._shown.display]]
 
+    def visible(self) -> list[str]:
+        """The lines on the screen."""
+        return [line.rstrip() for line in self._shown.display]
+
     def text(self) -> str:
         """All lines as one text; a wide character counts once."""
         return "\n".join(self.lines()).rstrip()
@@ -83,6 +87,13 @@ class Screen:
         while re.match(r">>>|\.\.\.|reading", self.text().rpartition("\n")[2]):
             assert time.monotonic() < until, f"no answer began; the screen:\n{self.text()}"
             self._read(0.2)
+
+    def stop(self, times: int = 1) -> None:
+        """Let the answer begin, stop it as the so-manieth, and wait for the prompt."""
+        self.wait_for_answer()
+        self.type("\x03")
+        self.wait_for(r"\[stopped\]", times=times)
+        self.settle()
 
     def prompt(self, number: int = 1) -> None:
         """Wait for an empty prompt as the last line, the `number`-th of all."""

@@ -62,19 +62,11 @@ def start(endless: Path, m1_home: Path) -> Iterator[Start]:
         screen.close()
 
 
-def stop(screen: Screen, times: int = 1) -> None:
-    """Let the answer begin, stop it, and wait for the prompt."""
-    screen.wait_for_answer()
-    screen.type("\x03")
-    screen.wait_for(r"\[stopped\]", times=times)
-    screen.settle()
-
-
 def test_ctrl_c_stops_the_answer_and_the_next_question_is_answered(start: Start) -> None:
     screen = start()
     for number, question in enumerate(("hello", "and now?"), 1):
         screen.type(f"{question}\r")
-        stop(screen, number)
+        screen.stop(number)
     assert screen.text().count("\n>>> ") == 3
     screen.type("/bye\r")
     assert screen.exit_code() == 0
@@ -117,7 +109,7 @@ def test_ctrl_c_held_down_stops_the_answer_and_no_more(start: Start) -> None:
     screen.wait_for(r"\[stopped\]")
     screen.settle()
     screen.type("still here\r")
-    stop(screen, 2)
+    screen.stop(2)
 
 
 def test_lines_pasted_during_an_answer_wait_and_are_not_sent(start: Start) -> None:
@@ -179,7 +171,7 @@ def test_chinese_is_edited_by_whole_characters(start: Start) -> None:
     assert ">>> 高血压病" in screen.text()
     assert "是" not in screen.text()
     screen.type("\x1b[D\x1b[D症\r")  # two to the left, and one more
-    stop(screen)
+    screen.stop()
     assert ">>> 高血症压病" in screen.text()
 
 
@@ -200,7 +192,7 @@ def test_two_hundred_pasted_lines_are_one_message(start: Start, m1_home: Path) -
     screen.settle(1)
     assert "[stopped]" not in screen.text()
     screen.type("\r")
-    stop(screen)
+    screen.stop()
     with History.open() as history:
         assert history.user_texts() == [pasted]
 
@@ -223,9 +215,9 @@ def test_a_message_may_have_several_lines(start: Start) -> None:
     screen.type('"""first\r')
     screen.wait_for(r"(?m)^\.\.\.")
     screen.type('second"""\r')
-    stop(screen)
+    screen.stop()
     screen.type("one\x1b\rtwo\r")  # Alt-Enter
-    stop(screen, 2)
+    screen.stop(2)
     with History.open() as history:
         assert history.user_texts() == ["first\nsecond", "one\ntwo"]
 
@@ -233,13 +225,13 @@ def test_a_message_may_have_several_lines(start: Start) -> None:
 def test_an_earlier_message_is_edited(start: Start) -> None:
     screen = start()
     screen.type("first question\r")
-    stop(screen)
+    screen.stop()
     screen.type("second question\r")
-    stop(screen, 2)
+    screen.stop(2)
     screen.type("/edit 1\r")
     screen.wait_for(r">>> first question", times=2)
     screen.type("\x17\x17other words\r")
-    stop(screen, 3)
+    screen.stop(3)
     with History.open() as history:
         (found,) = history.conversations()
         assert [m.content for m in history.path(found.id) if m.role == "user"] == ["other words"]
@@ -256,15 +248,18 @@ def test_what_is_typed_during_an_answer_waits_for_the_prompt(start: Start) -> No
     assert screen.text().count("typed ahead") == 1
 
 
-def test_a_window_that_changes_its_size_disturbs_neither_answer_nor_prompt(start: Start) -> None:
+def test_a_window_that_changes_its_size_shows_the_answer_once(start: Start) -> None:
     screen = start("-n", "150")
     screen.type("hello\r")
     screen.wait_for_answer()
-    screen.resize(50, 20)
-    time.sleep(0.5)
-    screen.resize(100, 30)
+    for columns, lines in ((50, 30), (100, 40)):
+        screen.resize(columns, lines)
+        time.sleep(0.5)
     screen.wait_for("its limit")
     screen.settle()
+    begins = [line[:8] for line in screen.visible() if len(line) > 20]
+    assert len(begins) > 4
+    assert len(begins) == len(set(begins)), screen.text()
     screen.type("\x1b[A")  # the last message, from the history of the editor
     screen.wait_for(">>> hello")
 
@@ -296,7 +291,7 @@ def test_a_killed_answer_is_there_as_far_as_it_came(start: Start) -> None:
     again.wait_for("  1  hello")
     again.settle()
     again.type("/retry\r")
-    stop(again)
+    again.stop()
     with History.open() as history:
         assert len(history.versions(answer.id)) == 2
 
@@ -304,7 +299,7 @@ def test_a_killed_answer_is_there_as_far_as_it_came(start: Start) -> None:
 def test_nothing_is_kept_without_history(start: Start, m1_home: Path) -> None:
     screen = start("--no-history")
     screen.type("a secret\r")
-    stop(screen)
+    screen.stop()
     screen.type("/bye\r")
     assert screen.exit_code() == 0
     kept = [path for path in m1_home.rglob("*") if path.is_file()]
@@ -323,7 +318,7 @@ def test_no_colour_where_none_is_wanted(start: Start) -> None:
 def test_a_dumb_terminal_is_served_plainly(start: Start) -> None:
     screen = start(TERM="dumb")
     screen.type("hello\r")
-    stop(screen)
+    screen.stop()
     assert b"\x1b" not in screen.sent
 
 
@@ -336,7 +331,7 @@ def test_a_message_is_written_in_the_editor(start: Start, tmp_path: Path) -> Non
     screen.wait_for("lines, 中文")
     screen.settle()
     screen.type("\r")
-    stop(screen)
+    screen.stop()
     with History.open() as history:
         assert history.user_texts() == ["begun of several\nlines, 中文"]
 

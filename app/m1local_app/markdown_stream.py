@@ -29,17 +29,22 @@ class MarkdownStream:
         """Draw on `console`, a terminal."""
         self._console = console
         self._parser = _parser()
+        self._whole = ""
         self._text = ""  # of the blocks that are not printed for good yet
+        self._size = console.size
         self._printed = False
         self._draw_at = 0.0  # not before
-        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._live = _live(console)
 
     def push(self, text: str) -> None:
         """More of the answer; drawn at most every `REFRESH_SECONDS`, long blocks less often."""
         self._text += text
+        self._whole += text
         begun = time.monotonic()
         if begun < self._draw_at:
             return
+        if self._console.size != self._size:
+            self._begin_again()
         self._print_finished()
         if not self._live.is_started:
             self._live.start()
@@ -54,6 +59,17 @@ class MarkdownStream:
         for block in self._blocks():
             self._print(block)
         self._text = ""
+
+    def _begin_again(self) -> None:
+        """Draw all of it on a clean screen: in another size nobody knows which rows were ours.
+
+        What was on the screen is scrolled away, not erased.
+        """
+        if self._live.is_started:
+            self._live.stop()
+        self._console.file.write("\n" * self._console.height + "\x1b[H")
+        self._text, self._printed, self._size = self._whole, False, self._console.size
+        self._live = _live(self._console)
 
     def _print_finished(self) -> None:
         """Print the blocks before the last one, which alone may still change."""
@@ -79,6 +95,10 @@ class MarkdownStream:
             self._console.print()
         self._console.print(_Lines(_PlainMarkdown(text)))
         self._printed = True
+
+
+def _live(console: Console) -> Live:
+    return Live(console=console, auto_refresh=False, transient=True)
 
 
 class _PlainMarkdown(Markdown):
