@@ -60,7 +60,7 @@ def test_doctor_asks_for_the_hub_unless_offline(tmp_path: Path) -> None:
 
 def test_quantizing_and_chatting_open_no_socket(tiny_checkpoint: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    short = ("-n", "8")
+    short = ("-n", "8", "--temp", "0")
     for arguments in (
         ("run", tiny_checkpoint, "--offline", "-p", SECRET, *short),
         ("run", tiny_checkpoint, "--offline", "--session", "mine", "-p", SECRET, *short),
@@ -89,7 +89,8 @@ def test_a_model_that_is_not_here_is_not_asked_for_offline(tmp_path: Path) -> No
 def test_words_are_written_to_the_history_alone(tmp_path: Path) -> None:
     home, source = tmp_path / "home", tmp_path / "model"
     write_checkpoint(source)
-    ended = m1("run", source, "--session", "mine", "-p", SECRET, "-n", "4", home=home)
+    short = ("-n", "4", "--temp", "0")
+    ended = m1("run", source, "--session", "mine", "-p", SECRET, *short, home=home)
     assert ended.returncode == 0, ended.stderr
     holding = {
         path.name.partition("-")[0]

@@ -8,13 +8,13 @@ import pytest
 
 from m1local.chat import ChatSession, Overflow, Turn
 from m1local.engine import Engine
-from m1local.errors import M1Error, SamplingError
+from m1local.errors import M1Error, SamplingError, StorageError
 from m1local.tokenizer import Message
 from m1local_app import red_flags
 from m1local_app.conversation import Conversation
-from m1local_app.history import StoredConversation
+from m1local_app.history import History, StoredConversation
 from m1local_app.language import speaking, tr
-from m1local_app.web import views
+from m1local_app.web import answers, views
 from m1local_app.web.attachments import Attachment
 from m1local_app.web.forms import PRESETS, Form, preset
 from m1local_app.web.page import spoken
@@ -73,6 +73,24 @@ def test_an_interrupted_answer_is_waited_for(tab: Tab) -> None:
     tab.begin()
     assert not tab.stopping
     assert not tab.silent
+
+
+def test_a_store_that_fails_is_a_notice_and_the_answer_is_shown(
+    engine: Engine, tab: Tab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with History.open(tmp_path / "history.db") as store:
+        conversation = Conversation(tab.conversation.session, store, label="tiny", checkpoint="")
+        tab.conversation = conversation
+
+        def full(*_: object, **__: object) -> int:
+            raise StorageError("The disk is full.")
+
+        monkeypatch.setattr(store, "add", full)
+        conversation.session.settings = engine.settings(temperature=0.0)
+        progress = tab.begin()
+        *_, text = answers._text_so_far(conversation.send("hello"), tab, progress)
+        assert text == conversation.session.messages[-1].content
+        assert any("The disk is full." in notice for notice in progress.notices)
 
 
 def test_the_tab_unused_longest_is_forgotten_but_none_that_is_answering(engine: Engine) -> None:

@@ -71,6 +71,8 @@ def _text_so_far(events: Iterator[Event], tab: Tab, progress: Progress) -> Itera
                 break
     finally:
         events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
+    if trouble := tab.conversation.trouble():
+        progress.notices.append(trouble)
     yield text
 
 
