@@ -25,7 +25,8 @@ enum {
     GROUP_OF_X = 64,    /* columns of x that share a scale where W has no groups */
     BLOCK = 32,         /* rows of W, and of x, that stay in the cache while they are multiplied */
     BLOCKS_TAKEN = 4,   /* by a thread at a time */
-    LEAST_WORK = 1 << 17 /* weights: fewer are not worth a second thread */
+    LEAST_WORK = 1 << 20, /* weights: fewer are not worth a second thread */
+    LEAST_ROUNDED = 1 << 16 /* values of x, the same */
 };
 
 /* The rows of x, rounded. Everything is padded with zeros to whole vectors and TOGETHER rows. */
@@ -152,7 +153,8 @@ static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, 
 static int round_rows(Rounded *x, const void *source, int is_wide, int middle, int threads)
 {
     const size_t line = (size_t)x->vectors * (size_t)x->parts * BYTES * 2;
-    const int64_t used = threads < x->rows ? threads : x->rows;
+    const int64_t wanted = x->rows * x->columns < LEAST_ROUNDED ? 1 : threads;
+    const int64_t used = wanted < x->rows ? wanted : x->rows;
     int8_t *lines = whole((size_t)used * line);
     if (!make_room(x) || !lines) {
         give_back(lines);
