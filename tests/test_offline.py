@@ -117,3 +117,33 @@ def test_the_traceback_of_a_bug_shows_no_words(tmp_path: Path, owner: str, name:
     assert "a bug" in ended.stderr
     assert ended.returncode == 1
     assert SECRET not in ended.stderr + ended.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_a_conversation_in_the_terminal_opens_no_socket(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("pyte", reason="the terminal emulator is missing: pip install -e .[dev]")
+    from tests.screen import Screen
+
+    command = ["chat", str(tiny_checkpoint), "-n", "8", "--temp", "0"]
+    screen = Screen(command, {"M1_HOME": str(tmp_path / "home")}, GUARD)
+    try:
+        screen.wait_for("(?m)^>>>")
+        for typed, expected in (
+            (SECRET, "tokens/s"),
+            ("/retry", "(?s)tokens/s.*tokens/s"),
+            ("/edit 1 another", "(?s)another.*tokens/s"),
+            (f"/export {tmp_path}/talk.html", "Wrote"),
+            ("/list", "another"),
+            ("/show info", "layers"),
+        ):
+            screen.settle()
+            screen.type(f"{typed}\r")
+            screen.wait_for(expected)
+        screen.settle()
+        screen.type("/bye\r")
+        assert screen.exit_code() == 0
+        assert b"NETWORK" not in screen.sent
+    finally:
+        screen.close()
