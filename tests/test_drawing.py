@@ -175,8 +175,13 @@ def test_a_stopped_answer_stays_and_is_told(capsys: pytest.CaptureFixture[str]) 
         yield TextDelta(" as it came", (2,))
         raise AssertionError("nothing more is asked for")
 
-    with pytest.raises(StoppedError):
-        print_answer(events(), stats=True)
+    # Whoever started the tests in the background had SIGINT ignored.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(StoppedError):
+            print_answer(events(), stats=True)
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert capsys.readouterr().out == "as far as it came\n"
 
 
