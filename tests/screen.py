@@ -35,8 +35,9 @@ class Screen:
         variables = os.environ | {"PYTHONPATH": path, "TERM": "xterm-256color"} | environment
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
-            # Whoever started the tests in the background had SIGINT ignored; children inherit that.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            # Whoever started the tests in the background had these ignored; children inherit that.
+            for ignored in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(ignored, signal.SIG_DFL)
             os.execvpe(command[0], command, variables)
         self._shown = pyte.HistoryScreen(COLUMNS, LINES, history=5000)
         self._shown.write_process_input = self.type  # type: ignore[method-assign,assignment]

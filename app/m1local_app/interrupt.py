@@ -60,15 +60,15 @@ class Keyboard:
         return typed_text(self._bytes.decode("utf-8", "replace"))
 
     def _hold_signals(self) -> None:
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            self._handle(signal.SIGINT, self._note)
+        self._handle(signal.SIGINT, self._note)
         for name in ("SIGTERM", "SIGHUP"):
             if hasattr(signal, name):
                 self._handle(getattr(signal, name), _leave)
 
     def _handle(self, number: int, handler: Any) -> None:
-        usual = signal.signal(number, handler)
-        self._undo.callback(signal.signal, number, usual)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells ask for
+            usual = signal.signal(number, handler)
+            self._undo.callback(signal.signal, number, usual)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._pressed:
