@@ -5,9 +5,10 @@ What it is: the line that stands beside every result. What it is not: a fingerpr
 
 import os
 import platform
-from pathlib import Path
 
 import torch
+
+from m1local_app.doctor import processor
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -21,16 +22,6 @@ def describe_machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def memory_gib() -> int:

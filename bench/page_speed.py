@@ -10,7 +10,6 @@ main thread is busy for each. What it is not: a test; it times one machine.
 import itertools
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.browser import chromium
 from bench.machine import describe_machine
 from m1local import home
 from m1local.engine import Engine
@@ -76,7 +76,8 @@ def _conversation(store: History, length: int) -> int:
 
 
 def _measured(url: str, identifier: int, length: int) -> dict[str, Any]:
-    browser = _browser()
+    browser = chromium("--window-size=1280,900")
+    browser.execute_cdp_cmd("Performance.enable", {})
     try:
         browser.implicitly_wait(60)
         browser.get(f"{url}?c={identifier}")
@@ -112,22 +113,6 @@ def _until(condition: Any) -> None:
         if time.monotonic() > end:
             raise TimeoutError("the page did not come as far")
         time.sleep(0.1)
-
-
-def _browser() -> Any:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        raise SystemExit("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(options=options, service=Service(driver))
-    browser.execute_cdp_cmd("Performance.enable", {})
-    return browser
 
 
 if __name__ == "__main__":

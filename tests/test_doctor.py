@@ -22,7 +22,8 @@ def test_it_says_what_this_machine_has(m1_home: Path) -> None:
     assert result.exit_code == 0
     for wanted in (__version__, torch.__version__, str(m1_home), "not asked", "GiB", "int4"):
         assert wanted in result.stdout
-    assert not m1_home.exists()
+    # The C library may be compiled for the occasion; nothing else is written.
+    assert {path.name for path in m1_home.glob("*")} <= {"native"}
 
 
 def test_json_has_the_same_in_groups() -> None:

@@ -5,12 +5,12 @@ phone, an error. What it is not: a test.
 """
 
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from bench.browser import chromium
 from m1local import home
 from m1local.engine import Engine
 from m1local_app import notices
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _draw(url: str) -> None:
-    browser = _browser()
+    browser = chromium("--lang=en")
     try:
         _size(browser, WIDE, url)
         _ask(browser, "What is glaucoma?", 1)
@@ -105,20 +105,6 @@ def _until(browser: Any, script: str) -> None:
         if time.monotonic() > end:
             raise TimeoutError(script)
         time.sleep(0.2)
-
-
-def _browser() -> Any:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        raise SystemExit("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--lang=en"):
-        options.add_argument(argument)
-    return webdriver.Chrome(options=options, service=Service(driver))
 
 
 if __name__ == "__main__":

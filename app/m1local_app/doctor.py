@@ -109,7 +109,7 @@ def _versions() -> Iterator[Fact]:
 def _device() -> Iterator[Fact]:
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     threads = torch.get_num_threads()
-    yield Fact("device", "processor", _processor())
+    yield Fact("device", "processor", processor())
     yield Fact("device", "cores", tr("{cores}, {threads} threads", cores=cores, threads=threads))
     yield Fact("device", "instructions", torch.backends.cpu.get_cpu_capability())
     for index in range(torch.cuda.device_count()):
@@ -175,7 +175,8 @@ def _hub(offline: bool) -> Iterator[Fact]:
         yield Fact("hub", "reachable", tr("no: {reason}", reason=reason), advice)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name as the system gives it."""
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -60,7 +60,8 @@ def is_accepted(source: str) -> bool:
 def _show_once(key: str, text: str) -> None:
     if key in _shown():
         return
-    Console(stderr=True, highlight=False).print(text, markup=False)
+    console = Console(stderr=True, highlight=False)
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)
     _record(key)
 
 

@@ -29,44 +29,13 @@ def multiply_int4(
 
     `codes` (N, K/2) uint8, `scales` and `zeros` (N, K/group) bfloat16.
     """
-    compiled, rows = library(), _rows(x)
-    if compiled is None or rows is None or not _lie_well(codes, scales, zeros):
-        return None
-    product = rows.new_empty(rows.shape[0], codes.shape[0])
-    done = compiled.m1_multiply_int4(
-        _at(rows),
-        rows.dtype != SHORT,
-        ctypes.c_int64(rows.shape[0]),
-        _at(codes),
-        _at(scales),
-        _at(zeros),
-        ctypes.c_int64(codes.shape[0]),
-        ctypes.c_int64(rows.shape[1]),
-        group_size,
-        _at(product),
-        torch.get_num_threads(),
-    )
-    return product.to(x.dtype) if done else None
+    size = ctypes.c_int(group_size)
+    return _multiply("m1_multiply_int4", x, (codes, scales, zeros), size)
 
 
 def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor | None:
     """x (M, K) @ W.T -> (M, N) in x's dtype, for `codes` (N, K) int8 and `scales` (N,) float32."""
-    compiled, rows = library(), _rows(x)
-    if compiled is None or rows is None or not _lie_well(codes, scales):
-        return None
-    product = rows.new_empty(rows.shape[0], codes.shape[0])
-    done = compiled.m1_multiply_int8(
-        _at(rows),
-        rows.dtype != SHORT,
-        ctypes.c_int64(rows.shape[0]),
-        _at(codes),
-        _at(scales),
-        ctypes.c_int64(codes.shape[0]),
-        ctypes.c_int64(rows.shape[1]),
-        _at(product),
-        torch.get_num_threads(),
-    )
-    return product.to(x.dtype) if done else None
+    return _multiply("m1_multiply_int8", x, (codes, scales))
 
 
 def instructions() -> str:
@@ -77,6 +46,26 @@ def instructions() -> str:
     compiled.m1_lanes.restype = ctypes.c_char_p
     said: bytes = compiled.m1_lanes()
     return said.decode()
+
+
+def _multiply(name: str, x: Tensor, stored: tuple[Tensor, ...], *more: object) -> Tensor | None:
+    """The product by the function `name`; the first of `stored` are the codes, a row for each N."""
+    compiled, rows = library(), _rows(x)
+    if compiled is None or rows is None or not _lie_well(*stored):
+        return None
+    product = rows.new_empty(rows.shape[0], stored[0].shape[0])
+    done = getattr(compiled, name)(
+        _at(rows),
+        rows.dtype != SHORT,
+        ctypes.c_int64(rows.shape[0]),
+        *map(_at, stored),
+        ctypes.c_int64(stored[0].shape[0]),
+        ctypes.c_int64(rows.shape[1]),
+        *more,
+        _at(product),
+        torch.get_num_threads(),
+    )
+    return product.to(x.dtype) if done else None
 
 
 def _rows(x: Tensor) -> Tensor | None:

@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.machine import processor
 from bench.readme import quality as quality_block
 from bench.readme import table
 from m1local.engine import Engine
 from m1local.home import DEMO
 from m1local.manifest import FileRecord
+from m1local_app.doctor import processor
 from tools.demo.corpus import DETAILED
 
 FILES = (
