@@ -78,12 +78,22 @@ static void run_products(int rows, int n, int columns, int size, int is_wide, in
     if (!m1_multiply_int8(x, is_wide, rows, (const int8_t *)codes, row_scales, n, columns, target,
                           threads))
         exit(4);
-    uint8_t *nibbles = exactly(weights / 2);
-    memcpy(nibbles, codes, weights / 2);
-    if (!m1_multiply_int4(x, is_wide, rows, nibbles, scales, zeros, n, columns, size, target,
-                          threads))
-        exit(5);
-    free(x), free(codes), free(nibbles), free(scales), free(zeros), free(row_scales), free(target);
+    static const Planes formats[] = {{0, 8, 4, 0}, {0, 4, 2, 1}, {0, 8, 4, 1}, {0, 24, 4, 2}};
+    for (int f = 0; f < 4; f++) {
+        Planes planes = formats[f];
+        planes.size = size;
+        const size_t low_bytes = weights * (size_t)planes.low_bits / 8;
+        const size_t high_bytes = weights * (size_t)planes.high_bits / 8;
+        uint8_t *low = exactly(low_bytes), *high = high_bytes ? exactly(high_bytes) : NULL;
+        memcpy(low, codes, low_bytes);
+        if (high)
+            memcpy(high, codes, high_bytes);
+        if (!m1_multiply_groups(x, is_wide, rows, low, high, scales, zeros, n, columns, &planes,
+                                target, threads))
+            exit(5);
+        free(low), free(high);
+    }
+    free(x), free(codes), free(scales), free(zeros), free(row_scales), free(target);
 }
 
 int main(void)

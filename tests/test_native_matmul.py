@@ -15,7 +15,12 @@ from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import QuantizedLinear
 from m1local.native import library, matmul
 
-SPECS = [LinearSpec("int8"), *(LinearSpec("int4", size) for size in (32, 64, 128))]
+SPECS = [
+    LinearSpec("int8"),
+    *(LinearSpec("int4", size) for size in (32, 64, 128)),
+    *(LinearSpec(name, size) for name in ("int3", "int5", "int6") for size in (32, 64, 128)),
+]
+FEW = 4  # rows up to which matmul_few.c serves
 GROUP_OF_X = 64  # columns that share a scale where the format has no groups
 # (N, K): fewer than a vector, tails, blocks and more, a single row of W.
 SHAPES = [(1, 128), (3, 384), (33, 640), (70, 256), (130, 1280)]
@@ -100,18 +105,19 @@ def test_what_the_rounding_costs(
 @pytest.mark.parametrize("columns", [1, 31, 33, 63, 65, 97, 200])
 def test_rows_of_bytes_may_have_any_length(columns: int) -> None:
     module = build((37, columns), LinearSpec("int8"))
-    for rows in (1, 6):
+    for rows in (1, 6, 19):
         x = activations(rows, columns)
         assert_close(module(x), rounded(x, LinearSpec("int8")), module.dequantize(), SUMS * 4)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(spec: LinearSpec) -> None:
-    module = build((70, 640), spec)
-    x = activations(21, 640)
-    together = module(x)
-    for row in range(21):
-        assert torch.equal(module(x[row : row + 1])[0], together[row])
+    module, x = build((70, 640), spec), activations(36, 640)
+    alone, many = module(x[:1]), module(x[:FEW + 1])
+    for rows in range(1, 37):  # few are summed in another order than many
+        assert torch.equal(module(x[:rows])[:1], alone if rows <= FEW else many[:1])
+    for row in range(FEW):
+        assert torch.equal(module(x[row : row + 1])[0], module(x[:FEW])[row])
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -165,10 +171,12 @@ def test_weights_are_read_where_they_lie(spec: LinearSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_many_rows_are_multiplied_exactly(spec: LinearSpec) -> None:
-    module = build((33, 128), spec)
-    x = activations(matmul.ROWS + 1, 128)
-    assert_close(module(x), x, module.dequantize(), 1e-5)
+def test_more_rows_than_are_taken_at_a_time(spec: LinearSpec) -> None:
+    module, rows = build((33, 256), spec), matmul.ROWS + 9
+    x = activations(rows, 256)
+    product = module(x)
+    assert_close(product, rounded(x, spec), module.dequantize(), SUMS * 4)
+    assert torch.equal(product[-9:], module(x[-9:]))
 
 
 def test_batches_and_no_rows_at_all_keep_their_shape() -> None:
@@ -190,10 +198,11 @@ def test_every_choice_of_instructions_gives_the_same(tmp_path: Path, wanted: str
     other = ctypes.CDLL(str(built))
     assert other.m1_self_test() == 1
     for spec in SPECS:
-        module, x = build((33, 384), spec), activations(7, 384)
-        expected = module(x)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(matmul, "library", lambda: other)
-            found = module(x)
-        assert_close(found, rounded(x, spec), module.dequantize(), SUMS * 4)
-        assert (found - expected).norm() <= 1e-5 * expected.norm()
+        for rows in (FEW - 1, FEW + 12):
+            module, x = build((33, 384), spec), activations(rows, 384)
+            expected = module(x)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(matmul, "library", lambda: other)
+                found = module(x)
+            assert_close(found, rounded(x, spec), module.dequantize(), SUMS * 4)
+            assert (found - expected).norm() <= 1e-5 * expected.norm()

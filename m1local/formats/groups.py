@@ -77,7 +77,7 @@ class GroupLinear(QuantizedLinear):
         if device.type != "cpu":
             return f"{SLICES} (no kernel for {device.type} yet)"
         if cls._is_compiled():
-            return f"compiled ({matmul.instructions()}), to {matmul.ROWS} rows; above, {SLICES}"
+            return f"compiled ({matmul.instructions()})"
         if int4pack.layout() is None:
             return f"{SLICES} (this torch has no packed 4-bit operator for this processor)"
         passes = "" if cls.highest < NIBBLE else ", twice"
@@ -153,7 +153,7 @@ class GroupLinear(QuantizedLinear):
 
     @classmethod
     def _is_compiled(cls) -> bool:
-        return len(cls.planes) == 1 and matmul.usable()
+        return matmul.usable()
 
     @classmethod
     def from_tensors(
@@ -225,7 +225,10 @@ class GroupLinear(QuantizedLinear):
         """(..., K) -> (..., N) in x's dtype."""
         flat, size = x.reshape(-1, self.in_features), group_size_of(self.spec)
         if not self.packed and self._is_compiled():
-            found = matmul.multiply_int4(flat, self.codes, self.scales, self.zeros, size)
+            planes = [self.codes] if self.high is None else [self.codes, self.high]
+            found = matmul.multiply_groups(
+                flat, planes, self.scales, self.zeros, size, self.middle
+            )
             if found is not None:
                 return found.view(*x.shape[:-1], self.out_features)
         if not self.packed or len(flat) > FEW_ROWS:

@@ -36,7 +36,7 @@ class Int8Linear(QuantizedLinear):
         if device.type != "cpu":
             return f"{SLICES} (no kernel for {device.type} yet)"
         if matmul.usable():
-            return f"compiled ({matmul.instructions()}), to {matmul.ROWS} rows; above, {SLICES}"
+            return f"compiled ({matmul.instructions()})"
         return f"torch's int8 operator, to {FEW_ROWS} rows; above, {SLICES}"
 
     @classmethod
@@ -85,7 +85,7 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
-        if x.device.type == "cpu" and x.numel() <= matmul.ROWS * self.in_features:
+        if x.device.type == "cpu":
             flat = x.reshape(-1, self.in_features)
             found = matmul.multiply_int8(flat, self.weight, self.scales)
             if found is not None:

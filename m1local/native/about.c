@@ -82,14 +82,15 @@ static int rows_are_right(void)
 /* Whole numbers whose greatest is 127 are rounded to themselves: products come out exactly. */
 static int products_are_right(int is_wide)
 {
-    enum { COLUMNS = 96, N = 5, M = 3 };
+    enum { COLUMNS = 96, N = 5, M = 11 /* many rows; few are the first of them */ };
+    const Planes planes = {SIZE, 8, 4, 0};
     static float wide[M * COLUMNS], expected4[M * N], expected8[M * N];
     static bfloat16 narrow[M * COLUMNS], scales[N * COLUMNS / SIZE], zeros[N * COLUMNS / SIZE];
     static uint8_t codes4[N * COLUMNS / 2];
     static int8_t codes8[N * COLUMNS];
     memset(expected4, 0, sizeof expected4);
     memset(expected8, 0, sizeof expected8);
-    static float found[M * N], scales8[N];
+    static float scales8[N];
     for (int i = 0; i < M * COLUMNS; i++) {
         wide[i] = (float)(i % SIZE ? i * 7 % 255 - 127 : 127);
         narrow[i] = rounded(wide[i]);
@@ -112,21 +113,22 @@ static int products_are_right(int is_wide)
                     x * ((float)(code - 8) * widened(scales[group]) + widened(zeros[group]));
                 expected8[m * N + n] += x * (float)codes8[n * COLUMNS + k] * 0.5f;
             }
-    if (!is_wide) { /* the result is rounded to bfloat16 */
-        static bfloat16 short4[M * N], short8[M * N];
-        if (!m1_multiply_int4(narrow, 0, M, codes4, scales, zeros, N, COLUMNS, SIZE, short4, 2)
-            || !m1_multiply_int8(narrow, 0, M, codes8, scales8, N, COLUMNS, short8, 2))
+    for (int rows = 3; rows <= M; rows += M - 3) {
+        static bfloat16 short4[M * N], short8[M * N]; /* the result is rounded to bfloat16 */
+        static float wide4[M * N], wide8[M * N];
+        const void *x = is_wide ? (const void *)wide : narrow;
+        if (!m1_multiply_groups(x, is_wide, rows, codes4, NULL, scales, zeros, N, COLUMNS, &planes,
+                                is_wide ? (void *)wide4 : short4, 2)
+            || !m1_multiply_int8(x, is_wide, rows, codes8, scales8, N, COLUMNS,
+                                 is_wide ? (void *)wide8 : short8, 2))
             return 0;
-        for (int i = 0; i < M * N; i++)
-            if (short4[i] != rounded(expected4[i]) || short8[i] != rounded(expected8[i]))
+        for (int i = 0; i < rows * N; i++) {
+            if (is_wide ? wide4[i] != expected4[i] || wide8[i] != expected8[i]
+                        : short4[i] != rounded(expected4[i]) || short8[i] != rounded(expected8[i]))
                 return 0;
-        return 1;
+        }
     }
-    if (!m1_multiply_int4(wide, 1, M, codes4, scales, zeros, N, COLUMNS, SIZE, found, 2)
-        || memcmp(found, expected4, sizeof found))
-        return 0;
-    return m1_multiply_int8(wide, 1, M, codes8, scales8, N, COLUMNS, found, 2)
-           && !memcmp(found, expected8, sizeof found);
+    return 1;
 }
 
 /* 1 where everything above holds. */

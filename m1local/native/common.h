@@ -47,9 +47,15 @@ M1_EXPORT void m1_quantize_rows(
     int threads);
 M1_EXPORT int m1_all_finite(const void *values, int is_wide, int64_t count);
 
-M1_EXPORT int m1_multiply_int4(
-    const void *x, int is_wide, int64_t rows, const uint8_t *codes, const bfloat16 *scales,
-    const bfloat16 *zeros, int64_t n, int64_t columns, int size, void *target, int threads);
+/* How codes lie and what they mean, of groups that are multiplied. */
+typedef struct {
+    int32_t size, middle, low_bits, high_bits; /* as in Levels */
+} Planes;
+
+M1_EXPORT int m1_multiply_groups(
+    const void *x, int is_wide, int64_t rows, const uint8_t *low, const uint8_t *high,
+    const bfloat16 *scales, const bfloat16 *zeros, int64_t n, int64_t columns, const Planes *planes,
+    void *target, int threads);
 M1_EXPORT int m1_multiply_int8(
     const void *x, int is_wide, int64_t rows, const int8_t *codes, const float *scales, int64_t n,
     int64_t columns, void *target, int threads);

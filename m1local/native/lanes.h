@@ -40,7 +40,37 @@ INLINE Floats load_floats(const float *at) { return _mm512_loadu_ps(at); }
 INLINE Floats all_of(float value) { return _mm512_set1_ps(value); }
 INLINE Bytes low_nibbles(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
 INLINE Bytes high_nibbles(Bytes b) { return low_nibbles(_mm512_srli_epi16(b, 4)); }
-/* Codes, 0 to 15, by signed bytes. */
+INLINE Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+/* Of 16 bits each: kept by a mask, shifted. */
+INLINE Bytes masked(Bytes b, int mask) { return _mm512_and_si512(b, _mm512_set1_epi16((short)mask)); }
+INLINE Bytes shifted_left(Bytes b, int by) { return _mm512_slli_epi16(b, by); }
+INLINE Bytes shifted_right(Bytes b, int by) { return _mm512_srli_epi16(b, by); }
+/* Half a vector of bytes, or a quarter, as whole numbers of 16 or 32 bits. */
+INLINE Bytes widened_halves(const void *at)
+{
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(at));
+}
+INLINE Bytes widened_quarters(const void *at)
+{
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(at));
+}
+/* Bits 0, 2, 4 and 6 of each 32 bits, a byte for each. */
+INLINE Bytes four_of(Bytes b)
+{
+    const Bytes pairs = _mm512_or_si512(b, _mm512_slli_epi32(b, 12));
+    return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 6)),
+                            _mm512_set1_epi8(1));
+}
+/* The same four bytes in every lane. */
+INLINE Bytes all_of_four(const void *at)
+{
+    int32_t four;
+    memcpy(&four, at, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+INLINE Ints all_ints(int32_t value) { return _mm512_set1_epi32(value); }
+INLINE void store_floats(float *at, Floats f) { _mm512_storeu_ps(at, f); }
+/* Codes, 0 to 63, by signed bytes. */
 INLINE Ints dot_codes(Ints sum, Bytes codes, Bytes x) { return _mm512_dpbusd_epi32(sum, codes, x); }
 /* Signed bytes by signed bytes; `sum` holds -128 times the sum of the x already. */
 INLINE Ints dot_bytes(Ints sum, Bytes weights, Bytes x)
@@ -80,6 +110,26 @@ INLINE Floats load_floats(const float *at) { return _mm256_loadu_ps(at); }
 INLINE Floats all_of(float value) { return _mm256_set1_ps(value); }
 INLINE Bytes low_nibbles(Bytes b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
 INLINE Bytes high_nibbles(Bytes b) { return low_nibbles(_mm256_srli_epi16(b, 4)); }
+INLINE Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+INLINE Bytes masked(Bytes b, int mask) { return _mm256_and_si256(b, _mm256_set1_epi16((short)mask)); }
+INLINE Bytes shifted_left(Bytes b, int by) { return _mm256_slli_epi16(b, by); }
+INLINE Bytes shifted_right(Bytes b, int by) { return _mm256_srli_epi16(b, by); }
+INLINE Bytes widened_halves(const void *at) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(at)); }
+INLINE Bytes widened_quarters(const void *at) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(at)); }
+INLINE Bytes four_of(Bytes b)
+{
+    const Bytes pairs = _mm256_or_si256(b, _mm256_slli_epi32(b, 12));
+    return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi32(pairs, 6)),
+                            _mm256_set1_epi8(1));
+}
+INLINE Bytes all_of_four(const void *at)
+{
+    int32_t four;
+    memcpy(&four, at, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+INLINE Ints all_ints(int32_t value) { return _mm256_set1_epi32(value); }
+INLINE void store_floats(float *at, Floats f) { _mm256_storeu_ps(at, f); }
 /* Sums of two products fit 16 bits: 2 * 127 * 127 is less than 32768. */
 INLINE Ints dot_codes(Ints sum, Bytes codes, Bytes x)
 {
@@ -129,6 +179,57 @@ INLINE Floats load_floats(const float *at) { Floats f; memcpy(&f, at, sizeof f);
 INLINE Floats all_of(float value) { MAKE(Floats, f, LANES, value); }
 INLINE Bytes low_nibbles(Bytes b) { MAKE(Bytes, n, BYTES, (int8_t)(b.of[i] & 15)); }
 INLINE Bytes high_nibbles(Bytes b) { MAKE(Bytes, n, BYTES, (int8_t)((uint8_t)b.of[i] >> 4)); }
+INLINE Bytes either(Bytes a, Bytes b) { MAKE(Bytes, e, BYTES, a.of[i] | b.of[i]); }
+typedef struct { uint16_t of[BYTES / 2]; } Halves;
+#define IN_HALVES(from, expression) \
+    Halves h; \
+    Bytes result; \
+    memcpy(&h, &from, sizeof h); \
+    for (int i = 0; i < BYTES / 2; i++) \
+        h.of[i] = (uint16_t)(expression); \
+    memcpy(&result, &h, sizeof h); \
+    return result
+INLINE Bytes masked(Bytes b, int mask) { IN_HALVES(b, h.of[i] & mask); }
+INLINE Bytes shifted_left(Bytes b, int by) { IN_HALVES(b, h.of[i] << by); }
+INLINE Bytes shifted_right(Bytes b, int by) { IN_HALVES(b, h.of[i] >> by); }
+INLINE Bytes widened_halves(const void *at)
+{
+    const uint8_t *bytes = at;
+    Bytes zero = {{0}};
+    IN_HALVES(zero, bytes[i]);
+}
+INLINE Bytes from_words(const uint32_t *words)
+{
+    Bytes result;
+    memcpy(&result, words, sizeof result);
+    return result;
+}
+INLINE Bytes widened_quarters(const void *at)
+{
+    uint32_t words[LANES];
+    for (int i = 0; i < LANES; i++)
+        words[i] = ((const uint8_t *)at)[i];
+    return from_words(words);
+}
+INLINE Bytes four_of(Bytes b)
+{
+    uint32_t words[LANES];
+    memcpy(words, &b, sizeof b);
+    for (int i = 0; i < LANES; i++) {
+        words[i] |= words[i] << 12;
+        words[i] = (words[i] | words[i] << 6) & 0x01010101;
+    }
+    return from_words(words);
+}
+INLINE Bytes all_of_four(const void *at)
+{
+    Bytes all;
+    for (int i = 0; i < LANES; i++)
+        memcpy(all.of + 4 * i, at, 4);
+    return all;
+}
+INLINE Ints all_ints(int32_t value) { MAKE(Ints, v, LANES, value); }
+INLINE void store_floats(float *at, Floats f) { memcpy(at, &f, sizeof f); }
 INLINE Ints dot_bytes(Ints sum, Bytes weights, Bytes x)
 {
     for (int lane = 0; lane < LANES; lane++)

@@ -7,14 +7,26 @@ it. What it is not: bit-equal to torch, as quantizing is; tests/test_native_matm
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from m1local.native.library import library
 
-ROWS = 256  # of activations: above, dequantized slices and torch's float product are as fast
+ROWS = 512  # of activations at a time: what is summed stays in the cache
 SHORT = torch.bfloat16
+
+
+class _Planes(ctypes.Structure):
+    """`Planes` of common.h."""
+
+    _fields_ = (
+        ("size", ctypes.c_int32),
+        ("middle", ctypes.c_int32),
+        ("low_bits", ctypes.c_int32),
+        ("high_bits", ctypes.c_int32),
+    )
 
 
 def usable() -> bool:
@@ -22,15 +34,23 @@ def usable() -> bool:
     return library() is not None
 
 
-def multiply_int4(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int
+def multiply_groups(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    scales: Tensor,
+    zeros: Tensor,
+    group_size: int,
+    middle: int,
 ) -> Tensor | None:
-    """x (M, K) @ W.T -> (M, N) in x's dtype, for groups of four bits as stored.
+    """x (M, K) @ W.T -> (M, N) in x's dtype, for groups of a few bits as stored.
 
-    `codes` (N, K/2) uint8, `scales` and `zeros` (N, K/group) bfloat16.
+    `planes` hold (N, K * bits / 8) uint8, the lowest bits first; `scales` and `zeros`
+    (N, K/group) bfloat16; `middle` is the code that means exactly the zero.
     """
-    size = ctypes.c_int(group_size)
-    return _multiply("m1_multiply_int4", x, (codes, scales, zeros), size)
+    bits = [plane.shape[1] * 8 // x.shape[1] for plane in planes]
+    layout = ctypes.byref(_Planes(group_size, middle, *bits))
+    high = planes[1] if len(planes) > 1 else None
+    return _multiply("m1_multiply_groups", x, (planes[0], high, scales, zeros), layout)
 
 
 def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor | None:
@@ -48,42 +68,54 @@ def instructions() -> str:
     return said.decode()
 
 
-def _multiply(name: str, x: Tensor, stored: tuple[Tensor, ...], *more: object) -> Tensor | None:
+def _multiply(
+    name: str, x: Tensor, stored: Sequence[Tensor | None], *more: object
+) -> Tensor | None:
     """The product by the function `name`; the first of `stored` are the codes, a row for each N."""
     compiled, rows = library(), _rows(x)
-    if compiled is None or rows is None or not _lie_well(*stored):
+    if compiled is None or rows is None or not _lie_well(stored):
         return None
-    product = rows.new_empty(rows.shape[0], stored[0].shape[0])
-    done = getattr(compiled, name)(
-        _at(rows),
-        rows.dtype != SHORT,
-        ctypes.c_int64(rows.shape[0]),
-        *map(_at, stored),
-        ctypes.c_int64(stored[0].shape[0]),
-        ctypes.c_int64(rows.shape[1]),
-        *more,
-        _at(product),
-        torch.get_num_threads(),
-    )
-    return product.to(x.dtype) if done else None
+    codes = stored[0]
+    assert codes is not None, name
+    product = rows.new_empty(rows.shape[0], codes.shape[0])
+    function, places = getattr(compiled, name), [_at(tensor) for tensor in stored]
+    for start in range(0, rows.shape[0], ROWS):
+        part, into = rows[start : start + ROWS], product[start : start + ROWS]
+        done = function(
+            _at(part),
+            rows.dtype != SHORT,
+            ctypes.c_int64(part.shape[0]),
+            *places,
+            ctypes.c_int64(codes.shape[0]),
+            ctypes.c_int64(rows.shape[1]),
+            *more,
+            _at(into),
+            torch.get_num_threads(),
+        )
+        if not done:
+            return None
+    return product.to(x.dtype)
 
 
 def _rows(x: Tensor) -> Tensor | None:
-    """x as the library reads it; None for too many rows or none."""
-    if x.device.type != "cpu" or not 0 < x.shape[0] <= ROWS or x.shape[1] == 0:
+    """x as the library reads it; None where there is nothing to multiply, or not here."""
+    if x.device.type != "cpu" or x.numel() == 0:
         return None
     return (x if x.dtype in (SHORT, torch.float32) else x.float()).contiguous()
 
 
-def _lie_well(*stored: Tensor) -> bool:
+def _lie_well(stored: Sequence[Tensor | None]) -> bool:
     """Whether stored tensors can be read where they lie."""
     return all(
-        tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-        and tensor.data_ptr() % tensor.itemsize == 0
+        tensor is None
+        or (
+            tensor.device.type == "cpu"
+            and tensor.is_contiguous()
+            and tensor.data_ptr() % tensor.itemsize == 0
+        )
         for tensor in stored
     )
 
 
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -1,0 +1,155 @@
+/* Rounds the rows of x to bytes, and lays them out as the products want them (activations.h). */
+#include "activations.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+enum { LEAST_ROUNDED = 1 << 16 /* values of x: fewer are not worth a second thread */ };
+
+void *whole(size_t bytes)
+{
+    char *all = calloc(bytes + 128, 1);
+    if (!all)
+        return NULL;
+    char *aligned = all + 64 - (uintptr_t)all % 64;
+    aligned[-1] = (char)(aligned - all);
+    return aligned;
+}
+
+void give_back(void *aligned)
+{
+    if (aligned)
+        free((char *)aligned - ((char *)aligned)[-1]);
+}
+
+void forget(Rounded *x)
+{
+    give_back(x->codes);
+    give_back(x->starts);
+    give_back(x->scales);
+    give_back(x->sums);
+}
+
+static int make_room(Rounded *x)
+{
+    const size_t rows = (size_t)x->padded_rows, columns = (size_t)x->padded_columns;
+    const size_t groups = rows * (size_t)x->groups;
+    const size_t vectors = rows * columns / (size_t)(x->apart * BYTES);
+    if (x->layout == FOR_FEW) {
+        x->codes = whole(vectors * 2 * BYTES);
+        x->starts = whole(vectors * 2 * LANES * sizeof(int32_t));
+    } else {
+        x->codes = whole(rows * columns * (size_t)x->parts);
+        x->starts = whole(groups * (size_t)x->parts * sizeof(int32_t));
+    }
+    x->scales = whole(groups * sizeof(float));
+    x->sums = whole(groups * sizeof(float));
+    return x->codes && x->starts && x->scales && x->sums;
+}
+
+/* One group of a row to bytes; returns their scale, no number where one of the values is none. */
+static float round_group(
+    const void *source, int is_wide, int64_t at, int count, int8_t *to, int8_t *lost)
+{
+    float values[128], greatest = 0, zero = 0;
+    for (int i = 0; i < count; i++)
+        values[i] = is_wide ? ((const float *)source)[at + i]
+                            : widened(((const bfloat16 *)source)[at + i]);
+    for (int i = 0; i < count; i++)
+        greatest = fabsf(values[i]) > greatest ? fabsf(values[i]) : greatest;
+#pragma omp simd reduction(+ : zero)
+    for (int i = 0; i < count; i++)
+        zero += values[i] * 0.0f;
+    if (zero != 0) { /* infinite, or no number */
+        memset(to, 0, (size_t)count);
+        memset(lost, 0, (size_t)count);
+        return zero;
+    }
+    const float scale = greatest / 127, inverse = inverse_of(scale);
+    for (int i = 0; i < count; i++) {
+        const float exact = values[i] * inverse, code = nearbyintf(exact);
+        const float rest = nearbyintf((exact - code) * 256);
+        to[i] = (int8_t)code;
+        lost[i] = (int8_t)(rest > 127 ? 127 : rest < -127 ? -127 : rest);
+    }
+    return scale;
+}
+
+/* Bytes of a row where W's vectors want them, and what their sums begin with. */
+static void lay_out_for_few(const Rounded *x, const int8_t *line, int64_t row, int part)
+{
+    const int columns = x->apart * BYTES, per_lane = columns / LANES, step = x->apart;
+    const int64_t vectors = x->padded_columns / columns;
+    for (int64_t v = 0; v < vectors; v++) {
+        const int64_t at = row * vectors + v;
+        const int8_t *from = line + v * columns;
+        int8_t *to = x->codes + (at * 2 + part) * BYTES;
+        int32_t *start = x->starts + (at * 2 + part) * LANES;
+        for (int p = 0; p < step; p++)
+            for (int i = 0; i < BYTES; i++)
+                to[p * BYTES + i] = from[i * step + p];
+        for (int lane = 0; lane < LANES; lane++) {
+            int32_t sum = 0;
+            for (int i = 0; i < per_lane; i++)
+                sum += from[lane * per_lane + i];
+            start[lane] = -x->middle * sum;
+        }
+    }
+}
+
+static void lay_out_for_many(const Rounded *x, const int8_t *line, int64_t row, int part)
+{
+    const int64_t at = row * x->parts + part;
+    int8_t *to = x->codes + (row / TILE * x->parts + part) * x->padded_columns * TILE;
+    for (int64_t k = 0; k < x->padded_columns / FOUR; k++)
+        memcpy(to + (k * TILE + row % TILE) * FOUR, line + k * FOUR, FOUR);
+    for (int64_t group = 0; group < x->groups; group++) {
+        int32_t sum = 0;
+        for (int i = 0; i < x->size; i++)
+            sum += line[group * x->size + i];
+        x->starts[at * x->groups + group] = -x->middle * sum;
+    }
+}
+
+/* A row of x: its bytes, its scales and sums; `line` has room for it twice. */
+static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, int8_t *line)
+{
+    float *scales = x->scales + row * x->groups, *sums = x->sums + row * x->groups;
+    int8_t *lost = line + x->padded_columns;
+    for (int64_t group = 0; group * x->size < x->columns; group++) {
+        const int64_t first = group * x->size, left = x->columns - first;
+        const int count = left < x->size ? (int)left : x->size;
+        int32_t sum = 0;
+        const float scale = round_group(source, is_wide, row * x->columns + first, count,
+                                        line + first, lost + first);
+        for (int i = 0; i < count; i++)
+            sum += line[first + i];
+        sums[group] = scale * (float)sum;
+        scales[group] = x->parts == 2 ? scale / 256 : scale;
+    }
+    for (int part = 0; part < x->parts; part++)
+        (x->layout == FOR_FEW ? lay_out_for_few : lay_out_for_many)(
+            x, part ? lost : line, row, part);
+}
+
+int round_rows(Rounded *x, const void *source, int is_wide, int threads)
+{
+    const size_t line = (size_t)x->padded_columns * 2;
+    const int64_t wanted = x->rows * x->columns < LEAST_ROUNDED ? 1 : threads;
+    const int64_t used = wanted < x->rows ? wanted : x->rows;
+    int8_t *lines = whole((size_t)used * line);
+    if (!make_room(x) || !lines) {
+        give_back(lines);
+        return 0;
+    }
+#pragma omp parallel for num_threads((int)used) schedule(static) if (used > 1)
+    for (int64_t part = 0; part < used; part++)
+        for (int64_t row = part; row < x->rows; row += used)
+            round_row(x, source, is_wide, row, lines + (size_t)part * line);
+    give_back(lines);
+    return 1;
+}

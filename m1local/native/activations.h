@@ -1,0 +1,45 @@
+/* The rows of x, rounded to bytes: what the products by W are made of.
+ *
+ * Each group of columns has a scale of its own, so that products are whole numbers; all that is lost
+ * is that rounding, a 254th of a group's greatest at most. For W of bytes, which deserves better, a
+ * second byte holds what the first has lost, in steps of a 256th: reading W takes longer than
+ * multiplying twice.
+ */
+#ifndef M1_ACTIVATIONS_H
+#define M1_ACTIVATIONS_H
+
+#include "common.h"
+#include "lanes.h"
+
+/* How the bytes lie. FOR_FEW: in vectors that meet W's as they are stored, codes of even columns
+ * apart from those of odd ones. FOR_MANY: four columns of TILE rows, the next four, … */
+enum Layout { FOR_FEW, FOR_MANY };
+enum {
+    TILE = LANES == 16 ? 6 : 4, /* rows of x: as many as registers hold the sums of */
+    FOUR = 4                    /* columns: what a lane multiplies at once */
+};
+
+/* Everything is padded with zeros, to whole vectors or groups, and to whole tiles of rows. */
+typedef struct {
+    enum Layout layout;
+    int64_t rows, padded_rows, columns, padded_columns, groups;
+    int size;        /* of a group */
+    int apart;       /* FOR_FEW: 2 where even and odd columns are apart, else 1 */
+    int middle;      /* the code of W that means zero */
+    int parts;       /* of a value: 2 with the second byte */
+    int8_t *codes;   /* FOR_FEW [row][vector][2][BYTES]; FOR_MANY [tile][part][fours][TILE][FOUR] */
+    int32_t *starts; /* what an integer sum begins with: FOR_FEW [row][vector][2][LANES];
+                        FOR_MANY [row][part][group] */
+    float *scales;   /* [row][group] */
+    float *sums;     /* [row][group]: of the rounded x */
+} Rounded;
+
+/* Round all rows of x, bfloat16 or (is_wide) float; 0 where there is no memory for them. */
+int round_rows(Rounded *x, const void *source, int is_wide, int threads);
+void forget(Rounded *x);
+
+/* Zeros, where vectors begin at multiples of their size; `give_back` frees them. */
+void *whole(size_t bytes);
+void give_back(void *aligned);
+
+#endif

@@ -1,0 +1,30 @@
+/* What the products of a few rows and of many have in common. */
+#ifndef M1_MATMUL_H
+#define M1_MATMUL_H
+
+#include "activations.h"
+#include "lanes.h"
+#include "planes.h"
+
+enum { GROUP_OF_X = 64 /* columns of x that share a scale where W has no groups */ };
+
+typedef struct {
+    void *at; /* [row of x][row of W] */
+    int is_wide;
+} Output;
+
+static inline void put(const Output *output, int64_t index, float value)
+{
+    if (output->is_wide)
+        ((float *)output->at)[index] = value;
+    else
+        ((bfloat16 *)output->at)[index] = rounded(value);
+}
+
+static inline int64_t bytes_in_row(int64_t columns, int bits) { return columns * bits / 8; }
+
+/* x @ W.T; 0 where there is no memory. */
+int multiply_few(const Stored *w, const Rounded *x, const Output *output, int threads);
+int multiply_many(const Stored *w, const Rounded *x, const Output *output, int threads);
+
+#endif
