@@ -20,6 +20,7 @@ from torch import Tensor
 
 from m1local.config import HeadLayout, M1Config
 from m1local.errors import ContextLengthError
+from m1local.kv_store import FLOAT, KVStore, kind_fits
 
 DEFAULT_MAX_CHUNK = 512
 MOST_BOUNDARIES = 128  # some 64 turns; each costs a key and a value per layer
@@ -34,21 +35,37 @@ class RawState(NamedTuple):
     v: Tensor
 
 
+class Visible(NamedTuple):
+    """What the queries of a chunk may look at: the first slots, and the position each holds."""
+
+    k: KVStore
+    v: KVStore
+    positions: Tensor  # (S,) int64
+
+
 class LayerCache:
     """Keys and values of one layer. Positions are handed in; `KVCache` owns where we are."""
 
     def __init__(
-        self, layout: HeadLayout, slots: int, *, batch_size: int, dtype: torch.dtype, device: str
+        self,
+        layout: HeadLayout,
+        slots: int,
+        *,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: str,
+        kv_type: str = FLOAT,
     ) -> None:
         """Allocate (B, Hkv, slots, D) for keys and for values, and the raw tail."""
+        self.kv_type = kv_type
         self.layout = layout
         self.window = layout.window
         self.slots = slots
         self.written = 0  # one past the highest position ever stored: says what was overwritten
         self.raw_start = 0  # the raw tail holds the positions from here to the sequence's end
         shape = (batch_size, layout.num_kv_heads, slots, layout.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = KVStore(shape, kv_type, dtype=dtype, device=device)
+        self.v = KVStore(shape, kv_type, dtype=dtype, device=device)
         tail = (batch_size, layout.num_kv_heads, RAW_TOKENS, layout.head_dim)
         self.raw_k = torch.zeros(tail, dtype=dtype, device=device)
         self.raw_v = torch.zeros(tail, dtype=dtype, device=device)
@@ -59,9 +76,10 @@ class LayerCache:
         return LayerCache(
             self.layout,
             self.slots,
-            batch_size=self.k.shape[0],
-            dtype=self.k.dtype,
-            device=str(self.k.device),
+            batch_size=self.raw_k.shape[0],
+            dtype=self.raw_k.dtype,
+            device=str(self.raw_k.device),
+            kv_type=self.kv_type,
         )
 
     def raw_before(self, position: int) -> RawState:
@@ -79,34 +97,27 @@ class LayerCache:
         self.written = max(self.written, end)  # first, so that an aborted pass is noticed
         self.raw_start = max(self.raw_start, end - RAW_TOKENS)
         kept = min(k.shape[2], RAW_TOKENS)
-        slots = torch.arange(end - kept, end, device=k.device) % RAW_TOKENS
+        slots = slots_of(end - kept, end, RAW_TOKENS, k.device)
         self.raw_k[:, :, slots] = k[:, :, -kept:]
         self.raw_v[:, :, slots] = v[:, :, -kept:]
         return before
 
-    def append(self, position: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store one chunk from `position` on and return everything its queries may look at.
+    def append(self, position: int, k: Tensor, v: Tensor) -> Visible:
+        """Store one chunk, k and v (B, Hkv, T, D), from `position` on.
 
-        Shapes: k and v are (B, Hkv, T, D); the result is keys and values (B, Hkv, S, D) in slot
-        order and the position (S,) that each slot holds.
+        Returns everything that its queries may look at.
         """
         end = position + k.shape[2]
-        first_slot = position % self.slots
-        if first_slot + k.shape[2] <= self.slots:
-            self.k[:, :, first_slot : first_slot + k.shape[2]] = k
-            self.v[:, :, first_slot : first_slot + k.shape[2]] = v
-        else:
-            slots = torch.arange(position, end, device=k.device) % self.slots
-            self.k[:, :, slots] = k
-            self.v[:, :, slots] = v
-        used = min(end, self.slots)
-        return self.k[:, :, :used], self.v[:, :, :used], self.slot_positions(end)
+        slots = slots_of(position, end, self.slots, k.device)
+        self.k.write(slots, k)
+        self.v.write(slots, v)
+        return Visible(self.k, self.v, self.slot_positions(end))
 
     def slot_positions(self, end: int) -> Tensor:
         """The position each used slot holds when the sequence is `end` tokens long: (S,) int64."""
         if end <= self.slots:
-            return torch.arange(end, device=self.k.device)
-        slots = torch.arange(self.slots, device=self.k.device)
+            return torch.arange(end, device=self.raw_k.device)
+        slots = torch.arange(self.slots, device=self.raw_k.device)
         return end - 1 - (end - 1 - slots) % self.slots
 
     def holds_raw(self, position: int) -> bool:
@@ -135,9 +146,20 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, remembered boundaries included."""
-        tensors = [self.k, self.v, self.raw_k, self.raw_v]
+        tensors = [*self.k.tensors, *self.v.tensors, self.raw_k, self.raw_v]
         tensors += [tensor for raw in self.boundaries.values() for tensor in raw]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def slots_of(start: int, end: int, count: int, device: torch.device) -> slice | Tensor:
+    """Slots p % count of the positions from `start` to `end`: a slice where they follow each other.
+
+    Returns (T,) int64 otherwise.
+    """
+    first = start % count
+    if first + end - start <= count:
+        return slice(first, first + end - start)
+    return torch.arange(start, end, device=device) % count
 
 
 class KVCache:
@@ -161,8 +183,9 @@ class KVCache:
         max_chunk: int = DEFAULT_MAX_CHUNK,
         rewind_tokens: int = 0,
         batch_size: int = 1,
+        kv_type: str = FLOAT,
     ) -> Self:
-        """Allocate a cache for `max_length` tokens.
+        """Allocate a cache for `max_length` tokens, kept as `kv_type` says (kv_store.py).
 
         Sliding layers keep `rewind_tokens` more than their window, so that the sequence can be cut
         back so far, as by a retry, even where the window has moved on. Raises ContextLengthError
@@ -177,12 +200,24 @@ class KVCache:
         layers = []
         for layer in range(config.num_hidden_layers):
             layout = config.heads(layer)
+            if not kind_fits(kv_type, layout.head_dim):
+                raise ContextLengthError(
+                    f"Keys of {layout.head_dim} values cannot be kept as {kv_type}; leave "
+                    "--kv-type out."
+                )
             slots = max_length
             if layout.window is not None:
                 # A query sees window - 1 older keys; the chunk being stored must not evict them.
                 slots = min(max_length, layout.window - 1 + max_chunk + rewind_tokens)
             layers.append(
-                LayerCache(layout, slots, batch_size=batch_size, dtype=dtype, device=device)
+                LayerCache(
+                    layout,
+                    slots,
+                    batch_size=batch_size,
+                    dtype=dtype,
+                    device=device,
+                    kv_type=kv_type,
+                )
             )
         return cls(layers, capacity=max_length, max_chunk=max_chunk)
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m1local.cache import KVCache, LayerCache
+from m1local.cache import KVCache, LayerCache, RawState
 from m1local.config import HeadLayout, M1Config
+from m1local.native import attention, neighbours
 from m1local.rope import Rotation, rotate, rotation
 from m1local.sums import halved_sum
 
@@ -49,6 +50,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C) in x's dtype."""
+        if (compiled := neighbours.norm(x, self.weight, self.eps)) is not None:
+            return compiled
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed * self.weight.float()).to(x.dtype)
@@ -92,31 +95,44 @@ class M1Attention(nn.Module):
 
     def forward(self, x: Tensor, chunk: Chunk, cache: LayerCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        batch, length, _ = x.shape
-        packed = self.W_pack(x).split(self.split_sizes, dim=-1)
-        # (B, T, heads * D) -> (B, heads, T, D)
-        q, k, v = (
-            part.view(batch, length, -1, self.layout.head_dim).transpose(1, 2) for part in packed
-        )
+        packed = self.W_pack(x)
+        raw_k, raw_v = (self._heads(part) for part in packed.split(self.split_sizes, dim=-1)[1:])
         if cache is None:
-            k_before, v_before = torch.zeros_like(k[:, :, :1]), torch.zeros_like(v[:, :, :1])
+            before = RawState(torch.zeros_like(raw_k[:, :, :1]), torch.zeros_like(raw_v[:, :, :1]))
         else:
-            k_before, v_before = cache.exchange_raw(chunk.start, k, v)
+            before = cache.exchange_raw(chunk.start, raw_k, raw_v)
 
-        turn = chunk.rotations[self.layout.head_dim]
-        q = rotate(q, turn)
-        k = rotate(short_convolution(k, k_before, self.conv_k), turn)
-        v = short_convolution(v, v_before, self.conv_v)
+        turn, taps = chunk.rotations[self.layout.head_dim], (self.conv_k, self.conv_v)
+        turned = neighbours.turn_heads(packed, taps, before, turn, self.layout.num_kv_heads)
+        if turned is None:
+            q = rotate(self._heads(packed.split(self.split_sizes, dim=-1)[0]), turn)
+            k = rotate(short_convolution(raw_k, before.k, self.conv_k), turn)
+            v = short_convolution(raw_v, before.v, self.conv_v)
+        else:
+            q, k, v = turned
 
-        key_positions = chunk.positions
-        if cache is not None:
-            k, v, key_positions = cache.append(chunk.start, k, v)
-        mask = visibility(chunk.positions, key_positions, self.layout.window)
-        mixed = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=self.layout.head_dim**-0.5, enable_gqa=True
-        )
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        mixed = None
+        if cache is None:
+            key_positions = chunk.positions
+        else:
+            kept_k, kept_v, key_positions = cache.append(chunk.start, k, v)
+            mixed = attention.attend(
+                q, kept_k, kept_v, chunk.positions, key_positions, self.layout.window
+            )
+            if mixed is None:
+                k, v = kept_k.read(len(key_positions)), kept_v.read(len(key_positions))
+        if mixed is None:
+            mask = visibility(chunk.positions, key_positions, self.layout.window)
+            heads = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=self.layout.head_dim**-0.5, enable_gqa=True
+            )
+            mixed = heads.transpose(1, 2).flatten(2)
+        output: Tensor = self.o_proj(mixed)
         return output
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, heads, T, D)."""
+        return x.unflatten(-1, (-1, self.layout.head_dim)).transpose(1, 2)
 
 
 class M1MLP(nn.Module):
@@ -131,7 +147,9 @@ class M1MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        output: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        gated = neighbours.gate(gate, up)
+        output: Tensor = self.down_proj(functional.silu(gate) * up if gated is None else gated)
         return output
 
 

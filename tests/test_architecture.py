@@ -32,9 +32,9 @@ FORBIDDEN = {
 # Inside the runtime a module imports only from the lines above its own.
 RUNTIME_ORDER = (
     ("errors",),
-    ("folder", "home", "memory", "formats", "sums"),
+    ("folder", "home", "memory", "formats", "sums", "kv_store"),
     ("native.library", "native"),
-    ("native.quantize", "native.matmul"),
+    ("native.quantize", "native.matmul", "native.attention", "native.neighbours"),
     ("config", "rope"),
     ("formats.base", "formats.int4pack"),
     ("formats.groups", "formats.int8", "formats.bnb"),

@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     new_tokens: int, error: type[Exception]
 ) -> None:
     model, cache = started(CAPACITY - 2)
-    buffers = [buffer for at in cache.layers for buffer in (at.k, at.v, at.raw_k, at.raw_v)]
+    buffers = [buffer for at in cache.layers for buffer in (at.k.values, at.v.values, at.raw_k, at.raw_v)]
     before = [buffer.clone() for buffer in buffers]
     with pytest.raises(error, match=r"88 \+ 3 tokens exceed 90|chunk of 7 tokens"):
         model(torch.tensor([text(new_tokens)]), cache)

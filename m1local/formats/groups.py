@@ -226,9 +226,7 @@ class GroupLinear(QuantizedLinear):
         flat, size = x.reshape(-1, self.in_features), group_size_of(self.spec)
         if not self.packed and self._is_compiled():
             planes = [self.codes] if self.high is None else [self.codes, self.high]
-            found = matmul.multiply_groups(
-                flat, planes, self.scales, self.zeros, size, self.middle
-            )
+            found = matmul.multiply_groups(flat, planes, self.scales, self.zeros, size, self.middle)
             if found is not None:
                 return found.view(*x.shape[:-1], self.out_features)
         if not self.packed or len(flat) > FEW_ROWS:

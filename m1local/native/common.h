@@ -60,6 +60,36 @@ M1_EXPORT int m1_multiply_int8(
     const void *x, int is_wide, int64_t rows, const int8_t *codes, const float *scales, int64_t n,
     int64_t columns, void *target, int threads);
 
+/* How keys and values are kept. */
+enum { KV_FLOAT, KV_BFLOAT16, KV_BYTES };
+
+/* Attention of a few rows over a cache (attention.c); m1local/native/attention.py fills it. */
+typedef struct {
+    const void *q, *k, *v;
+    const bfloat16 *k_scales, *v_scales; /* of bytes */
+    const int64_t *query_positions, *key_positions;
+    void *out;
+    int64_t rows, heads, kv_heads, width, slots, used, window; /* window: 0 for none */
+    int32_t is_wide, kind; /* of q and the result; of k and v */
+    float scale;
+} Attention;
+
+M1_EXPORT int m1_attend(const Attention *attention, int threads);
+
+/* Rows of q, k and v side by side, and what becomes of them (neighbours.c). */
+typedef struct {
+    const void *packed, *taps_k, *taps_v, *before_k, *before_v;
+    const float *cos, *sin; /* (rows, width / 2) */
+    void *q, *k, *v;        /* (heads, rows, width), of which k and v have kv_heads */
+    int64_t rows, heads, kv_heads, width;
+    int32_t is_wide;
+} Heads;
+
+M1_EXPORT void m1_turn_heads(const Heads *heads);
+M1_EXPORT void m1_norm(const void *x, const void *weight, int is_wide, int64_t rows, int64_t width,
+                       float eps, void *out);
+M1_EXPORT void m1_gate(const void *gate, const void *up, int is_wide, int64_t count, void *out);
+
 #define BFLOAT16_MAX 3.3895313892515355e38f
 
 static inline float widened(bfloat16 value)

@@ -19,7 +19,7 @@
 #endif
 
 #ifdef __GNUC__
-#define will_read(at) __builtin_prefetch(at)
+#define will_read(at) __builtin_prefetch(at, 0, 2) /* to the second cache */
 #else
 #define will_read(at) (void)(at)
 #endif

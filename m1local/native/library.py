@@ -21,6 +21,7 @@ from pathlib import Path
 from threading import Lock
 
 import torch  # before the library: both then share one OpenMP, torch's
+from torch import Tensor
 
 from m1local import home
 from m1local.errors import M1Error
@@ -227,3 +228,8 @@ def _said_by(found: ctypes.CDLL, function: str) -> str:
     call.restype = ctypes.c_char_p
     said: bytes = call()
     return said.decode()
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's values begin; NULL for none."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

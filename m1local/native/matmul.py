@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from m1local.native.library import library
+from m1local.native.library import address, library
 
 ROWS = 512  # of activations at a time: what is summed stays in the cache
 SHORT = torch.bfloat16
@@ -78,18 +78,18 @@ def _multiply(
     codes = stored[0]
     assert codes is not None, name
     product = rows.new_empty(rows.shape[0], codes.shape[0])
-    function, places = getattr(compiled, name), [_at(tensor) for tensor in stored]
+    function, places = getattr(compiled, name), [address(tensor) for tensor in stored]
     for start in range(0, rows.shape[0], ROWS):
         part, into = rows[start : start + ROWS], product[start : start + ROWS]
         done = function(
-            _at(part),
+            address(part),
             rows.dtype != SHORT,
             ctypes.c_int64(part.shape[0]),
             *places,
             ctypes.c_int64(codes.shape[0]),
             ctypes.c_int64(rows.shape[1]),
             *more,
-            _at(into),
+            address(into),
             torch.get_num_threads(),
         )
         if not done:
@@ -115,7 +115,3 @@ def _lie_well(stored: Sequence[Tensor | None]) -> bool:
         )
         for tensor in stored
     )
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

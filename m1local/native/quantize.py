@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m1local.native.library import library
+from m1local.native.library import address, library
 
 NARROW = torch.bfloat16
 KNOWN = (NARROW, torch.float32)
@@ -63,14 +63,14 @@ def quantize_groups(
     packed = [torch.empty(count, columns * bits // 8, dtype=torch.uint8) for bits in planes]
     scales, zeros = torch.empty(2, count, columns // size, dtype=torch.bfloat16)
     compiled.m1_quantize_groups(
-        _at(rows),
+        address(rows),
         rows.dtype != NARROW,
         ctypes.c_int64(rows.numel() // size),
         ctypes.byref(levels),
-        _at(packed[0]),
-        _at(packed[-1]),
-        _at(scales),
-        _at(zeros),
+        address(packed[0]),
+        address(packed[-1]),
+        address(scales),
+        address(zeros),
         torch.get_num_threads(),
     )
     return packed, scales, zeros
@@ -84,12 +84,12 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     codes = torch.empty(rows.shape, dtype=torch.int8)
     scales = torch.empty(rows.shape[0], dtype=torch.float32)
     compiled.m1_quantize_rows(
-        _at(rows),
+        address(rows),
         rows.dtype != NARROW,
         ctypes.c_int64(rows.shape[0]),
         ctypes.c_int64(rows.shape[1]),
-        _at(codes),
-        _at(scales),
+        address(codes),
+        address(scales),
         torch.get_num_threads(),
     )
     return codes, scales
@@ -101,7 +101,7 @@ def all_finite(values: Tensor) -> bool | None:
     if compiled is None:
         return None
     wide = values.dtype != NARROW
-    return bool(compiled.m1_all_finite(_at(values), wide, ctypes.c_int64(values.numel())))
+    return bool(compiled.m1_all_finite(address(values), wide, ctypes.c_int64(values.numel())))
 
 
 def _serving(tensor: Tensor) -> ctypes.CDLL | None:
@@ -111,7 +111,3 @@ def _serving(tensor: Tensor) -> ctypes.CDLL | None:
     if not tensor.is_contiguous() or tensor.data_ptr() % tensor.itemsize:  # as a file may hold it
         return None
     return library()
-
-
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
