@@ -15,6 +15,7 @@ from typing import ClassVar, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from m1local.cuda.matrix import Matrix
 from m1local.formats import LinearSpec
 
 ROWS_PER_SLICE = 256  # of W: slices that stay in the cache are five times faster than the whole
@@ -151,6 +152,10 @@ class QuantizedLinear(nn.Module):
     def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Single rows, as an embedding needs them: (...) ids -> (..., K)."""
         raise NotImplementedError
+
+    def cuda_matrix(self) -> Matrix | None:
+        """What the kernels of m1local/cuda read; None where they do not know the format."""
+        return None
 
     def multiply_sliced(self, x: Tensor) -> Tensor:
         """`x @ W.T` slice by slice of W, so that W is never whole in memory."""

@@ -6,6 +6,7 @@ bit. What it is not: fast on the CPU; bitsandbytes dequantizes whole matrices th
 Source: bitsandbytes 0.50, nn/modules.py and functional.py.
 """
 
+import json
 import logging
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from m1local.cuda.matrix import Matrix, fits, levels_matrix, nested_matrix
 from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
 from m1local.formats.base import ROWS_QUANTIZED, QuantizedLinear, Stored
@@ -136,7 +138,7 @@ class Bnb4bitLinear(QuantizedLinear):
             inner.support_avx512bf16_for_cpu = False
         statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
         inner.weight = nn.Params4bit.from_prequantized(
-            tensors["weight"], statistics, device=tensors["weight"].device, module=inner
+            tensors["weight"], dict(statistics), device=tensors["weight"].device, module=inner
         )
         module.inner = inner.eval()
         module.as_stored = tensors["weight"], statistics
@@ -150,6 +152,25 @@ class Bnb4bitLinear(QuantizedLinear):
         state = functional.QuantState.from_dict(dict(statistics), device=weight.device)
         whole: Tensor = functional.dequantize_4bit(weight, state)
         return whole[start:stop].to(dtype)
+
+    def cuda_matrix(self) -> Matrix | None:
+        """The stored tensors; the offset of nested scales is read out of their description."""
+        shape, (codes, kept) = (self.out_features, self.in_features), self.as_stored
+        if not fits(shape):
+            return None
+        scales, levels = kept["weight.absmax"], kept["weight.quant_map"]
+        if "weight.nested_absmax" not in kept:
+            return levels_matrix(codes, scales, levels, shape, BLOCK)
+        return nested_matrix(
+            codes,
+            scales,
+            levels,
+            shape,
+            BLOCK,
+            scale_levels=kept["weight.nested_quant_map"],
+            scale_scales=kept["weight.nested_absmax"],
+            offset=json.loads(bytes(kept[NF4_STATE].tolist()))["nested_offset"],
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""

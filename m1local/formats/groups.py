@@ -21,6 +21,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from m1local.cuda.matrix import Matrix, fits, int4_matrix
 from m1local.formats import LinearSpec, format_class, int4pack
 from m1local.formats.base import SLICES, QuantizedLinear, Stored, inverse_of
 from m1local.native import matmul
@@ -220,6 +221,14 @@ class GroupLinear(QuantizedLinear):
         scales, zeros = (part[flat].float()[..., None] for part in (self.scales, self.zeros))
         rows = self._restore(self.unpack(planes).float() - self.middle, scales, zeros, dtype)
         return rows.view(*token_ids.shape, self.in_features)
+
+    def cuda_matrix(self) -> Matrix | None:
+        """The stored tensors of four bits; wider and narrower codes lie in two planes."""
+        shape = (self.out_features, self.in_features)
+        if self.packed or self.planes != (4,) or not fits(shape):
+            return None
+        size = group_size_of(self.spec)
+        return int4_matrix(self.codes, self.scales, self.zeros, shape, size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from m1local.cuda.matrix import Matrix, fits, int8_matrix
 from m1local.formats import LinearSpec
 from m1local.formats.base import SLICES, QuantizedLinear, Stored, inverse_of
 from m1local.native import matmul
@@ -82,6 +83,11 @@ class Int8Linear(QuantizedLinear):
     def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of an embedding: (...) ids -> (..., K)."""
         return (self.weight[token_ids].float() * self.scales[token_ids][..., None]).to(dtype)
+
+    def cuda_matrix(self) -> Matrix | None:
+        """The stored tensors, where a row is whole blocks of columns."""
+        shape = (self.out_features, self.in_features)
+        return int8_matrix(self.weight, self.scales, shape) if fits(shape) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
