@@ -36,7 +36,7 @@ RUNTIME_ORDER = (
     ("native.library", "native"),
     ("native.quantize", "native.matmul"),
     ("config", "rope", "cuda", "cuda.card", "cuda.matrix"),
-    ("cuda.words", "cuda.support"),
+    ("cuda.words", "cuda.support", "cuda.int4pack"),
     ("cuda.products",),
     ("formats.base", "formats.int4pack"),
     ("formats.groups", "formats.int8", "formats.bnb"),

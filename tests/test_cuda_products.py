@@ -1,10 +1,13 @@
 """Products of the CUDA kernels against the dequantized matrix: in the interpreter, or on a card."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from m1local.cuda import matrix as stored
+from m1local.cuda import support
 from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import QuantizedLinear
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
@@ -119,3 +122,21 @@ def test_planes_are_undone() -> None:
     x = activations(3, 64)
     assert torch.equal(stored.natural(stored.planar(x)), x)
     assert stored.planar(torch.arange(16.0)[None]).tolist()[0][:4] == [0, 8, 1, 9]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_takes_its_kernel_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = quantized(name, (20, 384))
+    monkeypatch.setattr(support, "missing", lambda device: None)
+    module.multiply_sliced = None  # type: ignore[assignment]  # what must not be called
+    x = activations(3, 384)[None]
+    found = module.multiply_on_card(x)
+    assert found is not None
+    assert found.shape == (1, 3, 20)
+    close(found[0], expected(x[0], module), 1e-2)
+
+
+def test_the_cpu_never_asks_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = quantized("int8", (20, 192)).cpu()
+    monkeypatch.setitem(sys.modules, "m1local.cuda.products", None)
+    assert module(torch.randn(1, 192)).shape == (1, 20)

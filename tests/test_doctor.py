@@ -47,7 +47,8 @@ def test_every_format_says_what_multiplies_by_it() -> None:
         said = format_class(name).kernel(torch.device("cpu"))
         assert said
         assert "\n" not in said
-    assert "no kernel for meta" in format_class("int4").kernel(torch.device("meta"))
+    assert "not meta" in format_class("int4").kernel(torch.device("meta"))
+    assert "no kernel for meta" in format_class("int3").kernel(torch.device("meta"))
 
 
 def test_a_broken_package_does_not_end_the_tour(monkeypatch: pytest.MonkeyPatch) -> None:

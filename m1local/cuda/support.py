@@ -11,14 +11,12 @@ import torch
 
 from m1local.cuda.card import OLDEST, card
 
-PACKED = "torch's _weight_int4pack_mm"
-
 
 @cache
 def missing(device: torch.device) -> str | None:
     """Why Triton's kernels do not run on `device`, in words; None where they do."""
     if device.type != "cuda":
-        return f"no CUDA device: {device.type}"
+        return f"the kernels are for CUDA, not {device.type}"
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton, on Windows triton-windows)"
     capability = card(device).capability

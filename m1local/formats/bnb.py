@@ -1,8 +1,9 @@
 """bnb-nf4, bnb-nf4-dq, bnb-fp4, bnb-int8: bitsandbytes' formats, stored as it stores them.
 
 What it is: the one file that imports bitsandbytes. Tensor names and bytes are those of its own
-`Linear4bit` and `Linear8bitLt`, which do the multiplying, so a plain one loads each matrix bit for
-bit. What it is not: fast on the CPU; bitsandbytes dequantizes whole matrices there.
+`Linear4bit` and `Linear8bitLt`, so a plain one loads each matrix bit for bit. They do the
+multiplying, except for 4 bits on a card, which Triton's kernels read. What it is not: fast on the
+CPU; bitsandbytes dequantizes whole matrices there.
 Source: bitsandbytes 0.50, nn/modules.py and functional.py.
 """
 
@@ -76,8 +77,8 @@ class Bnb4bitLinear(QuantizedLinear):
 
     @classmethod
     def kernel(cls, device: torch.device) -> str:
-        """The library's own."""
-        return _kernel()
+        """The library's own; on a card Triton's, which read the same bytes."""
+        return _kernel() if device.type == "cpu" else cls.card_kernel(device, _kernel())
 
     @classmethod
     def check(cls, out_features: int, in_features: int, spec: LinearSpec) -> str | None:
@@ -174,7 +175,8 @@ class Bnb4bitLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
-        output: Tensor = self.inner(x)
+        on_card = self.multiply_on_card(x)
+        output: Tensor = self.inner(x) if on_card is None else on_card
         return output
 
 
