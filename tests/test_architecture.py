@@ -32,7 +32,7 @@ FORBIDDEN = {
 # Inside the runtime a module imports only from the lines above its own.
 RUNTIME_ORDER = (
     ("errors",),
-    ("folder", "home", "memory", "formats", "sums"),
+    ("folder", "home", "formats", "sums"),
     ("native.library", "native"),
     ("native.quantize", "native.matmul"),
     ("config", "rope", "cuda", "cuda.card", "cuda.matrix"),
@@ -45,7 +45,7 @@ RUNTIME_ORDER = (
     ("cuda.attention",),
     ("model",),
     ("checkpoint", "tokenizer", "penalties", "loop_guard"),
-    ("sampling", "json_schema"),
+    ("sampling", "json_schema", "memory"),
     ("generation_config", "text_stream", "context"),
     ("contexts", "generate"),
     ("engine",),

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from m1local.cuda.card import LANES, WARPS, card
 from m1local.cuda.matrix import INT8 as INT8_KIND
-from m1local.cuda.matrix import WORD, Matrix, planar
+from m1local.cuda.matrix import RESTORED_WEIGHTS, WORD, Matrix, planar
 from m1local.cuda.words import INT8, statistics, weight
 
 LEAST_TILE = 16  # rows that the tensor cores take
-SLICE_WEIGHTS = 8 << 20  # restored at a time: 16 MiB, which the caches of newer cards hold
 EXPANDED_ROWS, EXPANDED_WORDS = 4, 128
 
 
@@ -169,7 +168,7 @@ def product(x: Tensor, matrix: Matrix) -> Tensor:
     if len(x) <= card(x.device).tiles.most_rows:
         return tile_product(ordered, matrix).sum(0).to(x.dtype)
     output = x.new_empty((len(x), matrix.rows))
-    taken = max(1, SLICE_WEIGHTS // matrix.columns)
+    taken = max(1, RESTORED_WEIGHTS // matrix.columns)
     for start in range(0, matrix.rows, taken):
         stop = min(start + taken, matrix.rows)
         torch.matmul(ordered, restored(matrix, start, stop, x.dtype).T, out=output[:, start:stop])
