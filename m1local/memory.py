@@ -8,6 +8,7 @@ Source of the formulas: what model.py and cache.py allocate; checked by tests/te
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import psutil
@@ -128,6 +129,7 @@ class Model:
         """What `setting` takes; on the CPU everything is the host's and the device's alike.
 
         The last layers are those on the card, with the head; the first ones stay on the host.
+        Without any layer there, nothing is.
         """
         layers = self.config.num_hidden_layers
         on_card = layers if setting.gpu_layers is None else min(setting.gpu_layers, layers)
@@ -135,13 +137,21 @@ class Model:
         caches = layer_caches(self.config, setting, self.dtype)
         host_layers = sum(self.layer_bytes(layer) for layer in range(first))
         embedding = self.parts[EMBEDDING]
-        away = embedding if setting.embedding_on_host or first else 0
         seen = [read_bytes(self.config.heads(layer), setting) for layer in range(layers)]
+        if on_card == 0:
+            kept, read = self.weights + sum(caches), self.weights - embedding + sum(seen)
+            return Demand(
+                weights=0, cache=0, workspace=0, graphs=0, runtime=0,
+                host=kept, read=0, host_read=read,
+            )  # fmt: skip
+        away = embedding if setting.embedding_on_host or first else 0
         weights = self.weights - host_layers - away
         return Demand(
             weights=weights,
             cache=sum(caches[first:]),
-            workspace=workspace(self.config, setting, self.dtype.itemsize)
+            workspace=workspace(
+                self.config, setting, self.dtype.itemsize, masked=device.type == "cpu"
+            )
             + (self.slices(setting, device) if self.quantized else 0),
             graphs=on_card * LAUNCHES_PER_LAYER * GRAPH_BYTES if device.type == "cuda" else 0,
             runtime=CUDA_BYTES if device.type == "cuda" else PROCESS_BYTES,
@@ -196,14 +206,19 @@ def read_bytes(layout: HeadLayout, setting: Setting) -> int:
     return 2 * layout.num_kv_heads * layout.head_dim * KV_TYPES[setting.kv_type] * seen
 
 
-def workspace(config: M1Config, setting: Setting, itemsize: int) -> int:
-    """Bytes that a chunk of the prompt takes at most, in m1local/model.py, and the logits."""
+def workspace(config: M1Config, setting: Setting, itemsize: int, *, masked: bool = True) -> int:
+    """Bytes that a chunk of the prompt takes at most, in m1local/model.py, and the logits.
+
+    `masked`: torch computes attention, with a mask of what each query sees; kernels need none.
+    """
     width, inner = config.hidden_size, config.intermediate_size
     chunk = min(setting.max_chunk, setting.context_tokens)
     stream = 2 * width * itemsize  # residual and normed
     layouts = [config.heads(layer) for layer in range(config.num_hidden_layers)]
     packed = max(width + 2 * at.num_kv_heads * at.head_dim for at in layouts) * itemsize
-    attention = 2 * packed + width * itemsize + setting.context_tokens * (MASK_BYTES + itemsize)
+    attention = 2 * packed + width * itemsize
+    if masked:
+        attention += setting.context_tokens * (MASK_BYTES + itemsize)
     turning = packed + 3 * width * FLOAT32_BYTES
     mlp = 3 * inner * itemsize
     head = config.vocab_size * (itemsize + 2 * FLOAT32_BYTES)
@@ -214,23 +229,29 @@ def options(wanted: Setting, layers: int) -> Iterator[Setting]:
     """Settings in the order in which they cost the user: nothing, then speed, little by little."""
     yield wanted
     yield replace(wanted, embedding_on_host=True)
-    for on_card in range(layers - 1, -1, -1):
+    for on_card in range(layers - 1, 0, -1):
         yield replace(wanted, gpu_layers=on_card, embedding_on_host=True)
 
 
 def settle(model: Model, wanted: Setting, device: torch.device, free: int) -> Setting:
-    """The first of `options` that fits into `free` bytes of `device`.
-
-    Raises MemoryLimitError saying what is needed, what there is, and the next setting to try.
-    """
+    """The first of `options` that fits into `free` bytes of `device`; else no layer there."""
     for setting in options(wanted, model.config.num_hidden_layers):
         if model.demand(setting, device).device <= free:
             return setting
-    needed = model.demand(wanted, device).device
-    raise MemoryLimitError(
-        f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free. Try "
-        f"{next_step(wanted)}."
-    )
+    return replace(wanted, gpu_layers=0)
+
+
+def check(model: Model, setting: Setting, device: torch.device, free: int) -> None:
+    """Raise MemoryLimitError unless `setting` fits into `free` bytes of `device`.
+
+    It says what is needed, what there is, and the next setting to try.
+    """
+    needed = model.demand(setting, device).device
+    if needed > free:
+        raise MemoryLimitError(
+            f"{needed / 2**30:.1f} GiB are needed on the card, {free / 2**30:.1f} GiB are free. "
+            f"Try {next_step(setting)}."
+        )
 
 
 def next_step(setting: Setting) -> str:
@@ -244,3 +265,17 @@ def next_step(setting: Setting) -> str:
         fewer = "0" if layers is not None and layers < 8 else str((layers or 40) - 8)
         return f"fewer layers on the card: --gpu-layers {fewer}"
     return "closing other programs, or a checkpoint of fewer bits (m1 plan shows them)"
+
+
+@contextmanager
+def telling(setting: Setting) -> Iterator[None]:
+    """Turn a failed allocation into a message that names the next setting to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+        raise MemoryLimitError(
+            f"The card's memory is used up ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are "
+            f"free). What was said is kept. Try {next_step(setting)}."
+        ) from error

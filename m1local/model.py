@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from m1local.cache import KVCache, LayerCache
 from m1local.config import HeadLayout, M1Config
+from m1local.cuda import support
 from m1local.rope import Rotation, rotate, rotation
 from m1local.sums import halved_sum
 
@@ -36,6 +37,16 @@ class Chunk(NamedTuple):
     start: int
     positions: Tensor
     rotations: Mapping[int, Rotation]  # by head width: the two kinds of layer differ
+
+    def to(self, device: torch.device) -> "Chunk":
+        """The same on `device`; itself where it lies there already."""
+        if self.positions.device == device:
+            return self
+        turns = {
+            width: Rotation(turn.cos.to(device), turn.sin.to(device))
+            for width, turn in self.rotations.items()
+        }
+        return Chunk(self.start, self.positions.to(device), turns)
 
 
 class RMSNorm(nn.Module):
@@ -65,6 +76,11 @@ def short_convolution(x: Tensor, before: Tensor, taps: Tensor) -> Tensor:
     return first[..., None] * previous + second[..., None] * x
 
 
+def follow(x: Tensor, weight: Tensor) -> Tensor:
+    """x where `weight` lies, and in its type there; itself where it is there already."""
+    return x if x.device == weight.device else x.to(weight.device, weight.dtype)
+
+
 def visibility(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
     """Which key each query may see: (T,) and (S,) positions -> (T, S) bool.
 
@@ -73,6 +89,15 @@ def visibility(query_positions: Tensor, key_positions: Tensor, window: int | Non
     distance = query_positions[:, None] - key_positions[None, :]
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)
+
+
+def attend_on_card(q: Tensor, cache: LayerCache | None, start: int) -> Tensor | None:
+    """Attention of q (1, H, T, D) over a cache on a card; None where torch is to compute it."""
+    if cache is None or q.shape[0] != 1 or not support.usable(q.device):
+        return None
+    from m1local.cuda.prefill import attend_chunk  # Triton, which is only there with a card
+
+    return attend_chunk(q, cache, start)
 
 
 class M1Attention(nn.Module):
@@ -111,10 +136,12 @@ class M1Attention(nn.Module):
         key_positions = chunk.positions
         if cache is not None:
             k, v, key_positions = cache.append(chunk.start, k, v)
-        mask = visibility(chunk.positions, key_positions, self.layout.window)
-        mixed = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=self.layout.head_dim**-0.5, enable_gqa=True
-        )
+        mixed = attend_on_card(q, cache, chunk.start)
+        if mixed is None:
+            mask = visibility(chunk.positions, key_positions, self.layout.window)
+            mixed = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=self.layout.head_dim**-0.5, enable_gqa=True
+            )
         output: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return output
 
@@ -174,10 +201,12 @@ class M1Backbone(nn.Module):
         chunk = self.chunk(cache.position if cache is not None else 0, length, token_ids.device)
         x: Tensor = self.embed_tokens(token_ids)
         for layer, block in enumerate(self.layers):
+            weight = block.get_parameter("input_layernorm.weight")
+            x, chunk = follow(x, weight), chunk.to(weight.device)  # layers may lie on two devices
             x = block(x, chunk, cache.layers[layer] if cache is not None else None)
         if cache is not None:
             cache.advance(length)
-        normed: Tensor = self.norm(x)
+        normed: Tensor = self.norm(follow(x, self.norm.weight))
         return normed
 
     def chunk(self, start: int, length: int, device: torch.device) -> Chunk:

@@ -113,7 +113,7 @@ def _neighbours(half: str) -> Iterator[Case]:
 
 
 def _attention(tiles: Any, half: str) -> Iterator[Case]:
-    from m1local.cuda import attention, card
+    from m1local.cuda import attention, card, prefill
 
     for group, width in ((10, 256), (5, 128)):
         yield Case(
@@ -123,6 +123,13 @@ def _attention(tiles: Any, half: str) -> Iterator[Case]:
              "window": "i32", "scale": "fp32"},
             {"GROUP": group, "GROUP_ROWS": 16, "WIDTH": width, "KEYS": tiles.keys},
             tiles.key_warps,
+        )  # fmt: skip
+        yield Case(
+            f"chunk {width}", prefill.chunk_kernel,
+            {"q": half, "k": half, "v": half, "out": half, "start": "i32", "length": "i32",
+             "heads": "i32", "width": "i32", "slots": "i32", "window": "i32", "scale": "fp32"},
+            {"GROUP": group, "QUERIES": tiles.queries_of(width), "WIDTH": width, "KEYS": tiles.keys},
+            tiles.query_warps,
         )  # fmt: skip
         yield Case(
             f"join {width}", attention.join_kernel,
@@ -144,7 +151,7 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in case.types.items()
-        if kind != "fp32" and name not in ("parts", "steps", "x_rows", "first", "gate_parts")
+        if kind != "fp32" and name not in ("parts", "steps", "x_rows", "first", "start", "length")
     }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.fixed, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)

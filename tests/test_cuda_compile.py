@@ -16,6 +16,7 @@ from tests.compile_kernels import CAPABILITIES
 from tests.conftest import ROOT
 
 MOST_REGISTERS = 128  # so that four programs of 128 threads fit a multiprocessor
+MOST_PROMPT_REGISTERS = 168  # of eight warps, one program at a time
 MOST_VECTOR_REGISTERS = 80  # so that six fit, whose loads hide the memory's latency
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 SHARED_BYTES[120] = 99 << 10
@@ -51,7 +52,9 @@ def test_every_kernel_compiles_for_every_card(kernels: list[Compiled]) -> None:
     for found in kernels:
         by_card[found["capability"]].add(found["kernel"].partition(" ")[0])
     assert set(by_card) == set(CAPABILITIES) == {10 * a + b for a, b in TILES}
-    every = {"vector", "tile", "expand", "norm", "silu", "place", "row", "attend", "join"}
+    every = {"vector", "tile", "expand", "norm", "silu", "place", "row", "attend", "join"} | {
+        "chunk"
+    }
     assert all(names == every for names in by_card.values()), by_card
 
 
@@ -59,7 +62,8 @@ def test_every_kernel_compiles_for_every_card(kernels: list[Compiled]) -> None:
 def test_nothing_is_spilled(kernels: list[Compiled]) -> None:
     for found in kernels:
         assert found["stack"] == found["local"] == 0, found
-        assert found["reg"] <= MOST_REGISTERS, found
+        most = MOST_PROMPT_REGISTERS if found["kernel"].startswith("chunk") else MOST_REGISTERS
+        assert found["reg"] <= most, found
         assert found["shared"] <= SHARED_BYTES[found["capability"]], found
 
 

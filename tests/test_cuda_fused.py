@@ -11,11 +11,11 @@ from m1local.cache import LayerCache
 from m1local.config import HeadLayout, M1Config
 from m1local.cuda.matrix import planar
 from m1local.model import Chunk, M1Attention, RMSNorm
-from m1local.rope import rotation
+from m1local.rope import rotate, rotation
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD, TINY
 
-from m1local.cuda import attention, fused  # isort: skip
+from m1local.cuda import attention, fused, prefill  # isort: skip
 
 THETA = 10000.0
 LAYOUTS = {
@@ -126,3 +126,22 @@ def test_more_keys_than_one_part_reads_at_a_time() -> None:
     one.cache.k.copy_(noise(*one.cache.k.shape, seed=5))
     one.cache.v.copy_(noise(*one.cache.v.shape, seed=6))
     one.compare(290, parts=1, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 5), (3, 4), (11, 3), (9, 70)])
+def test_attention_of_a_chunk(name: str, start: int, length: int) -> None:
+    slots = 96 if LAYOUTS[name].window is None else 6 + max(length, 16)
+    one = Both(name, slots, torch.float32)
+    one.read(start)
+    packed = noise(1, length, one.width, seed=7)
+    chunk = one.chunk(start, length)
+    wanted = one.model(packed, chunk, one.cache)
+    heads = (
+        packed[..., : one.model.split_sizes[0]]
+        .view(1, length, -1, one.layout.head_dim)
+        .transpose(1, 2)
+    )
+    q = rotate(heads, chunk.rotations[one.layout.head_dim])
+    found = prefill.attend_chunk(q, one.cache, start).transpose(1, 2).reshape(1, length, -1)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)

@@ -29,7 +29,7 @@ def test_it_says_what_this_machine_has(m1_home: Path) -> None:
 def test_json_has_the_same_in_groups() -> None:
     found = json.loads(m1("doctor", "--offline", "--json").stdout)
     assert found["versions"]["m1local"] == __version__
-    assert found["kernels"].keys() == {"C library", *FORMATS}
+    assert found["kernels"].keys() == {"C library", *FORMATS, "decode"}
     assert {"versions", "device", "kernels", "memory", "storage", "hub", "advice"} <= set(found)
     chinese = json.loads(m1("doctor", "--offline", "--json", "--lang", "zh").stdout)
     assert chinese.keys() == found.keys()

@@ -13,7 +13,17 @@ from m1local.cache import KVCache
 from m1local.config import M1Config
 from m1local.errors import MemoryLimitError
 from m1local.formats import LinearSpec, format_class
-from m1local.memory import Model, Setting, bandwidth, cache_bytes, next_step, options, settle
+from m1local.memory import (
+    Model,
+    Setting,
+    bandwidth,
+    cache_bytes,
+    check,
+    next_step,
+    options,
+    settle,
+    telling,
+)
 from m1local.model import M1Model
 from tests.conftest import TINY, random_model
 
@@ -72,8 +82,9 @@ def test_what_stays_on_the_host_is_not_on_the_card() -> None:
     assert half.weights + half.host - whole.weights == pytest.approx(whole.cache / 2, rel=0.01)
     assert half.read + half.host_read == whole.read
     none = model.demand(Setting(8192, gpu_layers=0), CUDA)
-    assert none.cache == none.graphs == 0
-    assert none.weights == model.parts["lm_head"] + model.parts["norm"]
+    assert none.device == none.read == 0
+    assert none.host == whole.weights + whole.cache
+    assert none.host_read == whole.read
 
 
 def test_the_first_setting_that_fits_is_taken() -> None:
@@ -84,8 +95,10 @@ def test_the_first_setting_that_fits_is_taken() -> None:
     assert settle(model, wanted, CUDA, needed[0]) == wanted
     assert settle(model, wanted, CUDA, needed[0] - 1) == Setting(8192, embedding_on_host=True)
     assert settle(model, wanted, CUDA, needed[9]).gpu_layers == 32
-    with pytest.raises(MemoryLimitError, match=r"GiB are needed, 0\.1 GiB are free\. Try --gpu"):
-        settle(model, wanted, CUDA, 100 << 20)
+    assert settle(model, wanted, CUDA, 100 << 20).gpu_layers == 0
+    check(model, wanted, CUDA, needed[0])
+    with pytest.raises(MemoryLimitError, match=r"on the card, 0\.1 GiB are free\. Try --gpu"):
+        check(model, wanted, CUDA, 100 << 20)
 
 
 def test_a_cap_below_eight_gigabytes_has_a_setting() -> None:
@@ -110,6 +123,13 @@ def test_the_next_step_names_an_option_each_time() -> None:
         strict=True,
     ):  # fmt: skip
         assert option in text
+
+
+def test_a_failed_allocation_becomes_advice() -> None:
+    said = r"kept\. Try a smaller context: --ctx-size 4096"
+    short = Setting(8192, embedding_on_host=True)
+    with pytest.raises(MemoryLimitError, match=said), telling(short):
+        raise torch.OutOfMemoryError
 
 
 class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped

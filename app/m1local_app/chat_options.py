@@ -72,6 +72,15 @@ class EngineOptions:
             text="Tokens of prompt and answers. (default: 8192)",
         ),
     ] = None
+    gpu_layers: Annotated[
+        str,
+        conversation_option(
+            "--gpu-layers",
+            "-ngl",
+            metavar="N",
+            text="Layers that the graphics card computes: auto (default, what fits), all or N.",
+        ),
+    ] = "auto"
     overflow: Annotated[
         Literal["stop", "truncate-middle", "rolling"],
         conversation_option(
@@ -199,7 +208,7 @@ class EngineOptions:
         return given
 
 
-NOT_SETTINGS = ("system", "system_file", "context_tokens", "overflow", "threads")
+NOT_SETTINGS = ("system", "system_file", "context_tokens", "gpu_layers", "overflow", "threads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from m1local.errors import M1Error
 from m1local.formats import FORMATS, format_class
 from m1local.memory import free_bytes, used_device
 from m1local.native import library
+from m1local.placement import decoding
 from m1local_app.columns import padded, width
 from m1local_app.kept import folders, size_text
 from m1local_app.language import language, marked, tr
@@ -135,6 +136,7 @@ def _kernels() -> Iterator[Fact]:
             yield Fact("kernels", name, format_class(name).kernel(device))
         except (M1Error, ImportError, OSError) as error:  # a broken install must not end the tour
             yield Fact("kernels", name, tr("none: {reason}", reason=error))
+    yield Fact("kernels", "decode", decoding(device))
 
 
 def _memory() -> Iterator[Fact]:

@@ -14,7 +14,7 @@ import torch
 
 from m1local.checkpoint import CONFIG, compute_dtype, is_quantized, matrix_names
 from m1local.config import M1Config
-from m1local.errors import MemoryLimitError, RecipeError
+from m1local.errors import RecipeError
 from m1local.formats import LinearSpec
 from m1local.manifest import CheckpointManifest
 from m1local.memory import (
@@ -115,15 +115,10 @@ def _recipes(folder: Path, config: M1Config) -> Iterator[tuple[str, Mapping[str,
 
 def _row(recipe: str, model: Model, wanted: Setting, machine: Machine) -> Row:
     demand = model.demand(wanted, machine.device)
-    taken: Setting | None = wanted
-    free = machine.free - (demand.runtime if machine.device.type == "cuda" else 0)
-    if machine.device.type != "cuda":
-        taken = wanted if demand.device <= free else None
+    if machine.device.type == "cuda":
+        taken: Setting | None = settle(model, wanted, machine.device, machine.free - demand.runtime)
     else:
-        try:
-            taken = settle(model, wanted, machine.device, free)
-        except MemoryLimitError:
-            taken = None
+        taken = wanted if demand.device <= machine.free else None
     chosen = model.demand(taken, machine.device) if taken else demand
     speed = chosen.tokens_per_second(machine.bandwidth, machine.host_bandwidth)
     return Row(recipe, wanted, chosen, taken, speed if taken else 0.0)
@@ -163,6 +158,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _fits(row: Row) -> str:
     if row.setting is None:
         return tr("no")
+    if row.setting.gpu_layers == 0:
+        return tr("only on the CPU")
     if row.setting.gpu_layers is not None:
         return tr("with --gpu-layers {count}", count=row.setting.gpu_layers)
     if row.setting.embedding_on_host:

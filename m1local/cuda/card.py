@@ -16,6 +16,8 @@ THREADS = 32 * WARPS
 LANES = 32  # threads that read one row of W together, 16 bytes each
 MOST_KEY_PARTS = 64
 
+WIDE = 128  # a head; wider ones take twice the room
+
 
 class Tiles(NamedTuple):
     """Sizes for one compute capability.
@@ -24,7 +26,8 @@ class Tiles(NamedTuple):
     flight. `resident`: programs of 128 threads that a multiprocessor holds with the kernel's
     registers. `tile_rows`, `tile_words`: of W, in units of eight columns, for several rows of
     activations, up to `most_rows` of them; above, restoring W once costs less than decoding it for
-    each tile. `keys` that one step of attention looks at, with `key_warps`.
+    each tile. `keys` that one step of attention looks at, with `key_warps`;
+    `queries` of a prompt that look together, with `query_warps`.
     """
 
     vector_rows: int
@@ -34,11 +37,19 @@ class Tiles(NamedTuple):
     most_rows: int = 64
     keys: int = 32
     key_warps: int = WARPS
+    queries: int = 64
+    query_warps: int = 8
+
+    def queries_of(self, width: int) -> int:
+        """How many queries of heads of `width` fit into shared memory with their keys."""
+        return self.queries if width <= WIDE else max(16, self.queries // 2)
 
 
 TILES = {
     # Triton does not use the tensor cores of 7.5, and less fits into its shared memory.
-    (7, 5): Tiles(4, resident=8, tile_rows=32, tile_words=16, most_rows=16, keys=16, key_warps=8),
+    (7, 5): Tiles(
+        4, resident=8, tile_rows=32, tile_words=16, most_rows=16, keys=16, key_warps=8, queries=16
+    ),
     (8, 0): Tiles(8, resident=10, tile_rows=64, tile_words=16),
     (8, 6): Tiles(4, resident=10, tile_rows=64, tile_words=16),
     (8, 9): Tiles(4, resident=10, tile_rows=64, tile_words=16),
@@ -85,6 +96,6 @@ class Card:
 def card(device: torch.device) -> Card:
     """The card behind `device`; for the CPU, in tests, a small imagined one."""
     if device.type != "cuda":
-        return Card((8, 6), 4)
+        return Card((9, 0), 4)
     found = torch.cuda.get_device_properties(device)
     return Card((found.major, found.minor), found.multi_processor_count)
