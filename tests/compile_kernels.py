@@ -128,7 +128,8 @@ def _attention(tiles: Any, half: str) -> Iterator[Case]:
             f"chunk {width}", prefill.chunk_kernel,
             {"q": half, "k": half, "v": half, "out": half, "start": "i32", "length": "i32",
              "heads": "i32", "width": "i32", "slots": "i32", "window": "i32", "scale": "fp32"},
-            {"GROUP": group, "QUERIES": tiles.queries_of(width), "WIDTH": width, "KEYS": tiles.keys},
+            {"GROUP": group, "QUERIES": tiles.queries_of(width), "WIDTH": width,
+             "KEYS": tiles.keys},
             tiles.query_warps,
         )  # fmt: skip
         yield Case(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.gpu_model import M1_14B
 from m1local.cache import KVCache
 from m1local.config import M1Config
 from m1local.errors import MemoryLimitError
@@ -29,15 +30,6 @@ from tests.conftest import TINY, random_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
-M1_14B = M1Config.from_dict(
-    TINY
-    | {
-        "vocab_size": 133120, "hidden_size": 5120, "intermediate_size": 17408,
-        "num_hidden_layers": 40, "num_attention_heads": 20, "num_key_value_heads": 2,
-        "num_swa_attention_heads": 40, "num_swa_key_value_heads": 8, "sliding_window": 8192,
-        "sliding_window_layers": list(range(1, 40, 2)), "max_position_embeddings": 32768,
-    }
-)  # fmt: skip
 
 
 def stored_as(config: M1Config, format_: str, group: int | None = None) -> dict[str, LinearSpec]:

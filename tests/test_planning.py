@@ -6,15 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bench.synthetic import DIMENSIONS
 from m1local_app.cli import cli
-from tests.conftest import TINY
-from tests.test_memory import M1_14B
 
-BIG = TINY | {
-    name: getattr(M1_14B, name)
-    for name in TINY
-    if name not in ("architectures", "model_type", "hidden_act", "sliding_window_layers")
-} | {"sliding_window_layers": list(range(1, 40, 2))}  # fmt: skip
+BIG = DIMENSIONS | {"num_hidden_layers": 40, "sliding_window_layers": list(range(1, 40, 2))}
 CARD = ["--memory", "12GB", "--bandwidth", "360GB/s"]
 
 
