@@ -6,6 +6,7 @@ cache holds and can keep the common beginning of two prompts. What it is not: ab
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -23,6 +24,10 @@ class Decoder(Protocol):
 
     def feed(self, token_id: int) -> Tensor:
         """Append one token; returns the next one's logits (V,)."""
+        ...
+
+    def forget_ahead(self) -> None:
+        """Do not use what was begun for a token nobody has fed."""
         ...
 
     def sampler(self, params: SamplingParams, vocab_size: int) -> Sampler | None:
@@ -50,7 +55,9 @@ class Context:
         self._decoder_of = decoder_of
         self.cache = cache
         self.token_ids: list[int] = []
-        self.device = next(model.parameters()).device
+        self.device = cache.layers[-1].k.device
+        embedding = model.model.embed_tokens  # which may have stayed in host memory
+        self._ids_device = next(chain(embedding.parameters(), embedding.buffers())).device
 
     def another(self) -> "Context":
         """An empty context of the same size for the same model."""
@@ -91,11 +98,17 @@ class Context:
             (i for i in range(held) if self.token_ids[i] != prompt[i]),
             held,
         )
+        self._forget_ahead()
         kept = self.cache.nearest_boundary(common)
         self.cache.rollback(kept)
         self.cache.remember(kept)
         del self.token_ids[kept:]
         return kept
+
+    def _forget_ahead(self) -> None:
+        """What the decoder began is of no use once the cache changes otherwise."""
+        if (decoder := self.__dict__.get("decoder")) is not None:
+            decoder.forget_ahead()
 
     @torch.inference_mode()
     def feed(self, token_ids: Sequence[int]) -> Tensor:
@@ -107,7 +120,8 @@ class Context:
             if len(token_ids) == 1 and self.decoder is not None:
                 last = self.decoder.feed(token_ids[0])
             else:
-                batch = torch.tensor([token_ids], device=self.device)
+                self._forget_ahead()
+                batch = torch.tensor([token_ids], device=self._ids_device)
                 last = self.model(batch, self.cache, last_only=True)[0, -1]
         self.token_ids += token_ids
         return last

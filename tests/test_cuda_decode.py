@@ -7,6 +7,7 @@ import torch
 
 from m1local.cache import KVCache
 from m1local.config import M1Config
+from m1local.context import Context
 from m1local.cuda import support
 from m1local.formats.groups import Int4Linear
 from m1local.formats.int8 import Int8Linear
@@ -16,6 +17,7 @@ from tests.conftest import CARD, TINY
 from tests.test_memory import quantized, stored_as
 
 from m1local.cuda.decode import Decoder  # isort: skip
+from m1local.cuda.drawing import DrawingDecoder  # isort: skip
 
 PROMPT = [5, 17, 30, 41, 8, 99, 12, 40, 77, 21]  # longer than the window of 8
 RAW = TINY | {
@@ -117,6 +119,27 @@ def test_a_step_begun_for_nothing_leaves_no_trace() -> None:
     torch.testing.assert_close(decoder.feed(12), launched)  # nothing is computed twice
     wanted = ordinary(model, expected_cache, [12])
     torch.testing.assert_close(launched, wanted, atol=2e-3, rtol=2e-3)
+
+
+@torch.inference_mode()
+def test_what_was_begun_is_forgotten_when_the_cache_changes() -> None:
+    model, cache = model_of("float"), new_cache()
+    context = Context(model, cache, lambda cache: DrawingDecoder(model, cache))
+    plain = Context(model, new_cache())
+    for one in (context, plain):
+        one.feed(PROMPT[:6])
+    decoder = context.decoder
+    assert isinstance(decoder, Decoder)
+    decoder.feed(3)
+    context.token_ids.append(3)
+    decoder.step.token.fill_(9)
+    assert decoder.launch_ahead()
+    decoder.was_drawn(9)
+    other = [1, 2, 3, 4, 5, 6, 7]  # as long as what was held, but another text
+    for one in (context, plain):
+        one.keep_common([*other, 9])
+        one.feed(other[len(one.token_ids) :])
+    torch.testing.assert_close(context.feed([9]), plain.feed([9]), atol=2e-3, rtol=2e-3)
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from m1local.formats.base import QuantizedLinear
 from m1local.model import M1Layer, M1Model
 from m1local.rope import Rotation, rotation
 
+NOWHERE = (-1, None)  # a position and token that match nothing
 WARM_UPS = 2  # Triton compiles at the first launch, which must not be captured
 
 
@@ -174,6 +175,11 @@ class Decoder:
         """Say which token `launch_ahead` began with."""
         if self._ahead is not None:
             self._ahead = self._ahead[0], token_id
+
+    def forget_ahead(self) -> None:
+        """Do not use what was begun: the cache changes otherwise before it is asked for."""
+        if self._ahead is not None:
+            self._ahead = NOWHERE
 
     def _launch(self, position: int) -> None:
         self._restore_raw(position)

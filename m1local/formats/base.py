@@ -209,7 +209,5 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, C)."""
-        # The table may have stayed in host memory.
-        device = next(self.table.buffers()).device
-        rows: Tensor = self.table.gather_rows(token_ids.to(device), self.dtype)
+        rows: Tensor = self.table.gather_rows(token_ids, self.dtype)
         return rows
