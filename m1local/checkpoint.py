@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from m1local.config import M1Config
+from m1local.cuda.card import card
 from m1local.errors import CheckpointError
 from m1local.folder import read_json_object
 from m1local.formats import LinearSpec, format_class
@@ -64,9 +65,12 @@ def is_quantized(folder: Path) -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """The type activations have on `device`: bfloat16 where it is native, else float32."""
+    """The type activations have on `device`: bfloat16 where it is native.
+
+    Else float16 on a card, and float32 on the CPU.
+    """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return card(device).dtype
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32  # bfloat16 products are ten times slower than float32 with AVX2

@@ -12,10 +12,8 @@ from typing import NamedTuple
 import torch
 
 WARPS = 4
-THREADS = 32 * WARPS
 LANES = 32  # threads that read one row of W together, 16 bytes each
 MOST_KEY_PARTS = 64
-
 WIDE = 128  # a head; wider ones take twice the room
 
 
