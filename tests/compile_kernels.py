@@ -43,13 +43,16 @@ def _products(tiles: Any, half: str) -> Iterator[Case]:
 
     kinds = {
         "int4": (words.INT4, 2, "*i32", "*bf16"),
+        "int3": (words.INT3, 2, "*i16", "*bf16"),
+        "int6": (words.INT6, 2, "*i32", "*bf16"),
         "int8": (words.INT8, 1, "*i64", "*fp32"),
         "nf4": (words.LEVELS, 2, "*i32", "*fp32"),
         "nf4-dq": (words.NESTED, 2, "*i32", "*u8"),
     }
     for name, (kind, per_group, codes, scales) in kinds.items():
         stored = {"codes": codes, "scales": scales, "zeros": scales, "levels": "*fp32"}
-        stored |= {"outer": "*fp32"}
+        upper = {"int3": "*u8", "int6": "*i16"}.get(name, "*fp32")
+        stored |= {"levels": upper, "outer": "*fp32"}
         of_kind = {"KIND": kind.value, "PER_GROUP": per_group}
         numbers = {"rows": "i32", "blocks": "i32", "steps": "i32"}
         yield Case(
@@ -57,6 +60,8 @@ def _products(tiles: Any, half: str) -> Iterator[Case]:
             {"x": half} | stored | {"out": "*fp32"} | numbers,
             of_kind | {"ROWS": tiles.vector_rows, "LOADS": card.LANES}, card.WARPS,
         )  # fmt: skip
+        if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
+            continue
         for x_rows in (16, 64) if name == "int4" else (16,):
             if x_rows > tiles.most_rows:
                 continue

@@ -19,6 +19,9 @@ FORMATS = {
     "int4-32": LinearSpec("int4", 32),
     "int4-64": LinearSpec("int4", 64),
     "int4-128": LinearSpec("int4", 128),
+    "int3-64": LinearSpec("int3", 64),
+    "int5-32": LinearSpec("int5", 32),
+    "int6-64": LinearSpec("int6", 64),
     "int8": LinearSpec("int8"),
     "bnb-nf4": LinearSpec("bnb-nf4"),
     "bnb-nf4-dq": LinearSpec("bnb-nf4-dq"),
@@ -34,7 +37,7 @@ def quantized(name: str, shape: tuple[int, int]) -> QuantizedLinear:
     chosen = format_class(spec.format)
     tensors = chosen.shared_tensors(shape, spec) | chosen.quantize(rows, spec)
     on_card = {suffix: tensor.to(CARD) for suffix, tensor in tensors.items()}
-    return chosen.from_tensors(on_card, shape, spec)
+    return chosen.table(on_card, shape, spec)  # as stored, whatever this CPU would do with it
 
 
 def activations(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

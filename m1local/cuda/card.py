@@ -48,11 +48,11 @@ TILES = {
     (7, 5): Tiles(
         4, resident=8, tile_rows=32, tile_words=16, most_rows=16, keys=16, key_warps=8, queries=16
     ),
-    (8, 0): Tiles(8, resident=10, tile_rows=64, tile_words=16),
-    (8, 6): Tiles(4, resident=10, tile_rows=64, tile_words=16),
-    (8, 9): Tiles(4, resident=10, tile_rows=64, tile_words=16),
-    (9, 0): Tiles(8, resident=10, tile_rows=64, tile_words=16),
-    (12, 0): Tiles(8, resident=10, tile_rows=64, tile_words=16),
+    (8, 0): Tiles(8, resident=7, tile_rows=64, tile_words=16),
+    (8, 6): Tiles(4, resident=12, tile_rows=64, tile_words=16),
+    (8, 9): Tiles(4, resident=12, tile_rows=64, tile_words=16),
+    (9, 0): Tiles(8, resident=7, tile_rows=64, tile_words=16),
+    (12, 0): Tiles(8, resident=8, tile_rows=64, tile_words=16),
 }
 OLDEST = min(TILES)
 

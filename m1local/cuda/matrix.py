@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-INT4, INT8, LEVELS, NESTED = range(4)  # as words.py has them, which cannot be had without Triton
+INT4, INT8, LEVELS, NESTED, INT3, INT5, INT6 = range(
+    7
+)  # as words.py has them, which cannot be had without Triton
 BLOCK = 32  # columns
 WORD = 8
 RESTORED_WEIGHTS = 8 << 20  # at a time: 16 MiB, which the caches of newer cards hold
@@ -23,6 +25,7 @@ MOST_WEIGHTS = 2**31  # places in a matrix are counted in 32 bits
 class Matrix:
     """W (N, K): `codes` (N, K/8) words, `scales`, and what the kind besides needs.
 
+    `levels` are those of a kind that has some, or the upper plane of one with two planes;
     `per_group` is how many blocks of 32 columns share a scale; `scales` stands in for what a kind
     does not have.
     """
@@ -69,6 +72,22 @@ def int4_matrix(
     words = codes.view(torch.int32)
     per_group = group_size // BLOCK
     return Matrix(INT4, shape, per_group, words, scales, zeros, scales, scales)
+
+
+def planes_matrix(
+    codes: Tensor,
+    upper: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    shape: tuple[int, int],
+    group_size: int,
+    planes: tuple[int, int],
+) -> Matrix:
+    """Groups whose codes lie in two planes of so many bits, as groups.py stores them."""
+    kind = {(2, 1): INT3, (4, 1): INT5, (4, 2): INT6}[planes]
+    low = codes.view(torch.int16 if planes[0] == 2 else torch.int32)
+    high = upper.view(torch.int16) if planes[1] == 2 else upper
+    return Matrix(kind, shape, group_size // BLOCK, low, scales, zeros, high, scales)
 
 
 def int8_matrix(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Matrix:

@@ -15,7 +15,7 @@ from torch import Tensor
 from m1local.cuda.card import LANES, WARPS, card
 from m1local.cuda.matrix import INT8 as INT8_KIND
 from m1local.cuda.matrix import RESTORED_WEIGHTS, WORD, Matrix, planar
-from m1local.cuda.words import INT8, statistics, weight
+from m1local.cuda.words import INT8, load_words, statistics, weight
 
 LEAST_TILE = 16  # rows that the tensor cores take
 EXPANDED_ROWS, EXPANDED_WORDS = 4, 128
@@ -38,7 +38,7 @@ def vector_kernel(
     for step in range(begin, begin + steps):
         load = step * LOADS + place
         here = (load < loads) & (row < rows)
-        raw = tl.load(codes + (row * loads + load) * WORDS + inside, mask=here, other=0)
+        raw = load_words(codes, levels, (row * loads + load) * WORDS + inside, here, KIND)
         block = load * WORDS // 4
         scale, zero = 1.0, 0.0  # that of a row of bytes is applied to the sums
         if KIND != INT8:
@@ -73,7 +73,7 @@ def tile_kernel(
     for step in range(begin, begin + steps):
         word = step * WORDS + inside
         here = (word < words) & (row < rows)
-        raw = tl.load(codes + row * words + word, mask=here, other=0)
+        raw = load_words(codes, levels, row * words + word, here, KIND)
         scale, zero = 1.0, 0.0
         if KIND != INT8:
             scale, zero = statistics(
@@ -103,7 +103,7 @@ def expand_kernel(
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)[None, :]
     words = blocks * 4
     here = (word < words) & (row < rows)
-    raw = tl.load(codes + row * words + word, mask=here, other=0)
+    raw = load_words(codes, levels, row * words + word, here, KIND)
     scale, zero = statistics(scales, zeros, outer, row, word // 4, blocks, here, KIND, PER_GROUP)
     for column in tl.static_range(8):
         found = weight(raw, column, scale, zero, levels, KIND)

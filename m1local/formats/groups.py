@@ -6,9 +6,9 @@ precise where |w| is small. On the CPU int4 is multiplied as it is stored, by th
 (m1local/native/matmul.py). Without that, and for other widths, the codes are rearranged once, at
 load, for torch's packed 4-bit operator (m1local/formats/int4pack.py): three bits in the place of
 four, five and six as a low and a high half, each of four, that are multiplied one after the other.
-On a card Triton's kernels read int4 as stored (m1local/cuda), or torch's operator where there is
-no Triton; other widths stay as stored and W is dequantized in slices. What it is not: as small in
-memory as on the disk, on the CPU, except for int4.
+On a card Triton's kernels read all of them as stored (m1local/cuda); where there is no Triton,
+torch's operator multiplies int4, and other widths are dequantized in slices. What it is not: as
+small in memory as on the disk, on the CPU, except for int4.
 
 Stored: codes in planes of 1, 2 or 4 bits, the even columns in the low bits of a byte: weight
 (N, K * width / 8) uint8 with the lowest bits, weight_high with the others; scales and zeros
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from m1local.cuda import int4pack as cuda_int4pack
 from m1local.cuda import support
-from m1local.cuda.matrix import Matrix, fits, int4_matrix
+from m1local.cuda.matrix import Matrix, fits, int4_matrix, planes_matrix
 from m1local.formats import LinearSpec, format_class, int4pack
 from m1local.formats.base import SLICES, QuantizedLinear, Stored, inverse_of
 from m1local.native import matmul
@@ -79,9 +79,7 @@ class GroupLinear(QuantizedLinear):
     def kernel(cls, device: torch.device) -> str:
         """The compiled library's; else torch's where its layout could be learned (int4pack.py)."""
         if device.type != "cpu":
-            if cls.planes != (4,):
-                return f"{SLICES} (no kernel for {device.type} yet)"
-            packs = cuda_int4pack.serves(device, (8, 128))
+            packs = cls.planes == (4,) and cuda_int4pack.serves(device, (8, 128))
             return cls.card_kernel(device, cuda_int4pack.NAME if packs else SLICES)
         if cls._is_compiled():
             return f"compiled ({matmul.instructions()}), to {matmul.ROWS} rows; above, {SLICES}"
@@ -243,11 +241,13 @@ class GroupLinear(QuantizedLinear):
         return rows.view(*token_ids.shape, self.in_features)
 
     def cuda_matrix(self) -> Matrix | None:
-        """The stored tensors of four bits; wider and narrower codes lie in two planes."""
-        shape = (self.out_features, self.in_features)
-        if self.packed or self.planes != (4,) or not fits(shape):
+        """The stored tensors, where a row is whole blocks of columns."""
+        shape, size = (self.out_features, self.in_features), group_size_of(self.spec)
+        if self.packed or not fits(shape):
             return None
-        size = group_size_of(self.spec)
+        if self.high is not None:
+            stored = self.codes, self.high, self.scales, self.zeros
+            return planes_matrix(*stored, shape, size, (self.planes[0], self.planes[1]))
         return int4_matrix(self.codes, self.scales, self.zeros, shape, size)
 
     def forward(self, x: Tensor) -> Tensor:
