@@ -19,6 +19,7 @@ from m1local.config import M1Config
 from m1local.context import Decoder
 from m1local.cuda import support
 from m1local.cuda.transfer import Moved, Transfer
+from m1local.errors import DependencyError
 from m1local.manifest import CheckpointManifest
 from m1local.memory import LAYERS, Model, Setting, check, free_bytes, settle, used_device
 from m1local.model import M1Model
@@ -74,12 +75,18 @@ def place(folder: Path, wanted: Setting, gpu_layers: GpuLayers) -> Placement:
     """Where the parts of the model in `folder` go on this machine.
 
     "auto" puts as much on the card as fits, "all" everything, a number so many layers. Raises
-    MemoryLimitError where what was asked for does not fit, before anything is read.
+    MemoryLimitError where what was asked for does not fit, before anything is read, and
+    DependencyError where a card was asked for and there is none.
     """
     config = M1Config.from_file(folder / CONFIG)
     layers, card = config.num_hidden_layers, used_device()
-    if card.type == "cpu" or gpu_layers == 0:
+    if gpu_layers == 0 or (card.type == "cpu" and gpu_layers == "auto"):
         return Placement(CPU, 0, False, wanted)
+    if card.type == "cpu":
+        raise DependencyError(
+            f"--gpu-layers {gpu_layers} needs an NVIDIA card and a torch with CUDA; torch finds "
+            "none here (m1 doctor). Leave the option out to use the CPU."
+        )
     specs = CheckpointManifest.read(folder).linears if is_quantized(folder) else {}
     model = Model(config, specs, compute_dtype(card))
     if gpu_layers == "auto":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from m1local import placement as placing
 from m1local.cache import KVCache
@@ -17,6 +18,7 @@ from m1local.engine import Engine
 from m1local.errors import MemoryLimitError
 from m1local.memory import Setting
 from m1local.placement import Placement, place, settled
+from m1local_app.cli import cli
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.recipe import Recipe
 from tests.conftest import TINY
@@ -38,6 +40,19 @@ def test_without_a_card_all_is_as_ever(tiny_checkpoint: Path) -> None:
     if not torch.cuda.is_available():
         assert found == Placement(CPU, 0, False, Setting(64))
     assert place(tiny_checkpoint, Setting(64), 0).card == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("layers", ["all", "3"])
+def test_a_card_that_was_asked_for_and_is_not_there(layers: str) -> None:
+    shown = CliRunner().invoke(cli, ["run", "-p", "hello", "--gpu-layers", layers])
+    assert shown.exit_code == 1
+    assert f"--gpu-layers {layers} needs an NVIDIA card" in shown.stderr
+
+
+def test_gpu_layers_that_are_no_number() -> None:
+    shown = CliRunner().invoke(cli, ["run", "-p", "hello", "--gpu-layers", "some"])
+    assert shown.exit_code == 2
 
 
 @pytest.mark.usefixtures("card")
