@@ -16,6 +16,7 @@ from tests import interpreter  # noqa: F401  # skips without Triton; before its 
 from tests.conftest import CARD, TINY
 from tests.test_memory import quantized, stored_as
 
+from m1local.cuda import decode  # isort: skip
 from m1local.cuda.decode import Decoder  # isort: skip
 from m1local.cuda.drawing import DrawingDecoder  # isort: skip
 
@@ -153,6 +154,27 @@ def test_the_first_layers_may_be_computed_elsewhere() -> None:
         torch.testing.assert_close(decoder.feed(token), wanted, atol=2e-3, rtol=2e-3)
     assert not decoder.launch_ahead()
     same_books(cache, expected_cache)
+
+
+@torch.inference_mode()
+def test_warming_up_stays_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    model, cache = model_of("float"), new_cache()
+
+    def fake(work: Callable[[], None], prepare: Callable[[], object]) -> Callable[[], None]:
+        for _ in range(decode.WARM_UPS):
+            prepare()
+            seen.append(int(decoder.step.position))
+            decoder.step.position.add_(1)
+        return work
+
+    monkeypatch.setattr(decode, "captured", fake)
+    decoder = Decoder(model, cache)
+    decoder.step.device = torch.device("cuda")
+    ordinary(model, cache, PROMPT)
+    decoder.feed(3)
+    assert seen == [len(PROMPT)] * decode.WARM_UPS
+    assert int(decoder.step.position) == len(PROMPT) + 1
 
 
 def test_why_there_is_no_graph() -> None:

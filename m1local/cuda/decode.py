@@ -11,6 +11,7 @@ sequence's end, where nothing looks.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -102,14 +103,19 @@ class DecodeStep:
 class Replay:
     """Work that is launched again and again: as a captured graph, or as it is with a reason."""
 
-    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
-        """Capture `work`, after it ran a few times; what it changes must bear that."""
+    def __init__(
+        self,
+        work: Callable[[], None],
+        device: torch.device,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Capture `work`, after it ran a few times, each time after `prepare`."""
         self._launch, self.reason = work, ""
         if device.type != "cuda":
             self.reason = f"no graphs on {device.type}"
             return
         try:
-            self._launch = captured(work)
+            self._launch = captured(work, prepare)
         except RuntimeError as error:  # what cannot be captured can still be launched
             self.reason = f"capturing failed: {str(error).splitlines()[0]}"
 
@@ -118,12 +124,13 @@ class Replay:
         self._launch()
 
 
-def captured(work: Callable[[], None]) -> Callable[[], None]:
+def captured(work: Callable[[], None], prepare: Callable[[], object]) -> Callable[[], None]:
     """`work` as a CUDA graph's replay."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
+            prepare()
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -184,9 +191,10 @@ class Decoder:
     def _launch(self, position: int) -> None:
         self._restore_raw(position)
         if self._replay is None:
-            self.step.position.fill_(position)
             x = self.step.x.clone()
-            self._replay = Replay(self.step, self.step.device)
+            # The same place each time: a step further could overwrite the sequence's beginning.
+            ready = partial(self.step.position.fill_, position)
+            self._replay = Replay(self.step, self.step.device, ready)
             self.step.x.copy_(x)
             self._position = -1
         if self._position != position or self._ahead is not None:  # begun for nothing
