@@ -7,13 +7,14 @@ twice. What it is not: a downloader or a converter.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from m1local.config import M1Config
+from m1local.cuda.card import card
 from m1local.errors import CheckpointError
 from m1local.folder import read_json_object
 from m1local.formats import LinearSpec, format_class
@@ -28,6 +29,7 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 FLOAT = LinearSpec("float")
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Mover = Callable[[Tensor], Tensor]  # to the card, see m1local/cuda/transfer.py
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # some checkpoints store it; it follows from rope_theta
 
 
@@ -63,21 +65,30 @@ def is_quantized(folder: Path) -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """The type activations have on `device`: bfloat16 where it is native, else float32."""
+    """The type activations have on `device`: bfloat16 where it is native.
+
+    Else float16 on a card, and float32 on the CPU.
+    """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return card(device).dtype
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32  # bfloat16 products are ten times slower than float32 with AVX2
 
 
 def load_model(
-    folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    folder: Path,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    parts: Sequence[tuple[str, torch.device]] = (),
+    move: Mover | None = None,
 ) -> M1Model:
     """Load the checkpoint in `folder`, quantized or original, ready for inference.
 
     `dtype` is the type of activations and of unquantized matrices; by default what suits the
-    device. Raises CheckpointError naming the file or tensor that is wrong.
+    device. `parts` (beginnings of names, each with its device) lets a model lie on two, and `move`
+    takes tensors to the card. Raises CheckpointError naming the file or tensor that is wrong.
     """
     device = device or torch.device("cpu")
     dtype = dtype or compute_dtype(device)
@@ -96,7 +107,9 @@ def load_model(
         model = M1Model(config)
     expected = expected_tensors(config, specs)
     check_tensors(files, expected, tied=config.tie_word_embeddings and not specs)
-    load_modules(model, "", files, specs, dtype=dtype, device=device)
+    for prefix, place in parts or [("", device)]:
+        kind = compute_dtype(place) if parts else dtype
+        load_modules(model, prefix, files, specs, dtype=kind, device=place, move=move)
     return model.eval()
 
 
@@ -108,11 +121,13 @@ def load_modules(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    move: Mover | None = None,
 ) -> None:
     """Load what of `model` (on the meta device) has a name that begins with `prefix`."""
     for name in matrix_names(model.config):
         if name.startswith(prefix):
-            install(model, name, specs.get(name, FLOAT), files, dtype=dtype, device=device)
+            spec = specs.get(name, FLOAT)
+            install(model, name, spec, files, dtype=dtype, device=device, move=move)
     for name, parameter in model.named_parameters():
         if parameter.is_meta and name.startswith(prefix):
             tensor = files.tensor(name).to(device=device, dtype=dtype)
@@ -184,6 +199,7 @@ def install(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    move: Mover | None = None,
 ) -> None:
     """Put the matrix `name` into `model`, in the format its `spec` says."""
     if spec.format == FLOAT.format:
@@ -198,9 +214,12 @@ def install(
     shape = tuple(model.get_submodule(name).get_parameter("weight").shape)
     chosen = format_class(spec.format)
     tensors = {
-        suffix: files.tensor(f"{name}.{suffix}").to(device)
+        suffix: files.tensor(f"{name}.{suffix}")
         for suffix in chosen.stored(shape[0], shape[1], spec)
     }
+    if device.type != "cpu":
+        take = move or (lambda tensor: tensor.to(device))
+        tensors = {suffix: take(tensor) for suffix, tensor in tensors.items()}
     size = (shape[0], shape[1])
     if name == EMBEDDING:
         module: nn.Module = QuantizedEmbedding(chosen.table(tensors, size, spec), dtype)

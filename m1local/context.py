@@ -4,29 +4,69 @@ What it is: the only one who feeds tokens to the model during a conversation, so
 cache holds and can keep the common beginning of two prompts. What it is not: about text or turns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from m1local.cache import KVCache
 from m1local.errors import ContextLengthError
+from m1local.memory import Setting, telling
 from m1local.model import M1Model
+from m1local.sampling import Sampler, SamplingParams
+
+
+class Decoder(Protocol):
+    """One token at a time, as m1local/cuda/decode.py does it."""
+
+    def feed(self, token_id: int) -> Tensor:
+        """Append one token; returns the next one's logits (V,)."""
+        ...
+
+    def forget_ahead(self) -> None:
+        """Do not use what was begun for a token nobody has fed."""
+        ...
+
+    def sampler(self, params: SamplingParams, vocab_size: int) -> Sampler | None:
+        """A sampler for its logits; None where an ordinary one is needed."""
+        ...
 
 
 class Context:
     """A cache together with the ids it holds."""
 
-    def __init__(self, model: M1Model, cache: KVCache) -> None:
-        """Feed `model` through `cache`, from wherever it stands empty."""
+    def __init__(
+        self,
+        model: M1Model,
+        cache: KVCache,
+        decoder_of: Callable[[KVCache], Decoder] | None = None,
+        setting: Setting | None = None,
+    ) -> None:
+        """Feed `model` through `cache`, from wherever it stands empty.
+
+        `decoder_of` makes what single tokens are fed through, if not the model itself; `setting`
+        is what an error about memory gives advice on.
+        """
+        self._setting = setting or Setting(cache.capacity)
         self.model = model
+        self._decoder_of = decoder_of
         self.cache = cache
         self.token_ids: list[int] = []
-        self.device = next(model.parameters()).device
+        self.device = cache.layers[-1].raw_k.device
+        embedding = model.model.embed_tokens  # which may have stayed in host memory
+        self._ids_device = next(chain(embedding.parameters(), embedding.buffers())).device
 
     def another(self) -> "Context":
         """An empty context of the same size for the same model."""
-        return Context(self.model, self.cache.another())
+        return Context(self.model, self.cache.another(), self._decoder_of, self._setting)
+
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """What single tokens are fed through; None where that is the model."""
+        return self._decoder_of(self.cache) if self._decoder_of else None
 
     @property
     def capacity(self) -> int:
@@ -58,17 +98,30 @@ class Context:
             (i for i in range(held) if self.token_ids[i] != prompt[i]),
             held,
         )
+        self._forget_ahead()
         kept = self.cache.nearest_boundary(common)
         self.cache.rollback(kept)
         self.cache.remember(kept)
         del self.token_ids[kept:]
         return kept
 
+    def _forget_ahead(self) -> None:
+        """What the decoder began is of no use once the cache changes otherwise."""
+        if (decoder := self.__dict__.get("decoder")) is not None:
+            decoder.forget_ahead()
+
     @torch.inference_mode()
     def feed(self, token_ids: Sequence[int]) -> Tensor:
-        """Append ids, at most `cache.max_chunk` of them; returns the last one's logits (V,)."""
-        batch = torch.tensor([token_ids], device=self.device)
-        logits = self.model(batch, self.cache, last_only=True)
+        """Append ids, at most `cache.max_chunk` of them; returns the last one's logits (V,).
+
+        Raises MemoryLimitError where a card has too little memory; what was fed before is kept.
+        """
+        with telling(self._setting):
+            if len(token_ids) == 1 and self.decoder is not None:
+                last = self.decoder.feed(token_ids[0])
+            else:
+                self._forget_ahead()
+                batch = torch.tensor([token_ids], device=self._ids_device)
+                last = self.model(batch, self.cache, last_only=True)[0, -1]
         self.token_ids += token_ids
-        last: Tensor = logits[0, -1]
         return last

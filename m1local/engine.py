@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from m1local.cache import REWIND_TOKENS, KVCache
-from m1local.checkpoint import compute_dtype, load_model
 from m1local.config import M1Config
 from m1local.context import Context
 from m1local.contexts import ContextPool
+from m1local.cuda.transfer import Moved
 from m1local.errors import TokenizerError
 from m1local.generate import Event, GenerationSettings, generate
 from m1local.generation_config import GenerationConfig
+from m1local.kv_store import FLOAT
+from m1local.memory import Setting, telling
 from m1local.model import M1Model
+from m1local.placement import GpuLayers, Placement, decoder_of, load, place
 from m1local.tokenizer import M1Tokenizer
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -44,27 +44,38 @@ class Engine:
         self.generation = generation
         self.context = context
         self.contexts = ContextPool(context)
+        self.placement: Placement | None = None
+        self.loaded: Moved | None = None  # to a card
 
     @classmethod
     def load(
-        cls, folder: Path, *, context_tokens: int | None = None, device: torch.device | None = None
+        cls,
+        folder: Path,
+        *,
+        context_tokens: int | None = None,
+        gpu_layers: GpuLayers = 0,
+        kv_type: str = FLOAT,
     ) -> "Engine":
-        """Load the checkpoint in `folder` with room for `context_tokens`."""
-        device = device or torch.device("cpu")
+        """Load the checkpoint in `folder` with room for `context_tokens`.
+
+        `gpu_layers` says how many of the last layers a card computes: as many as fit ("auto"),
+        "all" or a number; `kv_type` how keys and values are kept (kv_store.py). Raises
+        MemoryLimitError where they do not fit.
+        """
         config = M1Config.from_file(folder / "config.json")
         # The small files first: their mistakes show before gigabytes are read.
         tokenizer = M1Tokenizer.from_folder(folder)
         generation = GenerationConfig.from_folder(folder)
-        dtype = compute_dtype(device)
-        cache = KVCache.allocate(
-            config,
-            context_tokens or min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings),
-            dtype=dtype,
-            device=str(device),
-            rewind_tokens=REWIND_TOKENS,
-        )
-        model = load_model(folder, device=device, dtype=dtype)
-        return cls(model, tokenizer, generation, Context(model, cache))
+        longest = min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings)
+        setting = Setting(context_tokens or longest, kv_type)
+        placement = place(folder, setting, gpu_layers)
+        with telling(placement.setting):
+            cache = placement.allocate(config)
+            model, loaded = load(folder, placement)
+        context = Context(model, cache, decoder_of(model, placement), placement.setting)
+        engine = cls(model, tokenizer, generation, context)
+        engine.placement, engine.loaded = placement, loaded
+        return engine
 
     @property
     def defaults(self) -> GenerationSettings:

@@ -42,6 +42,10 @@ class ContextLengthError(M1Error):
     """More tokens than the context holds."""
 
 
+class MemoryLimitError(M1Error):
+    """What was asked for does not fit into memory; says needed, there, and what to try."""
+
+
 class SamplingError(M1Error):
     """A sampling parameter is out of its range."""
 

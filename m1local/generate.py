@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m1local.context import Context
+from m1local.context import Context, Decoder
 from m1local.json_schema import JsonSchema
 from m1local.loop_guard import LoopGuard
 from m1local.sampling import Sampler, SamplingParams
@@ -116,7 +116,7 @@ def generate(
     the prompt does not fit.
     """
     context.check_prompt(prompt)
-    answer = _Answer(tokenizer, prompt, settings)
+    answer = _Answer(tokenizer, prompt, settings, context.decoder)
     cached_tokens = context.keep_common(prompt)
     begun = time.perf_counter()
     logits = yield from _prefill(context, prompt, cached_tokens)
@@ -156,11 +156,15 @@ class _Answer:
     """The tokens of one answer, their text, and what may end it."""
 
     def __init__(
-        self, tokenizer: M1Tokenizer, prompt: Sequence[int], settings: GenerationSettings
+        self,
+        tokenizer: M1Tokenizer,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        decoder: Decoder | None,
     ) -> None:
         self.token_ids: list[int] = []
         self._settings = settings
-        self._sampler = _sampler(tokenizer, prompt, settings)
+        self._sampler = _sampler(tokenizer, prompt, settings, decoder)
         self._text = TextStream(tokenizer.decoder(), settings.stop)
         self._guard = LoopGuard() if settings.loop_guard else None
         self._piece = ""
@@ -201,10 +205,17 @@ class _Answer:
 
 
 def _sampler(
-    tokenizer: M1Tokenizer, prompt: Sequence[int], settings: GenerationSettings
+    tokenizer: M1Tokenizer,
+    prompt: Sequence[int],
+    settings: GenerationSettings,
+    decoder: Decoder | None,
 ) -> Sampler:
     """A sampler that has seen `prompt` and keeps to the settings' schema."""
     params = settings.sampling
+    on_card = decoder.sampler(params, tokenizer.vocab_size) if decoder else None
+    if on_card is not None and settings.json_schema is None:
+        on_card.observe(prompt)
+        return on_card
     constraint = None
     if settings.json_schema is not None:
         constraint = JsonSchema(settings.json_schema, tokenizer, settings.stop_token_ids)

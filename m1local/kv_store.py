@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 SCALED = 32  # values of a head that share a scale
-FLOAT, BYTES = "float", "q8_0"
-KV_TYPES = (FLOAT, BYTES)
+FLOAT, BYTES = "f16", "q8_0"  # f16 is whatever type the model computes in
+KV_BYTES = {FLOAT: 2, BYTES: 1 + 2 / SCALED}  # of a value; f16 takes 4 where float32 is computed
 
 
 def kind_fits(kind: str, head_dim: int) -> bool:
@@ -58,7 +58,7 @@ class KVStore:
 
 def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     """(..., D) -> int8 codes (..., D) and scales (..., D / 32) in bfloat16; x ≈ code * scale."""
-    grouped = x.float().unflatten(-1, (-1, SCALED))
+    grouped = x.float().reshape(*x.shape[:-1], -1, SCALED)
     # Rounded before the codes are chosen, so that the codes make up for it.
     scales = (grouped.abs().amax(-1) / 127).to(torch.bfloat16)
     wide = scales.float()[..., None]
@@ -69,6 +69,6 @@ def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_bytes(codes: Tensor, scales: Tensor) -> Tensor:
     """The values, in float32, of what `to_bytes` made."""
-    grouped = codes.float().unflatten(-1, (-1, SCALED))
+    grouped = codes.float().reshape(*codes.shape[:-1], -1, SCALED)
     values: Tensor = (grouped * scales.float()[..., None]).flatten(-2)
     return values

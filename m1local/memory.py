@@ -1,11 +1,38 @@
-"""How much memory there is.
+"""Does it fit, and how fast can it be? Answered before anything is read.
 
-What it is: the free memory of a device, asked of the system now. What it is not: a plan of what to
-put where.
+What it is: the bytes that weights, keys and values, and the work in between will take, from the
+config and the formats alone; free memory and bandwidth, asked of the machine; and the first setting
+that fits. What it is not: a promise of speed: tokens/s are what the bandwidth allows at most.
+Source of the formulas: what model.py and cache.py allocate; checked by tests/test_memory.py.
 """
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
+
+from m1local.cache import DEFAULT_MAX_CHUNK, REWIND_TOKENS, KVCache
+from m1local.checkpoint import EMBEDDING, HEAD, expected_tensors
+from m1local.config import HeadLayout, M1Config
+from m1local.cuda.matrix import RESTORED_WEIGHTS
+from m1local.errors import MemoryLimitError
+from m1local.formats import LinearSpec
+from m1local.formats.base import ROWS_PER_SLICE, Stored
+from m1local.kv_store import FLOAT, KV_BYTES
+from m1local.native import matmul
+
+FLOAT32_BYTES = 4
+MASK_BYTES = 8 + 1 + 1 + 1  # a query and a key: distance, visible, within the window, both
+CUDA_BYTES = 450 << 20  # of the context, cuBLAS and kernels: presumed, not measured yet
+PROCESS_BYTES = 350 << 20  # of Python and torch besides (bench/results/memory.json)
+GRAPH_BYTES = 64 << 10  # of each launch that a captured graph holds: presumed
+LAUNCHES_PER_LAYER = 11
+SLICE_COPIES = 3  # of a slice while it is dequantized, in float32
+MEASURED_BYTES = 256 << 20
+LAYERS = "model.layers."
 
 
 def free_bytes(device: torch.device) -> int:
@@ -14,3 +41,247 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return int(psutil.virtual_memory().available)
+
+
+def used_device() -> torch.device:
+    """The first card, or the CPU where there is none."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def bandwidth(device: torch.device, nbytes: int = MEASURED_BYTES) -> float:
+    """Bytes per second that a copy on `device` reads and writes, the best of a few tries."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        begun = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * nbytes / best
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a model is to be run; `gpu_layers` None puts all layers on the card."""
+
+    context_tokens: int
+    kv_type: str = FLOAT
+    gpu_layers: int | None = None
+    embedding_on_host: bool = False
+    max_chunk: int = DEFAULT_MAX_CHUNK
+    rewind_tokens: int = REWIND_TOKENS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Bytes on the device, by what they are for; `host` is what stays in the computer's memory.
+
+    `read` is what one token reads of the device, `host_read` of the host, with a full context.
+    """
+
+    weights: int
+    cache: int
+    workspace: int
+    graphs: int
+    runtime: int
+    host: int
+    read: int
+    host_read: int
+
+    @property
+    def device(self) -> int:
+        """All that is allocated on the device, without what the system takes for the process."""
+        return self.weights + self.cache + self.workspace + self.graphs
+
+    def tokens_per_second(self, device_bandwidth: float, host_bandwidth: float) -> float:
+        """What the bandwidths, in bytes per second, allow at most."""
+        return 1 / (self.read / device_bandwidth + self.host_read / host_bandwidth)
+
+
+class Model:
+    """What must be known of a model: its config and how each of its matrices is stored."""
+
+    def __init__(
+        self, config: M1Config, specs: Mapping[str, LinearSpec], dtype: torch.dtype
+    ) -> None:
+        """`specs` by module, as a manifest has them; what is not in it is kept in `dtype`."""
+        self.config = config
+        self.dtype = dtype
+        self.quantized = bool(specs)
+        self.parts: dict[str, int] = {}
+        for name, stored in expected_tensors(config, specs).items():
+            found = stored if isinstance(stored, Stored) else Stored(stored, dtype)
+            part = _part(name)
+            self.parts[part] = self.parts.get(part, 0) + found.nbytes
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all of them."""
+        return sum(self.parts.values())
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of one layer's weights."""
+        return self.parts[f"{LAYERS}{layer}"]
+
+    def demand(self, setting: Setting, device: torch.device) -> Demand:
+        """What `setting` takes; on the CPU everything is the host's and the device's alike.
+
+        The last layers are those on the card, with the head; the first ones stay on the host.
+        Without any layer there, nothing is.
+        """
+        layers = self.config.num_hidden_layers
+        on_card = layers if setting.gpu_layers is None else min(setting.gpu_layers, layers)
+        first = layers - on_card
+        caches = layer_caches(self.config, setting, self.dtype)
+        host_layers = sum(self.layer_bytes(layer) for layer in range(first))
+        embedding = self.parts[EMBEDDING]
+        seen = [read_bytes(self.config.heads(layer), setting) for layer in range(layers)]
+        if on_card == 0:
+            kept, read = self.weights + sum(caches), self.weights - embedding + sum(seen)
+            return Demand(
+                weights=0, cache=0, workspace=0, graphs=0, runtime=0,
+                host=kept, read=0, host_read=read,
+            )  # fmt: skip
+        away = embedding if setting.embedding_on_host or first else 0
+        weights = self.weights - host_layers - away
+        return Demand(
+            weights=weights,
+            cache=sum(caches[first:]),
+            workspace=workspace(
+                self.config, setting, self.dtype.itemsize, masked=device.type == "cpu"
+            )
+            + (self.slices(setting, device) if self.quantized else 0),
+            graphs=on_card * LAUNCHES_PER_LAYER * GRAPH_BYTES if device.type == "cuda" else 0,
+            runtime=CUDA_BYTES if device.type == "cuda" else PROCESS_BYTES,
+            host=host_layers + away + sum(caches[:first]),
+            read=weights - (embedding - away) + sum(seen[first:]),
+            host_read=host_layers + sum(seen[:first]),
+        )
+
+    def slices(self, setting: Setting, device: torch.device) -> int:
+        """Bytes of the weights that are restored at a time for the many rows of a chunk."""
+        widest = max(self.config.hidden_size, self.config.intermediate_size)
+        if device.type == "cuda":
+            return RESTORED_WEIGHTS * self.dtype.itemsize
+        if setting.max_chunk <= matmul.ROWS and matmul.usable():
+            return 0
+        return ROWS_PER_SLICE * widest * SLICE_COPIES * FLOAT32_BYTES
+
+
+def _part(tensor_name: str) -> str:
+    """Embedding, head, one of the layers, or the rest."""
+    if tensor_name.startswith(LAYERS):
+        return LAYERS + tensor_name.removeprefix(LAYERS).partition(".")[0]
+    return next((part for part in (EMBEDDING, HEAD) if tensor_name.startswith(part)), "norm")
+
+
+def cache_bytes(config: M1Config, tokens: int, kv_type: str = FLOAT) -> int:
+    """Bytes of keys and values that `tokens` tokens need at least, raw state included."""
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        layout = config.heads(layer)
+        token = 2 * layout.num_kv_heads * layout.head_dim
+        kept = min(tokens, layout.window or tokens)
+        total += int(token * (kept * KV_BYTES[kv_type] + KV_BYTES[FLOAT]))
+    return total
+
+
+def layer_caches(config: M1Config, setting: Setting, dtype: torch.dtype) -> list[int]:
+    """Bytes of each layer's cache as it is allocated: with room for a chunk and for going back."""
+    cache = KVCache.allocate(
+        config,
+        setting.context_tokens,
+        dtype=dtype,
+        device="meta",
+        max_chunk=setting.max_chunk,
+        rewind_tokens=setting.rewind_tokens,
+        kv_type=setting.kv_type,
+    )
+    return [layer.nbytes for layer in cache.layers]
+
+
+def read_bytes(layout: HeadLayout, setting: Setting) -> int:
+    """Bytes of keys and values that one layer reads for a token when the context is full."""
+    seen = min(setting.context_tokens, layout.window or setting.context_tokens)
+    return int(2 * layout.num_kv_heads * layout.head_dim * KV_BYTES[setting.kv_type] * seen)
+
+
+def workspace(config: M1Config, setting: Setting, itemsize: int, *, masked: bool = True) -> int:
+    """Bytes that a chunk of the prompt takes at most, in m1local/model.py, and the logits.
+
+    `masked`: torch computes attention, with a mask of what each query sees; kernels need none.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    chunk = min(setting.max_chunk, setting.context_tokens)
+    stream = 2 * width * itemsize  # residual and normed
+    layouts = [config.heads(layer) for layer in range(config.num_hidden_layers)]
+    packed = max(width + 2 * at.num_kv_heads * at.head_dim for at in layouts) * itemsize
+    attention = 2 * packed + width * itemsize
+    if masked:
+        attention += setting.context_tokens * (MASK_BYTES + itemsize)
+    restored = 0
+    if setting.kv_type != FLOAT:  # keys and values of one layer, and on their way in float32
+        heads = max(at.num_kv_heads * at.head_dim for at in layouts)
+        restored = setting.context_tokens * heads * 2 * (itemsize + FLOAT32_BYTES)
+    turning = packed + 3 * width * FLOAT32_BYTES
+    mlp = 3 * inner * itemsize
+    head = config.vocab_size * (itemsize + 2 * FLOAT32_BYTES)
+    return chunk * (stream + max(attention, turning, mlp)) + head + restored
+
+
+def options(wanted: Setting, layers: int) -> Iterator[Setting]:
+    """Settings in the order in which they cost the user: nothing, then speed, little by little."""
+    yield wanted
+    yield replace(wanted, embedding_on_host=True)
+    for on_card in range(layers - 1, 0, -1):
+        yield replace(wanted, gpu_layers=on_card, embedding_on_host=True)
+
+
+def settle(model: Model, wanted: Setting, device: torch.device, free: int) -> Setting:
+    """The first of `options` that fits into `free` bytes of `device`; else no layer there."""
+    for setting in options(wanted, model.config.num_hidden_layers):
+        if model.demand(setting, device).device <= free:
+            return setting
+    return replace(wanted, gpu_layers=0)
+
+
+def check(model: Model, setting: Setting, device: torch.device, free: int) -> None:
+    """Raise MemoryLimitError unless `setting` fits into `free` bytes of `device`.
+
+    It says what is needed, what there is, and the next setting to try.
+    """
+    needed = model.demand(setting, device).device
+    if needed > free:
+        raise MemoryLimitError(
+            f"{needed / 2**30:.1f} GiB are needed on the card, {free / 2**30:.1f} GiB are free. "
+            f"Try {next_step(setting)}."
+        )
+
+
+def next_step(setting: Setting) -> str:
+    """What to try when `setting` did not fit after all, as words with an option."""
+    layers = setting.gpu_layers
+    if not setting.embedding_on_host and layers is None:
+        return "--gpu-layers auto, which leaves the embedding, and layers if need be, to the CPU"
+    if setting.context_tokens > 2048:
+        return f"a smaller context: --ctx-size {max(2048, setting.context_tokens // 2)}"
+    if layers is None or layers > 0:
+        fewer = "0" if layers is not None and layers < 8 else str((layers or 40) - 8)
+        return f"fewer layers on the card: --gpu-layers {fewer}"
+    return "closing other programs, or a checkpoint of fewer bits (m1 plan shows them)"
+
+
+@contextmanager
+def telling(setting: Setting) -> Iterator[None]:
+    """Turn a failed allocation into a message that names the next setting to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+        raise MemoryLimitError(
+            f"The card's memory is used up ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are "
+            f"free). What was said is kept. Try {next_step(setting)}."
+        ) from error

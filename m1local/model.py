@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m1local.cache import KVCache, LayerCache, RawState
+from m1local.cache import KVCache, LayerCache, RawState, Visible
 from m1local.config import HeadLayout, M1Config
+from m1local.cuda import support
 from m1local.native import attention, neighbours
 from m1local.rope import Rotation, rotate, rotation
 from m1local.sums import halved_sum
@@ -37,6 +38,16 @@ class Chunk(NamedTuple):
     start: int
     positions: Tensor
     rotations: Mapping[int, Rotation]  # by head width: the two kinds of layer differ
+
+    def to(self, device: torch.device) -> "Chunk":
+        """The same on `device`; itself where it lies there already."""
+        if self.positions.device == device:
+            return self
+        turns = {
+            width: Rotation(turn.cos.to(device), turn.sin.to(device))
+            for width, turn in self.rotations.items()
+        }
+        return Chunk(self.start, self.positions.to(device), turns)
 
 
 class RMSNorm(nn.Module):
@@ -68,6 +79,11 @@ def short_convolution(x: Tensor, before: Tensor, taps: Tensor) -> Tensor:
     return first[..., None] * previous + second[..., None] * x
 
 
+def follow(x: Tensor, weight: Tensor) -> Tensor:
+    """x where `weight` lies, and in its type there; itself where it is there already."""
+    return x if x.device == weight.device else x.to(weight.device, weight.dtype)
+
+
 def visibility(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
     """Which key each query may see: (T,) and (S,) positions -> (T, S) bool.
 
@@ -76,6 +92,22 @@ def visibility(query_positions: Tensor, key_positions: Tensor, window: int | Non
     distance = query_positions[:, None] - key_positions[None, :]
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)
+
+
+def attend_kept(q: Tensor, cache: LayerCache, seen: Visible, chunk: Chunk) -> Tensor | None:
+    """Attention of q (1, H, T, D) by a kernel that reads the cache as it lies -> (1, T, H * D).
+
+    None where there is none for this device or so many tokens; then torch computes it, as below.
+    """
+    if q.device.type == "cpu":
+        window = cache.layout.window
+        return attention.attend(q, seen.k, seen.v, chunk.positions, seen.positions, window)
+    if q.shape[0] != 1 or seen.k.scales is not None or not support.usable(q.device):
+        return None
+    from m1local.cuda.prefill import attend_chunk  # Triton, which is only there with a card
+
+    mixed = attend_chunk(q, cache, chunk.start)
+    return None if mixed is None else mixed.transpose(1, 2).flatten(2)
 
 
 class M1Attention(nn.Module):
@@ -111,16 +143,13 @@ class M1Attention(nn.Module):
         else:
             q, k, v = turned
 
-        mixed = None
-        if cache is None:
-            key_positions = chunk.positions
-        else:
-            kept_k, kept_v, key_positions = cache.append(chunk.start, k, v)
-            mixed = attention.attend(
-                q, kept_k, kept_v, chunk.positions, key_positions, self.layout.window
-            )
+        mixed, key_positions = None, chunk.positions
+        if cache is not None:
+            seen = cache.append(chunk.start, k, v)
+            mixed = attend_kept(q, cache, seen, chunk)
             if mixed is None:
-                k, v = kept_k.read(len(key_positions)), kept_v.read(len(key_positions))
+                key_positions = seen.positions
+                k, v = seen.k.read(len(key_positions)), seen.v.read(len(key_positions))
         if mixed is None:
             mask = visibility(chunk.positions, key_positions, self.layout.window)
             heads = functional.scaled_dot_product_attention(
@@ -132,7 +161,7 @@ class M1Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D)."""
-        return x.unflatten(-1, (-1, self.layout.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.layout.head_dim).transpose(1, 2)
 
 
 class M1MLP(nn.Module):
@@ -192,10 +221,12 @@ class M1Backbone(nn.Module):
         chunk = self.chunk(cache.position if cache is not None else 0, length, token_ids.device)
         x: Tensor = self.embed_tokens(token_ids)
         for layer, block in enumerate(self.layers):
+            weight = block.get_parameter("input_layernorm.weight")
+            x, chunk = follow(x, weight), chunk.to(weight.device)  # layers may lie on two devices
             x = block(x, chunk, cache.layers[layer] if cache is not None else None)
         if cache is not None:
             cache.advance(length)
-        normed: Tensor = self.norm(x)
+        normed: Tensor = self.norm(follow(x, self.norm.weight))
         return normed
 
     def chunk(self, start: int, length: int, device: torch.device) -> Chunk:

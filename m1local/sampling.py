@@ -147,10 +147,7 @@ class Sampler:
         # A model may have more rows than the tokenizer has tokens; those mean nothing.
         logits = logits[: len(self._counts)].float().cpu()
         if not bool(torch.isfinite(logits).all()):
-            raise M1Error(
-                "The model produced values that are no numbers; the checkpoint is damaged or its "
-                "format does not suit this device. Check it, or quantize it again."
-            )
+            raise not_finite()
         token_id = self._choose(self._permitted(self._penalized(logits)))
         self.observe([token_id])
         if self._constraint is not None:
@@ -219,3 +216,11 @@ class Sampler:
         keep[0] = True
         drawn = torch.multinomial(probabilities * keep, 1, generator=self._generator)
         return int(token_ids[drawn])
+
+
+def not_finite() -> M1Error:
+    """What is said of logits that are no numbers."""
+    return M1Error(
+        "The model produced values that are no numbers; the checkpoint is damaged or its "
+        "format does not suit this device. Check it, or quantize it again."
+    )

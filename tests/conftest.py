@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,13 @@ from m1local.model import M1Model
 from m1local.tokenizer import M1Tokenizer
 from m1local_app import language
 
+if not torch.cuda.is_available():  # before Triton is imported: its kernels are then interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_num_threads(1)  # matrices this small are slower with more
 
 ROOT = Path(__file__).parent.parent
+CARD = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where kernels are checked
 # Material that may not be redistributed (see docs/architecture.md); tests skip where it is absent.
 REFERENCE = ROOT.parent / "shared"
 LOOPBACK = ("127.", "localhost", "::1")

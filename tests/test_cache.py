@@ -252,7 +252,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     new_tokens: int, error: type[Exception]
 ) -> None:
     model, cache = started(CAPACITY - 2)
-    buffers = [buffer for at in cache.layers for buffer in (at.k.values, at.v.values, at.raw_k, at.raw_v)]
+    buffers = [
+        buffer for at in cache.layers for buffer in (at.k.values, at.v.values, at.raw_k, at.raw_v)
+    ]
     before = [buffer.clone() for buffer in buffers]
     with pytest.raises(error, match=r"88 \+ 3 tokens exceed 90|chunk of 7 tokens"):
         model(torch.tensor([text(new_tokens)]), cache)
@@ -273,9 +275,9 @@ def test_a_cache_the_model_was_not_made_for_is_refused(max_length: int) -> None:
 def test_a_ring_holds_its_window_and_one_chunk_and_no_more(window: int, max_chunk: int) -> None:
     cache = allocate(small_model(window), max_chunk=max_chunk)
     ring, line, _ = cache.layers
-    assert ring.slots == ring.k.shape[2] == ring.v.shape[2]
+    assert ring.slots == ring.k.values.shape[2] == ring.v.values.shape[2]
     assert ring.slots <= window - 1 + max_chunk
-    assert ring.slots <= line.slots == line.k.shape[2] == CAPACITY
+    assert ring.slots <= line.slots == line.k.values.shape[2] == CAPACITY
 
 
 REAL = TINY | {

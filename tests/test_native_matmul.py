@@ -113,7 +113,7 @@ def test_rows_of_bytes_may_have_any_length(columns: int) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(spec: LinearSpec) -> None:
     module, x = build((70, 640), spec), activations(36, 640)
-    alone, many = module(x[:1]), module(x[:FEW + 1])
+    alone, many = module(x[:1]), module(x[: FEW + 1])
     for rows in range(1, 37):  # few are summed in another order than many
         assert torch.equal(module(x[:rows])[:1], alone if rows <= FEW else many[:1])
     for row in range(FEW):

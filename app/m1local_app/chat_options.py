@@ -72,6 +72,24 @@ class EngineOptions:
             text="Tokens of prompt and answers. (default: 8192)",
         ),
     ] = None
+    gpu_layers: Annotated[
+        str,
+        conversation_option(
+            "--gpu-layers",
+            "-ngl",
+            metavar="N",
+            text="Layers that the graphics card computes: auto (default, what fits), all or N.",
+        ),
+    ] = "auto"
+    kv_type: Annotated[
+        Literal["f16", "q8_0"],
+        conversation_option(
+            "--kv-type",
+            "-ctk",
+            metavar="TYPE",
+            text="How the context is kept: f16 (default), or q8_0 in half the memory.",
+        ),
+    ] = "f16"
     overflow: Annotated[
         Literal["stop", "truncate-middle", "rolling"],
         conversation_option(
@@ -199,7 +217,9 @@ class EngineOptions:
         return given
 
 
-NOT_SETTINGS = ("system", "system_file", "context_tokens", "overflow", "threads")
+NOT_SETTINGS = frozenset(
+    {"system", "system_file", "context_tokens", "gpu_layers", "kv_type", "overflow", "threads"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

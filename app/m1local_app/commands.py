@@ -110,6 +110,29 @@ def show(model: options.Model = None) -> None:
     typer.echo(describe(library.find(model).folder))
 
 
+@checkpoints.command()
+def plan(
+    model: options.Model = None,
+    memory: options.Memory = None,
+    speed: options.Bandwidth = None,
+    ctx_size: options.PlannedContext = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say what fits into this machine's memory, and how fast it can be at most.
+
+    Nothing but the model's config is read.
+
+    Examples:  m1 plan ./Baichuan-M1-14B-Instruct  ·
+    m1 plan ./m1-int4 --memory 8GB --bandwidth 360GB/s
+    """
+    from m1local_app import planning
+
+    machine = planning.Machine.found(memory, speed)
+    rows = planning.plan(library.find(model).folder, machine, ctx_size)
+    show_rows = planning.as_json if as_json else planning.as_text
+    typer.echo(show_rows(rows, machine))
+
+
 @checkpoints.command("pull")
 def pull_model(
     repository: Annotated[str, typer.Argument(help="OWNER/NAME on the model hub.")],
@@ -222,7 +245,7 @@ def evaluate(
 
 @checkpoints.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a report.")] = False,
+    as_json: options.AsJson = False,
     offline: Annotated[
         bool, typer.Option("--offline", help="Do not ask whether the hub can be reached.")
     ] = False,

@@ -22,6 +22,7 @@ from m1local_app.textfile import read_text_file
 if TYPE_CHECKING:
     from m1local.engine import Engine
     from m1local.generate import GenerationSettings
+    from m1local.placement import GpuLayers
     from m1local_app.conversation import Conversation
     from m1local_app.history import History, StoredConversation
 
@@ -41,6 +42,7 @@ def check_options(wanted: EngineOptions) -> None:
             check_schema(schema)
     except SamplingError as error:
         raise usage_error(str(error)) from error
+    gpu_layers(wanted.gpu_layers)
     if wanted.system and wanted.system_file:
         raise usage_error(tr("Give --system-prompt or --system-prompt-file, not both."))
     if (
@@ -167,6 +169,8 @@ def serve_page(
         system=_system(wanted),
         overflow=wanted.overflow,
         context_tokens=wanted.context_tokens,
+        gpu_layers=gpu_layers(wanted.gpu_layers),
+        kv_type=wanted.kv_type,
     )
     user, _, password = (auth or "").partition(":")
     serve(desk, host=host, port=port, browser=browser, auth=(user, password) if auth else None)
@@ -201,7 +205,46 @@ def load(chosen: Chosen, wanted: EngineOptions) -> "Engine":
 
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
-    return Engine.load(chosen.folder, context_tokens=wanted.context_tokens)
+    engine = Engine.load(
+        chosen.folder,
+        context_tokens=wanted.context_tokens,
+        gpu_layers=gpu_layers(wanted.gpu_layers),
+        kv_type=wanted.kv_type,
+    )
+    _tell_where(engine)
+    return engine
+
+
+def _tell_where(engine: "Engine") -> None:
+    """Say what went to a card, and how fast."""
+    from m1local_app.answer_view import note
+    from m1local_app.kept import size_text
+
+    placement, moved = engine.placement, engine.loaded
+    if placement is None or moved is None:
+        return
+    layers = engine.model.config.num_hidden_layers
+    note(
+        tr(
+            "{count} of {layers} layers on the card: {size} in {seconds:.1f} s ({speed:.1f} GB/s)",
+            count=layers - placement.first,
+            layers=layers,
+            size=size_text(moved.nbytes),
+            seconds=moved.seconds,
+            speed=moved.nbytes / 1e9 / max(moved.seconds, 1e-9),
+        )
+    )
+
+
+def gpu_layers(text: str) -> "GpuLayers":
+    """What --gpu-layers says; raises UsageError for what is neither auto, all nor a number."""
+    if text == "auto":
+        return "auto"
+    if text == "all":
+        return "all"
+    if not text.isdecimal():
+        raise usage_error(tr("--gpu-layers is {text!r}; it is auto, all or a number.", text=text))
+    return int(text)
 
 
 def _settings(engine: "Engine", wanted: EngineOptions) -> "GenerationSettings":

@@ -23,8 +23,9 @@ import torch
 from m1local import __version__, home
 from m1local.errors import M1Error
 from m1local.formats import FORMATS, format_class
-from m1local.memory import free_bytes
+from m1local.memory import free_bytes, used_device
 from m1local.native import library
+from m1local.placement import decoding
 from m1local_app.columns import padded, width
 from m1local_app.kept import folders, size_text
 from m1local_app.language import language, marked, tr
@@ -117,7 +118,7 @@ def _device() -> Iterator[Fact]:
         memory = size_text(card.total_memory)
         yield Fact("device", f"cuda:{index}", f"{card.name}, {memory}, {card.major}.{card.minor}")
     if torch.cuda.is_available():
-        yield Fact("device", "used", "cpu", tr("this release does not use the graphics card yet"))
+        yield Fact("device", "used", "cuda:0")
     else:
         built = torch.version.cuda
         found = tr("torch finds no card") if built else tr("torch was built without CUDA")
@@ -129,11 +130,13 @@ def _kernels() -> Iterator[Fact]:
     compiled = library.status()
     advice = "" if compiled.active else tr("quantizing and answering are slower without it")
     yield Fact("kernels", "C library", compiled.text, advice)
+    device = used_device()
     for name in FORMATS:
         try:
-            yield Fact("kernels", name, format_class(name).kernel(torch.device("cpu")))
+            yield Fact("kernels", name, format_class(name).kernel(device))
         except (M1Error, ImportError, OSError) as error:  # a broken install must not end the tour
             yield Fact("kernels", name, tr("none: {reason}", reason=error))
+    yield Fact("kernels", "decode", decoding(device))
 
 
 def _memory() -> Iterator[Fact]:

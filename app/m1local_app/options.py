@@ -33,6 +33,11 @@ def parse_size(text: str) -> int:
     return int(number)
 
 
+def parse_speed(text: str) -> int:
+    """Bytes per second of "360GB/s"; raises typer.BadParameter."""
+    return parse_size(text.strip().removesuffix("/s"))
+
+
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -73,6 +78,24 @@ ContextSize = Annotated[
     int | None,
     typer.Option("--ctx-size", "-c", min=16, help="fit: tokens of context. (default: 8192)"),
 ]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        "--memory", parser=parse_size, metavar="SIZE",
+        help="Plan for a card with so much memory, as 8GB. (default: what is free here)",
+    ),
+]  # fmt: skip
+Bandwidth = Annotated[
+    int | None,
+    typer.Option(
+        "--bandwidth", parser=parse_speed, metavar="SPEED",
+        help="How fast its memory is read, as 360GB/s. (default: measured)",
+    ),
+]  # fmt: skip
+PlannedContext = Annotated[
+    int | None, typer.Option("--ctx-size", "-c", min=16, help="Only this many tokens of context.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a report.")]
 Offline = Annotated[
     bool, typer.Option("--offline", help="Fetch nothing; fail where something is missing.")
 ]

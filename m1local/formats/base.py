@@ -15,10 +15,13 @@ from typing import ClassVar, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from m1local.cuda import support
+from m1local.cuda.matrix import Matrix
 from m1local.formats import LinearSpec
 
 ROWS_PER_SLICE = 256  # of W: slices that stay in the cache are five times faster than the whole
 SLICES = "slices dequantized to float"
+TRITON = "Triton, as stored; with many rows, restored slices and cuBLAS"
 T = TypeVar("T")
 ROWS_QUANTIZED = 64  # at a time: quantizing holds several copies of a slice, in 32 bits
 
@@ -73,6 +76,7 @@ class QuantizedLinear(nn.Module):
         self.out_features = out_features
         self.in_features = in_features
         self.spec = spec
+        self._matrix: Matrix | None = None
 
     @classmethod
     def check(cls, out_features: int, in_features: int, spec: LinearSpec) -> str | None:
@@ -83,6 +87,12 @@ class QuantizedLinear(nn.Module):
     def kernel(cls, device: torch.device) -> str:
         """What multiplies by this format on `device`, and why, in words for `m1 doctor`."""
         return SLICES
+
+    @classmethod
+    def card_kernel(cls, device: torch.device, otherwise: str = SLICES) -> str:
+        """What multiplies on a card by a format that the Triton kernels know, and why."""
+        reason = support.missing(device)
+        return TRITON if reason is None else f"{otherwise} ({reason})"
 
     @classmethod
     def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:
@@ -151,6 +161,29 @@ class QuantizedLinear(nn.Module):
     def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Single rows, as an embedding needs them: (...) ids -> (..., K)."""
         raise NotImplementedError
+
+    def cuda_matrix(self) -> Matrix | None:
+        """What the kernels of m1local/cuda read; None where they do not know the format."""
+        return None
+
+    def on_card(self) -> Matrix | None:
+        """`cuda_matrix`, made once, where the kernels of m1local/cuda are to multiply."""
+        if self._matrix is None:
+            self._matrix = self.cuda_matrix()
+        matrix = self._matrix
+        return matrix if matrix and support.usable(matrix.codes.device) else None
+
+    def multiply_on_card(self, x: Tensor) -> Tensor | None:
+        """(..., K) -> (..., N) by the kernels of m1local/cuda; None where they do not serve."""
+        if x.device.type == "cpu" and not support.usable(x.device):  # at once, on the CPU
+            return None
+        matrix = self.on_card()
+        if matrix is None:
+            return None
+        from m1local.cuda import products  # Triton, which is only there with a card
+
+        flat = x.reshape(-1, self.in_features)
+        return products.product(flat, matrix).view(*x.shape[:-1], self.out_features)
 
     def multiply_sliced(self, x: Tensor) -> Tensor:
         """`x @ W.T` slice by slice of W, so that W is never whole in memory."""

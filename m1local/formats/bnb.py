@@ -1,11 +1,13 @@
 """bnb-nf4, bnb-nf4-dq, bnb-fp4, bnb-int8: bitsandbytes' formats, stored as it stores them.
 
 What it is: the one file that imports bitsandbytes. Tensor names and bytes are those of its own
-`Linear4bit` and `Linear8bitLt`, which do the multiplying, so a plain one loads each matrix bit for
-bit. What it is not: fast on the CPU; bitsandbytes dequantizes whole matrices there.
+`Linear4bit` and `Linear8bitLt`, so a plain one loads each matrix bit for bit. They do the
+multiplying, except for 4 bits on a card, which Triton's kernels read. What it is not: fast on the
+CPU; bitsandbytes dequantizes whole matrices there.
 Source: bitsandbytes 0.50, nn/modules.py and functional.py.
 """
 
+import json
 import logging
 import sys
 import threading
@@ -18,6 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from m1local.cuda.matrix import Matrix, fits, levels_matrix, nested_matrix
 from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
 from m1local.formats.base import ROWS_QUANTIZED, QuantizedLinear, Stored
@@ -74,8 +77,8 @@ class Bnb4bitLinear(QuantizedLinear):
 
     @classmethod
     def kernel(cls, device: torch.device) -> str:
-        """The library's own."""
-        return _kernel()
+        """The library's own; on a card Triton's, which read the same bytes."""
+        return _kernel() if device.type == "cpu" else cls.card_kernel(device, _kernel())
 
     @classmethod
     def check(cls, out_features: int, in_features: int, spec: LinearSpec) -> str | None:
@@ -136,7 +139,7 @@ class Bnb4bitLinear(QuantizedLinear):
             inner.support_avx512bf16_for_cpu = False
         statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
         inner.weight = nn.Params4bit.from_prequantized(
-            tensors["weight"], statistics, device=tensors["weight"].device, module=inner
+            tensors["weight"], dict(statistics), device=tensors["weight"].device, module=inner
         )
         module.inner = inner.eval()
         module.as_stored = tensors["weight"], statistics
@@ -151,9 +154,29 @@ class Bnb4bitLinear(QuantizedLinear):
         whole: Tensor = functional.dequantize_4bit(weight, state)
         return whole[start:stop].to(dtype)
 
+    def cuda_matrix(self) -> Matrix | None:
+        """The stored tensors; the offset of nested scales is read out of their description."""
+        shape, (codes, kept) = (self.out_features, self.in_features), self.as_stored
+        if not fits(shape):
+            return None
+        scales, levels = kept["weight.absmax"], kept["weight.quant_map"]
+        if "weight.nested_absmax" not in kept:
+            return levels_matrix(codes, scales, levels, shape, BLOCK)
+        return nested_matrix(
+            codes,
+            scales,
+            levels,
+            shape,
+            BLOCK,
+            scale_levels=kept["weight.nested_quant_map"],
+            scale_scales=kept["weight.nested_absmax"],
+            offset=json.loads(bytes(kept[NF4_STATE].tolist()))["nested_offset"],
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
-        output: Tensor = self.inner(x)
+        on_card = self.multiply_on_card(x)
+        output: Tensor = self.inner(x) if on_card is None else on_card
         return output
 
 

@@ -6,8 +6,9 @@ precise where |w| is small. On the CPU int4 is multiplied as it is stored, by th
 (m1local/native/matmul.py). Without that, and for other widths, the codes are rearranged once, at
 load, for torch's packed 4-bit operator (m1local/formats/int4pack.py): three bits in the place of
 four, five and six as a low and a high half, each of four, that are multiplied one after the other.
-Elsewhere they stay as stored and W is dequantized in slices. What it is not: as small in memory as
-on the disk, on the CPU, except for int4.
+On a card Triton's kernels read all of them as stored (m1local/cuda); where there is no Triton,
+torch's operator multiplies int4, and other widths are dequantized in slices. What it is not: as
+small in memory as on the disk, on the CPU, except for int4.
 
 Stored: codes in planes of 1, 2 or 4 bits, the even columns in the low bits of a byte: weight
 (N, K * width / 8) uint8 with the lowest bits, weight_high with the others; scales and zeros
@@ -21,6 +22,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from m1local.cuda import int4pack as cuda_int4pack
+from m1local.cuda import support
+from m1local.cuda.matrix import Matrix, fits, int4_matrix, planes_matrix
 from m1local.formats import LinearSpec, format_class, int4pack
 from m1local.formats.base import SLICES, QuantizedLinear, Stored, inverse_of
 from m1local.native import matmul
@@ -75,7 +79,8 @@ class GroupLinear(QuantizedLinear):
     def kernel(cls, device: torch.device) -> str:
         """The compiled library's; else torch's where its layout could be learned (int4pack.py)."""
         if device.type != "cpu":
-            return f"{SLICES} (no kernel for {device.type} yet)"
+            packs = cls.planes == (4,) and cuda_int4pack.serves(device, (8, 128))
+            return cls.card_kernel(device, cuda_int4pack.NAME if packs else SLICES)
         if cls._is_compiled():
             return f"compiled ({matmul.instructions()})"
         if int4pack.layout() is None:
@@ -163,10 +168,14 @@ class GroupLinear(QuantizedLinear):
 
         Else rearrange them for torch's CPU operator; there is only ever one copy.
         """
-        on_cpu = tensors["weight"].device.type == "cpu"
+        device = tensors["weight"].device
+        if cls.packs_on_card(device, shape):
+            rearranged = cuda_int4pack.pack(tensors["weight"])
+            return cls(*shape, spec)._hold(rearranged, None, scales_zeros=_joined(tensors))
+        on_cpu = device.type == "cpu"
         if not on_cpu or cls._is_compiled() or not int4pack.serves(*shape):
             return cls.table(tensors, shape, spec)
-        scales_zeros = torch.stack((tensors["scales"].T, tensors["zeros"].T), dim=-1).contiguous()
+        scales_zeros = _joined(tensors)
         module = cls(*shape, spec)
         if len(cls.planes) == 1:
             return module._hold(int4pack.pack(tensors["weight"]), None, scales_zeros=scales_zeros)
@@ -178,6 +187,12 @@ class GroupLinear(QuantizedLinear):
         high = pack_plane(above + (NIBBLE_MIDDLE - cls.middle // NIBBLE), 4)
         packed = int4pack.pack(low), int4pack.pack(high)
         return module._hold(*packed, scales_zeros=scales_zeros)
+
+    @classmethod
+    def packs_on_card(cls, device: torch.device, shape: tuple[int, int]) -> bool:
+        """Whether torch's operator is to multiply on a card, for want of Triton."""
+        wanted = cls.planes == (4,) and not support.usable(device)
+        return wanted and cuda_int4pack.serves(device, shape)
 
     @classmethod
     def table(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], spec: LinearSpec) -> Self:
@@ -207,6 +222,10 @@ class GroupLinear(QuantizedLinear):
 
     def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Dequantized rows (n, K)."""
+        if self.packed and self.codes.device.type == "cuda":
+            size = group_size_of(self.spec)
+            whole = cuda_int4pack.restored(self.codes, self.in_features, size, self.scales_zeros)
+            return whole[start:stop].to(dtype)
         return self._restore(self._centred(start, stop), *self._statistics(start, stop), dtype)
 
     def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -221,6 +240,16 @@ class GroupLinear(QuantizedLinear):
         rows = self._restore(self.unpack(planes).float() - self.middle, scales, zeros, dtype)
         return rows.view(*token_ids.shape, self.in_features)
 
+    def cuda_matrix(self) -> Matrix | None:
+        """The stored tensors, where a row is whole blocks of columns."""
+        shape, size = (self.out_features, self.in_features), group_size_of(self.spec)
+        if self.packed or not fits(shape):
+            return None
+        if self.high is not None:
+            stored = self.codes, self.high, self.scales, self.zeros
+            return planes_matrix(*stored, shape, size, (self.planes[0], self.planes[1]))
+        return int4_matrix(self.codes, self.scales, self.zeros, shape, size)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
         flat, size = x.reshape(-1, self.in_features), group_size_of(self.spec)
@@ -229,6 +258,11 @@ class GroupLinear(QuantizedLinear):
             found = matmul.multiply_groups(flat, planes, self.scales, self.zeros, size, self.middle)
             if found is not None:
                 return found.view(*x.shape[:-1], self.out_features)
+        if (on_card := self.multiply_on_card(x)) is not None:
+            return on_card
+        if self.packed and x.device.type == "cuda":
+            multiplied = cuda_int4pack.multiply(flat, self.codes, size, self.scales_zeros)
+            return multiplied.view(*x.shape[:-1], self.out_features)
         if not self.packed or len(flat) > FEW_ROWS:
             return self.multiply_sliced(x)
         product = int4pack.multiply(flat, self.codes, size, self.scales_zeros).to(x.dtype)
@@ -280,6 +314,11 @@ class Int6Linear(GroupLinear):
     """Sixty-four levels."""
 
     format, planes, middle, highest = "int6", (4, 2), 24, 63
+
+
+def _joined(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Scales and zeros as torch's operators want them: (K/group, N, 2)."""
+    return torch.stack((tensors["scales"].T, tensors["zeros"].T), dim=-1).contiguous()
 
 
 def range_of(grouped: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 What it is: the format of embedding and lm_head in every recipe, and of whole models at 8 bits.
 On the CPU rows of activations go through the compiled library (m1local/native/matmul.py); without
 it a few through torch's `_weight_int8pack_mm`, which is fast only with bfloat16 activations, and
-more through slices of the dequantized matrix.
+more through slices of the dequantized matrix. On a card Triton's kernels read it (m1local/cuda).
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from m1local.cuda.matrix import Matrix, fits, int8_matrix
 from m1local.formats import LinearSpec
 from m1local.formats.base import SLICES, QuantizedLinear, Stored, inverse_of
 from m1local.native import matmul
@@ -32,9 +33,9 @@ class Int8Linear(QuantizedLinear):
 
     @classmethod
     def kernel(cls, device: torch.device) -> str:
-        """torch's operator, on the CPU."""
+        """The compiled library's or torch's on the CPU, Triton's on a card."""
         if device.type != "cpu":
-            return f"{SLICES} (no kernel for {device.type} yet)"
+            return cls.card_kernel(device)
         if matmul.usable():
             return f"compiled ({matmul.instructions()})"
         return f"torch's int8 operator, to {FEW_ROWS} rows; above, {SLICES}"
@@ -83,6 +84,11 @@ class Int8Linear(QuantizedLinear):
         """Rows of an embedding: (...) ids -> (..., K)."""
         return (self.weight[token_ids].float() * self.scales[token_ids][..., None]).to(dtype)
 
+    def cuda_matrix(self) -> Matrix | None:
+        """The stored tensors, where a row is whole blocks of columns."""
+        shape = (self.out_features, self.in_features)
+        return int8_matrix(self.weight, self.scales, shape) if fits(shape) else None
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
         if x.device.type == "cpu":
@@ -90,6 +96,8 @@ class Int8Linear(QuantizedLinear):
             found = matmul.multiply_int8(flat, self.weight, self.scales)
             if found is not None:
                 return found.view(*x.shape[:-1], self.out_features)
+        if (found := self.multiply_on_card(x)) is not None:
+            return found
         many = x.numel() > FEW_ROWS * self.in_features
         if x.device.type != "cpu" or many or self.in_features % WHOLE_VECTOR:
             return self.multiply_sliced(x)

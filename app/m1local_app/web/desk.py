@@ -11,6 +11,8 @@ from m1local.chat import ChatSession
 from m1local.engine import Engine
 from m1local.errors import M1Error
 from m1local.generate import GenerationSettings
+from m1local.kv_store import FLOAT
+from m1local.placement import GpuLayers
 from m1local_app.conversation import Conversation
 from m1local_app.conversing import checkpoint_id
 from m1local_app.history import History
@@ -31,6 +33,8 @@ class Desk:
     system: str = ""
     overflow: str = "stop"
     context_tokens: int | None = None
+    gpu_layers: GpuLayers = 0
+    kv_type: str = FLOAT
     turnstile: Turnstile = field(default_factory=Turnstile)
     tabs: Tabs = field(init=False)
     form: Form = field(init=False)  # as last sent; a reloaded page begins with it
@@ -66,7 +70,12 @@ class Desk:
 
     def change_model(self, folder: Path, label: str) -> None:
         """Talk to another checkpoint from now on; to be called when it is one's turn."""
-        engine = Engine.load(folder, context_tokens=self.context_tokens)
+        engine = Engine.load(
+            folder,
+            context_tokens=self.context_tokens,
+            gpu_layers=self.gpu_layers,
+            kv_type=self.kv_type,
+        )
         changed = engine.defaults
         loop_guard = self.settings.loop_guard
         self.engine, self.folder, self.label = engine, folder, label

@@ -1,0 +1,126 @@
+"""Attention of one row over a global or ring cache, in Triton, split over the keys.
+
+What it is: a kernel in which each program looks at a part of the keys of one kv head, for all query
+heads that read it, and a second one that joins the parts (the softmax of a part is known up to its
+greatest score). The visible positions of a ring lie one after another around it, so keys that a
+window has left behind are not read. What it is not: for several rows of queries.
+Source: the online softmax of arXiv 1805.02867, split as in arXiv 2311.01282.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m1local.cache import LayerCache
+from m1local.cuda.card import WARPS, card
+from m1local.cuda.fused import Activation, store_twice
+
+LEAST_DOT = 16  # rows that the tensor cores take
+EVERYTHING = 2**30  # a window that no position leaves
+
+
+@triton.jit
+def attend_kernel(
+    q, k, v, position_at, partial, greatest, sums, heads, width, slots, window, scale,
+    GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Part `program 1` of the keys of kv head `program 0`, for its GROUP query heads."""
+    kv_head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    end = tl.load(position_at).to(tl.int32) + 1
+    seen = tl.minimum(end, window)
+    each = tl.cdiv(tl.cdiv(seen, parts), KEYS) * KEYS
+    begin = end - seen + part * each
+    stop = tl.minimum(begin + each, end)
+
+    row = tl.arange(0, GROUP_ROWS)
+    inside = tl.arange(0, WIDTH)
+    head = kv_head * GROUP + row
+    inside_here = inside < width
+    q_here = (row < GROUP)[:, None] & inside_here[None, :]
+    query = tl.load(q + head[:, None] * width + inside[None, :], mask=q_here, other=0.0)
+    most = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP_ROWS,), tl.float32)
+    mixed = tl.zeros((GROUP_ROWS, WIDTH), tl.float32)
+    base = kv_head.to(tl.int64) * slots * width
+    for key in range(begin, stop, KEYS):
+        place = key + tl.arange(0, KEYS)
+        here = place < stop
+        at = base + (place % slots)[:, None] * width + inside[None, :]
+        kv_here = here[:, None] & inside_here[None, :]
+        keys = tl.load(k + at, mask=kv_here, other=0.0)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(here[None, :], scores, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        weights = tl.exp(scores - higher[:, None])
+        shrunk = tl.exp(most - higher)
+        total = total * shrunk + tl.sum(weights, 1)
+        values = tl.load(v + at, mask=kv_here, other=0.0)
+        mixed = mixed * shrunk[:, None]
+        mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
+        most = higher
+    out = part * heads + head
+    row_here = row < GROUP
+    tl.store(greatest + out, most, mask=row_here)
+    tl.store(sums + out, total, mask=row_here)
+    tl.store(partial + out[:, None] * width + inside[None, :], mixed, mask=q_here)
+
+
+@triton.jit
+def join_kernel(
+    partial, greatest, sums, natural, planes, heads, width, parts,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of one query head."""
+    head = tl.program_id(0)
+    part = tl.arange(0, PARTS)
+    inside = tl.arange(0, WIDTH)
+    part_here = part < parts
+    most = tl.load(greatest + part * heads + head, mask=part_here, other=float("-inf"))
+    share = tl.exp(most - tl.max(most, 0))  # 0 for a part without keys
+    total = tl.sum(share * tl.load(sums + part * heads + head, mask=part_here, other=0.0), 0)
+    here = part_here[:, None] & (inside < width)[None, :]
+    at = (part * heads + head)[:, None] * width + inside[None, :]
+    mixed = tl.sum(share[:, None] * tl.load(partial + at, mask=here, other=0.0), 0) / total
+    store_twice(natural, planes, head * width + inside, heads * width, mixed, inside < width)
+
+
+class AttentionBuffers:
+    """What the parts of one layer's attention leave for the join; layers may share it."""
+
+    def __init__(self, heads: int, width: int, parts: int, device: torch.device) -> None:
+        """Allocate for `parts` parts of `heads` heads of `width`."""
+        self.partial = torch.zeros((parts, heads, width), device=device)
+        self.greatest = torch.zeros((parts, heads), device=device)
+        self.sums = torch.zeros((parts, heads), device=device)
+
+
+def buffers(layer: LayerCache) -> AttentionBuffers:
+    """Buffers for the attention of `layer` on its device."""
+    layout, device = layer.layout, layer.raw_k.device
+    parts = card(device).key_parts(layout.num_kv_heads)
+    return AttentionBuffers(layout.num_heads, layout.head_dim, parts, device)
+
+
+def attend(
+    q: Tensor, layer: LayerCache, position: Tensor, kept: AttentionBuffers, out: Activation
+) -> None:
+    """`out` (H * D) becomes the attention of q (H * D) at `position` (1,) over `layer`.
+
+    The key and value of `position` must be in the cache already (fused.place).
+    """
+    layout = layer.layout
+    group, width = layout.num_heads // layout.num_kv_heads, layout.head_dim
+    padded = max(LEAST_DOT, triton.next_power_of_2(width))
+    parts, tiles = kept.sums.shape[0], card(q.device).tiles
+    attend_kernel[(layout.num_kv_heads, parts)](
+        q, layer.k.values, layer.v.values, position, kept.partial, kept.greatest, kept.sums,
+        layout.num_heads, width, layer.slots, layout.window or EVERYTHING, width**-0.5,
+        GROUP=group, GROUP_ROWS=max(LEAST_DOT, triton.next_power_of_2(group)),
+        WIDTH=padded, KEYS=tiles.keys, num_warps=tiles.key_warps,
+    )  # fmt: skip
+    join_kernel[(layout.num_heads,)](
+        kept.partial, kept.greatest, kept.sums, out.natural, out.planes,
+        layout.num_heads, width, parts,
+        PARTS=triton.next_power_of_2(parts), WIDTH=padded, num_warps=WARPS,
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""The graphics card, and the sizes of the pieces of work that suit it.
+
+What it is: what the kernels must know of a card, and a table of configurations by its compute
+capability, chosen here because Triton's own tuning needs the card at hand. What it is not:
+measured yet; the table follows from how many threads and registers a multiprocessor has.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+WARPS = 4
+LANES = 32  # threads that read one row of W together, 16 bytes each
+MOST_KEY_PARTS = 64
+WIDE = 128  # a head; wider ones take twice the room
+
+
+class Tiles(NamedTuple):
+    """Sizes for one compute capability.
+
+    `vector_rows`: rows of W per program with one row of activations; more keeps more bytes in
+    flight. `resident`: programs of 128 threads that a multiprocessor holds with the kernel's
+    registers. `tile_rows`, `tile_words`: of W, in units of eight columns, for several rows of
+    activations, up to `most_rows` of them; above, restoring W once costs less than decoding it for
+    each tile. `keys` that one step of attention looks at, with `key_warps`;
+    `queries` of a prompt that look together, with `query_warps`.
+    """
+
+    vector_rows: int
+    resident: int
+    tile_rows: int
+    tile_words: int
+    most_rows: int = 64
+    keys: int = 32
+    key_warps: int = WARPS
+    queries: int = 64
+    query_warps: int = 8
+
+    def queries_of(self, width: int) -> int:
+        """How many queries of heads of `width` fit into shared memory with their keys."""
+        return self.queries if width <= WIDE else max(16, self.queries // 2)
+
+
+TILES = {
+    # Triton does not use the tensor cores of 7.5, and less fits into its shared memory.
+    (7, 5): Tiles(
+        4, resident=8, tile_rows=32, tile_words=16, most_rows=16, keys=16, key_warps=8, queries=16
+    ),
+    (8, 0): Tiles(8, resident=7, tile_rows=64, tile_words=16),
+    (8, 6): Tiles(4, resident=12, tile_rows=64, tile_words=16),
+    (8, 9): Tiles(4, resident=12, tile_rows=64, tile_words=16),
+    (9, 0): Tiles(8, resident=7, tile_rows=64, tile_words=16),
+    (12, 0): Tiles(8, resident=8, tile_rows=64, tile_words=16),
+}
+OLDEST = min(TILES)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card's compute capability and number of multiprocessors."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+
+    @property
+    def tiles(self) -> Tiles:
+        """The configuration of the nearest capability that is not newer."""
+        known = [capability for capability in TILES if capability <= self.capability]
+        return TILES[max(known, default=OLDEST)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations: bfloat16 from 8.0 on, float16 before."""
+        return torch.bfloat16 if self.capability >= (8, 0) else torch.float16
+
+    def column_parts(self, programs: int, steps: int) -> int:
+        """Into how many parts the columns are split so that `programs` times it fill the card.
+
+        `steps` is how many there can be. More parts than needed would only add sums.
+        """
+        wanted = -(-self.multiprocessors * self.tiles.resident // programs)
+        parts = max(1, min(steps, wanted))
+        return -(-steps // -(-steps // parts))  # no part without a step
+
+    def key_parts(self, kv_heads: int) -> int:
+        """Into how many parts the keys of one layer are split: a power of two."""
+        wanted = max(1, 2 * self.multiprocessors // kv_heads)
+        return min(MOST_KEY_PARTS, 1 << (wanted.bit_length() - 1))
+
+
+@cache
+def card(device: torch.device) -> Card:
+    """The card behind `device`; for the CPU, in tests, a small imagined one."""
+    if device.type != "cuda":
+        return Card((9, 0), 4)
+    found = torch.cuda.get_device_properties(device)
+    return Card((found.major, found.minor), found.multi_processor_count)

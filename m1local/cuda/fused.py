@@ -1,0 +1,160 @@
+"""What lies between two products of a decode step, in Triton: one kernel each.
+
+What it is: residual sum and RMSNorm; the split of q, k and v with the short convolution, RoPE and
+the writing of the cache; SiLU times up. Each sums the parts of the product before it while it reads
+them, and writes activations twice, in the order of columns and in that of planes (matrix.py), since
+formats differ in what they read. What it is not: for several rows; prefill goes through
+m1local/model.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m1local.cache import RAW_TOKENS, LayerCache
+from m1local.cuda.card import WARPS
+
+NORM_WARPS = 8
+BLOCK = 1024
+
+
+@triton.jit
+def sum_parts(partial, at, parts, stride, here):
+    """Sum over the parts of a product at the places `at`, in float32."""
+    total = tl.zeros(at.shape, tl.float32)
+    for part in range(parts):
+        total += tl.load(partial + part * stride + at, mask=here, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def store_twice(natural, planes, at, columns, value, here):
+    """Store activations in the order of columns and, where asked for, of planes."""
+    narrow = value.to(natural.dtype.element_ty)
+    tl.store(natural + at, narrow, mask=here)
+    tl.store(planes + at % 8 * (columns // 8) + at // 8, narrow, mask=here)
+
+
+@triton.jit
+def norm_kernel(
+    x, partial, weight, natural, planes, parts, columns, eps, BLOCK: tl.constexpr
+):  # fmt: skip
+    """x (C,) += the product; then its norm, times weight."""
+    at = tl.arange(0, BLOCK)
+    here = at < columns
+    value = tl.load(x + at, mask=here, other=0.0) + sum_parts(partial, at, parts, columns, here)
+    tl.store(x + at, value, mask=here)
+    mean = tl.sum(value * value, 0) / columns
+    scaled = value * (1 / tl.sqrt_rn(mean + eps))
+    scaled *= tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
+    store_twice(natural, planes, at, columns, scaled, here)
+
+
+@triton.jit
+def silu_up_kernel(
+    gate, gate_parts, up, up_parts, natural, planes, columns, BLOCK: tl.constexpr
+):  # fmt: skip
+    """silu(gate) * up."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < columns
+    opened = sum_parts(gate, at, gate_parts, columns, here)
+    value = opened * tl.sigmoid(opened) * sum_parts(up, at, up_parts, columns, here)
+    store_twice(natural, planes, at, columns, value, here)
+
+
+@triton.jit
+def _raw_and_mixed(fresh, raw, taps, head, inside, here, position, width, RAW: tl.constexpr):
+    """Remember a head's values before the convolution; return them after it, in float32."""
+    kept = raw + head * (RAW * width) + inside
+    value = fresh.to(raw.dtype.element_ty)
+    before = tl.load(kept + (position + RAW - 1) % RAW * width, mask=here, other=0.0)
+    before = before.to(tl.float32) * (position > 0)
+    tl.store(kept + position % RAW * width, value, mask=here)
+    first = tl.load(taps + 2 * head).to(tl.float32)
+    second = tl.load(taps + 2 * head + 1).to(tl.float32)
+    return first * before + second * value.to(tl.float32)
+
+
+@triton.jit
+def place_kernel(
+    packed, parts, q_out, k_cache, v_cache, raw_k, raw_v, taps_k, taps_v, cos, sin, position_at,
+    heads, kv_heads, width, slots, RAW: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One head of q, k or v: (H + 2 * Hkv) programs; the new key and value go into their slot."""
+    head = tl.program_id(0)
+    position = tl.load(position_at).to(tl.int32)
+    stride = (heads + 2 * kv_heads) * width
+    half = width // 2
+    low = tl.arange(0, HALF)
+    here = low < half
+    first = sum_parts(packed, head * width + low, parts, stride, here)
+    second = sum_parts(packed, head * width + half + low, parts, stride, here)
+    turn_cos = tl.load(cos + low, mask=here, other=0.0)
+    turn_sin = tl.load(sin + low, mask=here, other=0.0)
+    target, at = q_out, head * width + low
+    if head >= heads:
+        kv_head = head - heads
+        raw, taps, target = raw_k, taps_k, k_cache
+        if kv_head >= kv_heads:
+            kv_head -= kv_heads
+            raw, taps, target = raw_v, taps_v, v_cache
+            turn_cos, turn_sin = turn_cos * 0.0 + 1.0, turn_sin * 0.0
+        first = _raw_and_mixed(first, raw, taps, kv_head, low, here, position, width, RAW)
+        second = _raw_and_mixed(second, raw, taps, kv_head, half + low, here, position, width, RAW)
+        at = (kv_head * slots + position % slots) * width + low
+    kind = target.dtype.element_ty
+    tl.store(target + at, (first * turn_cos - second * turn_sin).to(kind), mask=here)
+    tl.store(target + at + half, (second * turn_cos + first * turn_sin).to(kind), mask=here)
+
+
+class Activation:
+    """One row of activations (1, K), in the order of columns and of planes."""
+
+    def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate both; the planes mean nothing where columns are no whole words."""
+        self.natural = torch.zeros((1, columns), dtype=dtype, device=device)
+        self.planes = torch.zeros_like(self.natural)
+
+
+def add_and_norm(
+    x: Tensor, product: Tensor | None, weight: Tensor, eps: float, out: Activation
+) -> None:
+    """x (C,) float32 += product (parts, C); `out` becomes its RMSNorm."""
+    columns = x.shape[0]
+    parts = 0 if product is None else product.shape[0]
+    norm_kernel[(1,)](
+        x, x if product is None else product, weight, out.natural, out.planes, parts, columns, eps,
+        BLOCK=triton.next_power_of_2(columns), num_warps=NORM_WARPS,
+    )  # fmt: skip
+
+
+def silu_up(gate: Tensor, up: Tensor, out: Activation) -> None:
+    """`out` becomes silu(gate) * up, each (parts, I)."""
+    columns = gate.shape[1]
+    silu_up_kernel[(triton.cdiv(columns, BLOCK),)](
+        gate, gate.shape[0], up, up.shape[0], out.natural, out.planes, columns,
+        BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def place(
+    packed: Tensor,
+    q: Tensor,
+    layer: LayerCache,
+    taps: tuple[Tensor, Tensor],
+    turn: tuple[Tensor, Tensor],
+    position: Tensor,
+) -> None:
+    """Split the product (parts, C + 2 * Hkv * D): q (H * D) turned, key and value into the cache.
+
+    `taps` of k and v, (1, 1, Hkv, 1, 2); `turn` the cosine and sine (1, D / 2) of `position` (1,).
+    """
+    heads, kv_heads = layer.layout.num_heads, layer.layout.num_kv_heads
+    width = layer.layout.head_dim
+    place_kernel[(heads + 2 * kv_heads,)](
+        packed, packed.shape[0], q, layer.k.values, layer.v.values, layer.raw_k, layer.raw_v,
+        *taps, *turn,
+        position, heads, kv_heads, width, layer.slots,
+        RAW=RAW_TOKENS, HALF=triton.next_power_of_2(width // 2), num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,133 @@
+"""A stored matrix as the kernels read it.
+
+What it is: views of a format's own tensors, and the numbers that go with them. Columns are taken
+in the order of planes: first all that are a word's first column, then all second ones, up to the
+eighth; activations are put into that order (`planar`), so that both are read in long vectors
+although the weights stay as stored. What it is not: a copy; only the few numbers of nested scales
+are put together anew.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INT4, INT8, LEVELS, NESTED, INT3, INT5, INT6 = range(
+    7
+)  # as words.py has them, which cannot be had without Triton
+BLOCK = 32  # columns
+WORD = 8
+RESTORED_WEIGHTS = 8 << 20  # at a time: 16 MiB, which the caches of newer cards hold
+MOST_WEIGHTS = 2**31  # places in a matrix are counted in 32 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """W (N, K): `codes` (N, K/8) words, `scales`, and what the kind besides needs.
+
+    `levels` are those of a kind that has some, or the upper plane of one with two planes;
+    `per_group` is how many blocks of 32 columns share a scale; `scales` stands in for what a kind
+    does not have.
+    """
+
+    kind: int
+    shape: tuple[int, int]
+    per_group: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    levels: Tensor
+    outer: Tensor
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        """Of 32 columns, in a row."""
+        return self.shape[1] // BLOCK
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order in which every kernel takes them."""
+        return self.codes, self.scales, self.zeros, self.levels, self.outer
+
+
+def fits(shape: tuple[int, int]) -> bool:
+    """Whether the kernels take a matrix of `shape` (N, K)."""
+    return shape[1] % BLOCK == 0 and 0 < shape[0] * shape[1] < MOST_WEIGHTS
+
+
+def int4_matrix(
+    codes: Tensor, scales: Tensor, zeros: Tensor, shape: tuple[int, int], group_size: int
+) -> Matrix:
+    """Groups of four bits as m1local/formats/groups.py stores them."""
+    words = codes.view(torch.int32)
+    per_group = group_size // BLOCK
+    return Matrix(INT4, shape, per_group, words, scales, zeros, scales, scales)
+
+
+def planes_matrix(
+    codes: Tensor,
+    upper: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    shape: tuple[int, int],
+    group_size: int,
+    planes: tuple[int, int],
+) -> Matrix:
+    """Groups whose codes lie in two planes of so many bits, as groups.py stores them."""
+    kind = {(2, 1): INT3, (4, 1): INT5, (4, 2): INT6}[planes]
+    low = codes.view(torch.int16 if planes[0] == 2 else torch.int32)
+    high = upper.view(torch.int16) if planes[1] == 2 else upper
+    return Matrix(kind, shape, group_size // BLOCK, low, scales, zeros, high, scales)
+
+
+def int8_matrix(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Matrix:
+    """Rows of bytes as m1local/formats/int8.py stores them."""
+    return Matrix(INT8, shape, 1, codes.view(torch.int64), scales, scales, scales, scales)
+
+
+def levels_matrix(
+    codes: Tensor, scales: Tensor, levels: Tensor, shape: tuple[int, int], block_size: int
+) -> Matrix:
+    """Sixteen `levels` (16,) with a float32 for each block, as bitsandbytes stores NF4 and FP4."""
+    words = codes.view(shape[0], shape[1] // 2).view(torch.int32)
+    return Matrix(LEVELS, shape, block_size // BLOCK, words, scales, scales, levels, scales)
+
+
+def nested_matrix(
+    codes: Tensor,
+    scales: Tensor,
+    levels: Tensor,
+    shape: tuple[int, int],
+    block_size: int,
+    *,
+    scale_levels: Tensor,
+    scale_scales: Tensor,
+    offset: float,
+) -> Matrix:
+    """The same with scales in 8 bits: level (256,) times a float32 for each 256, plus `offset`."""
+    middle = scale_levels.new_tensor([offset])
+    outer = torch.cat((scale_levels.float(), middle.float(), scale_scales.float()))
+    words = codes.view(shape[0], shape[1] // 2).view(torch.int32)
+    return Matrix(NESTED, shape, block_size // BLOCK, words, scales, scales, levels, outer)
+
+
+def planar(x: Tensor) -> Tensor:
+    """x (M, K) with its columns in the order of planes: (M, K), contiguous."""
+    rows, columns = x.shape
+    return x.reshape(rows, columns // WORD, WORD).transpose(1, 2).reshape(rows, columns)
+
+
+def natural(x: Tensor) -> Tensor:
+    """What `planar` undoes: (M, K) in planes back in the order of columns."""
+    rows, columns = x.shape
+    return x.reshape(rows, WORD, columns // WORD).transpose(1, 2).reshape(rows, columns)

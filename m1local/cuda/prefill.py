@@ -1,0 +1,82 @@
+"""Attention of a chunk of a prompt over a global or ring cache, in Triton.
+
+What it is: tiles of queries, each with the keys it may see and an online softmax, so that neither
+the scores nor a mask are ever in memory; torch's own attention would keep both, since its fast ways
+take no mask together with grouped heads. What it is not: for one row; attention.py splits the keys.
+Source: arXiv 2307.08691.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m1local.cache import LayerCache
+from m1local.cuda.card import card
+
+LEAST_DOT = 16  # rows that the tensor cores take
+EVERYTHING = 2**30  # a window that no position leaves
+
+
+@triton.jit
+def chunk_kernel(
+    q, k, v, out, start, length, heads, width, slots, window, scale,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """QUERIES queries from `start` + program 0 * QUERIES on, of query head `program 1`."""
+    first = tl.program_id(0) * QUERIES
+    head = tl.program_id(1)
+    query = first + tl.arange(0, QUERIES)
+    position = start + query
+    inside = tl.arange(0, WIDTH)
+    here = (query < length)[:, None] & (inside < width)[None, :]
+    at = (head * length + query)[:, None] * width + inside[None, :]
+    asked = tl.load(q + at, mask=here, other=0.0)
+    most = tl.full((QUERIES,), -1e30, tl.float32)  # finite: a row may see nothing of a tile
+    total = tl.zeros((QUERIES,), tl.float32)
+    mixed = tl.zeros((QUERIES, WIDTH), tl.float32)
+    base = (head // GROUP).to(tl.int64) * slots * width
+    end = tl.minimum(start + first + QUERIES, start + length)
+    begin = tl.maximum(start + first - window + 1, 0)
+    for key in range(begin, end, KEYS):
+        place = key + tl.arange(0, KEYS)
+        key_here = place < end
+        kv_at = base + (place % slots)[:, None] * width + inside[None, :]
+        kv_here = key_here[:, None] & (inside < width)[None, :]
+        keys = tl.load(k + kv_at, mask=kv_here, other=0.0)
+        scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scale
+        distance = position[:, None] - place[None, :]
+        seen = (distance >= 0) & (distance < window) & key_here[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        weights = tl.exp(scores - higher[:, None])
+        shrunk = tl.exp(most - higher)
+        total = total * shrunk + tl.sum(weights, 1)
+        values = tl.load(v + kv_at, mask=kv_here, other=0.0)
+        mixed = mixed * shrunk[:, None]
+        mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
+        most = higher
+    mixed = mixed / tl.maximum(total, 1e-30)[:, None]
+    tl.store(out + at, mixed.to(out.dtype.element_ty), mask=here)
+
+
+def attend_chunk(q: Tensor, layer: LayerCache, start: int) -> Tensor:
+    """Attention of q (1, H, T, D) at `start` and after it over `layer`: (1, H, T, D).
+
+    The keys and values of the chunk must be in the cache already.
+    """
+    layout, length = layer.layout, q.shape[2]
+    tiles = card(q.device).tiles
+    queries = tiles.queries_of(layout.head_dim)
+    asked = q.contiguous()
+    out = torch.empty_like(asked)
+    grid = (triton.cdiv(length, queries), layout.num_heads)
+    chunk_kernel[grid](
+        asked, layer.k.values, layer.v.values, out, start, length,
+        layout.num_heads, layout.head_dim,
+        layer.slots, layout.window or EVERYTHING, layout.head_dim**-0.5,
+        GROUP=layout.num_heads // layout.num_kv_heads, QUERIES=queries,
+        WIDTH=max(LEAST_DOT, triton.next_power_of_2(layout.head_dim)), KEYS=tiles.keys,
+        num_warps=tiles.query_warps,
+    )  # fmt: skip
+    return out

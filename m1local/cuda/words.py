@@ -1,0 +1,84 @@
+"""Stored words into weights: the part of every product that knows a format.
+
+What it is: functions that the kernels of products.py call. A word is eight columns of one row: an
+int32 of eight nibbles, an int64 of eight bytes, or a part in each of two planes; `column` is a
+weight's place in its word. Four words, 32 columns, are a block: 16 bytes of nibbles, what one
+thread loads at a time, and never more than one group. What it is not: a kernel, or a copy of the
+weights; they are read as stored.
+"""
+
+import triton
+import triton.language as tl
+
+INT4 = tl.constexpr(0)  # the even column in the low nibble; w = (code - 8) * scale + zero
+INT8 = tl.constexpr(1)  # w = code * scale, one scale a row
+LEVELS = tl.constexpr(2)  # the even column in the high nibble; w = level[code] * scale
+NESTED = tl.constexpr(3)  # the same, the scales being codes in turn
+INT3 = tl.constexpr(4)  # as INT4, but two planes: two bits and one
+INT5 = tl.constexpr(5)  # four bits and one
+INT6 = tl.constexpr(6)  # four bits and two
+NESTED_BLOCK = tl.constexpr(256)  # scales that share an outer one
+# A whole number below 2^23 put into the lowest bits of this float is that number more than it:
+# two fast instructions, where converting takes a slow one.
+EXPONENT = tl.constexpr(0x4B000000)  # 2^23
+SIGNED_EXPONENT = tl.constexpr(0x4B400000)  # 1.5 * 2^23, for numbers of either sign
+
+
+@triton.jit
+def load_words(codes, upper, at, here, KIND: tl.constexpr):
+    """The words at the places `at`; of two planes, the upper one in the upper half of an int64."""
+    raw = tl.load(codes + at, mask=here, other=0)
+    if KIND >= INT3:
+        MASK: tl.constexpr = 0xFFFF if KIND == INT6 else 0xFF
+        high = tl.load(upper + at, mask=here, other=0).to(tl.int32) & MASK
+        low = raw.to(tl.int32) & 0xFFFF if KIND == INT3 else raw
+        raw = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    return raw
+
+
+@triton.jit
+def statistics(
+    scales, zeros, outer, row, block, blocks, here,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Scale and zero of `row` and `block`, in float32; zero where the format has none.
+
+    PER_GROUP is how many blocks share them. For nested scales `outer` holds 256 levels, the
+    offset, and a scale for each 256 of them.
+    """
+    if KIND == INT8:
+        scale = tl.load(scales + row + block * 0, mask=here, other=0.0)
+        return scale, scale * 0.0
+    at = row * (blocks // PER_GROUP) + block // PER_GROUP
+    if KIND == INT4 or KIND >= INT3:
+        scale = tl.load(scales + at, mask=here, other=0.0).to(tl.float32)
+        return scale, tl.load(zeros + at, mask=here, other=0.0).to(tl.float32)
+    if KIND == LEVELS:
+        scale = tl.load(scales + at, mask=here, other=0.0)
+        return scale, scale * 0.0
+    code = tl.load(scales + at, mask=here, other=0).to(tl.int32)
+    level = tl.load(outer + code, mask=here, other=0.0)
+    offset = tl.load(outer + 256)
+    scale = level * tl.load(outer + 257 + at // NESTED_BLOCK, mask=here, other=0.0) + offset
+    return scale, scale * 0.0
+
+
+@triton.jit
+def weight(raw, column: tl.constexpr, scale, zero, levels, KIND: tl.constexpr):
+    """The weight in place `column` of the words `raw`, in float32."""
+    if KIND == INT8:
+        signed = (raw >> (8 * column)).to(tl.int8).to(tl.int32) + SIGNED_EXPONENT
+        return (signed.to(tl.float32, bitcast=True) - 12582912.0) * scale
+    if KIND == INT4:
+        code = (raw >> (4 * column)) & 15 | EXPONENT
+        return (code.to(tl.float32, bitcast=True) - 8388616.0) * scale + zero
+    if KIND >= INT3:
+        WIDTH: tl.constexpr = 2 if KIND == INT3 else 4
+        ABOVE: tl.constexpr = 2 if KIND == INT6 else 1
+        MIDDLE: tl.constexpr = 4.0 if KIND == INT3 else (24.0 if KIND == INT6 else 8.0)
+        low = (raw.to(tl.int32) >> (WIDTH * column)) & ((1 << WIDTH) - 1)
+        high = ((raw >> 32).to(tl.int32) >> (ABOVE * column)) & ((1 << ABOVE) - 1)
+        code = low | high << WIDTH | EXPONENT
+        return (code.to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)) * scale + zero
+    code = (raw >> (4 * (column ^ 1))) & 15
+    return tl.load(levels + code) * scale

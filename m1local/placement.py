@@ -1,0 +1,163 @@
+"""Which part of a model lies on the card, and which stays with the computer.
+
+What it is: the choice by the memory plan (memory.py) or by hand, the loading of each part where it
+belongs, and a cache whose layers lie beside their weights. The last layers are on the card, with
+the head, so that a token crosses the bus once. What it is not: arithmetic, or the forward pass,
+which follows the weights.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from m1local.cache import KVCache, LayerCache
+from m1local.checkpoint import CONFIG, EMBEDDING, HEAD, compute_dtype, is_quantized, load_model
+from m1local.config import M1Config
+from m1local.context import Decoder
+from m1local.cuda import support
+from m1local.cuda.transfer import Moved, Transfer
+from m1local.errors import DependencyError
+from m1local.kv_store import FLOAT
+from m1local.manifest import CheckpointManifest
+from m1local.memory import LAYERS, Model, Setting, check, free_bytes, settle, used_device
+from m1local.model import M1Model
+
+CPU = torch.device("cpu")
+NORM = "model.norm"
+GpuLayers = int | Literal["auto", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The layers from `first` on lie on `card`, the ones before on the CPU."""
+
+    card: torch.device
+    first: int
+    embedding_on_host: bool
+    setting: Setting
+
+    def layer_device(self, layer: int) -> torch.device:
+        """Where the weights, keys and values of `layer` lie."""
+        return self.card if layer >= self.first else CPU
+
+    def parts(self, config: M1Config) -> Iterator[tuple[str, torch.device]]:
+        """Beginnings of tensor names, and where those tensors lie."""
+        yield EMBEDDING, CPU if self.embedding_on_host else self.card
+        for layer in range(config.num_hidden_layers):
+            yield f"{LAYERS}{layer}.", self.layer_device(layer)
+        yield NORM, self.card
+        yield HEAD, self.card
+
+    def allocate(self, config: M1Config) -> KVCache:
+        """A cache for `setting`, each layer where its weights are, in the type it computes in."""
+        setting = self.setting
+        planned = KVCache.allocate(
+            config,
+            setting.context_tokens,
+            dtype=torch.float32,
+            device="meta",
+            max_chunk=setting.max_chunk,
+            rewind_tokens=setting.rewind_tokens,
+            kv_type=setting.kv_type,
+        )
+        layers = []
+        for index, layer in enumerate(planned.layers):
+            device = self.layer_device(index)
+            dtype = compute_dtype(device)
+            layers.append(
+                LayerCache(
+                    layer.layout,
+                    layer.slots,
+                    batch_size=1,
+                    dtype=dtype,
+                    device=str(device),
+                    kv_type=setting.kv_type,
+                )
+            )
+        return KVCache(layers, capacity=planned.capacity, max_chunk=planned.max_chunk)
+
+
+def place(folder: Path, wanted: Setting, gpu_layers: GpuLayers) -> Placement:
+    """Where the parts of the model in `folder` go on this machine.
+
+    "auto" puts as much on the card as fits, "all" everything, a number so many layers. Raises
+    MemoryLimitError where what was asked for does not fit, before anything is read, and
+    DependencyError where a card was asked for and there is none.
+    """
+    config = M1Config.from_file(folder / CONFIG)
+    layers, card = config.num_hidden_layers, used_device()
+    if gpu_layers == 0 or (card.type == "cpu" and gpu_layers == "auto"):
+        return Placement(CPU, 0, False, wanted)
+    if card.type == "cpu":
+        raise DependencyError(
+            f"--gpu-layers {gpu_layers} needs an NVIDIA card and a torch with CUDA; torch finds "
+            "none here (m1 doctor). Leave the option out to use the CPU."
+        )
+    specs = CheckpointManifest.read(folder).linears if is_quantized(folder) else {}
+    model = Model(config, specs, compute_dtype(card))
+    if gpu_layers == "auto":
+        return settled(settle(model, wanted, card, free_bytes(card)), layers, card)
+    if gpu_layers != "all" and gpu_layers < layers:
+        wanted = replace(wanted, gpu_layers=gpu_layers, embedding_on_host=True)
+    check(model, wanted, card, free_bytes(card))
+    return settled(wanted, layers, card)
+
+
+def settled(setting: Setting, layers: int, card: torch.device) -> Placement:
+    """The placement that `setting` of the plan means for a model of so many `layers`."""
+    on_card = layers if setting.gpu_layers is None else setting.gpu_layers
+    if on_card == 0:
+        return Placement(CPU, 0, False, setting)
+    return Placement(card, layers - on_card, setting.embedding_on_host, setting)
+
+
+def load(folder: Path, placement: Placement) -> tuple[M1Model, Moved | None]:
+    """Load the model in `folder` where `placement` says; and what was moved to a card."""
+    if placement.card.type == "cpu":
+        return load_model(folder), None
+    config = M1Config.from_file(folder / CONFIG)
+    transfer = Transfer(placement.card)
+    parts = list(placement.parts(config))
+    model = load_model(folder, device=placement.card, parts=parts, move=transfer)
+    if placement.embedding_on_host:
+        _pin(model)
+    return model, transfer.finish()
+
+
+def _pin(model: M1Model) -> None:
+    """Put the embedding where a card can read single rows of it."""
+    table = model.model.embed_tokens
+    for tensor in (*table.parameters(), *table.buffers()):
+        tensor.data = tensor.data.pin_memory()
+
+
+def decoder_of(model: M1Model, placement: Placement) -> Callable[[KVCache], Decoder] | None:
+    """What makes the decoder of a cache; None where the model itself is to decode."""
+    if why_plain(placement.card) or placement.setting.kv_type != FLOAT:  # kernels read 16 bits
+        return None
+    from m1local.cuda.drawing import DrawingDecoder  # Triton, which is only there with a card
+
+    return lambda cache: DrawingDecoder(model, cache, placement.first)
+
+
+def why_plain(card: torch.device) -> str:
+    """Why single tokens go through the model's own forward pass; "" where kernels decode."""
+    return support.missing(card) or ""
+
+
+def decoding(card: torch.device) -> str:
+    """How single tokens are computed on `card`, and why, in words for `m1 doctor`."""
+    if reason := why_plain(card):
+        return f"the model's own forward pass ({reason})"
+    from m1local.cuda.decode import Replay
+
+    tried = torch.zeros(1, device=card)
+
+    def work() -> None:
+        tried.add_(1)
+
+    reason = Replay(work, card).reason
+    return f"kernels, launched one by one ({reason})" if reason else "one captured CUDA graph"

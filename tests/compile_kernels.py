@@ -1,0 +1,199 @@
+"""Compile every kernel for every listed card, without one, at the dimensions of the 14B.
+
+Run as a program (`python -m tests.compile_kernels`): it prints a JSON line for each kernel and
+card. A process of its own, since kernels that were imported for the interpreter cannot be compiled.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CAPABILITIES = (75, 80, 86, 89, 90, 120)
+
+
+class Case(NamedTuple):
+    """A kernel with the types of its arguments and what is fixed at compile time."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    fixed: dict[str, int]
+    warps: int
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Every kernel as its launcher would launch it on a card of `capability`."""
+    from m1local.cuda.card import Card
+
+    card = Card(divmod(capability, 10), 64)
+    half = "*bf16" if capability >= 80 else "*fp16"
+    yield from _products(card.tiles, half)
+    yield from _neighbours(half)
+    yield from _attention(card.tiles, half)
+
+
+def _products(tiles: Any, half: str) -> Iterator[Case]:
+    from m1local.cuda import card, products, words
+
+    kinds = {
+        "int4": (words.INT4, 2, "*i32", "*bf16"),
+        "int3": (words.INT3, 2, "*i16", "*bf16"),
+        "int6": (words.INT6, 2, "*i32", "*bf16"),
+        "int8": (words.INT8, 1, "*i64", "*fp32"),
+        "nf4": (words.LEVELS, 2, "*i32", "*fp32"),
+        "nf4-dq": (words.NESTED, 2, "*i32", "*u8"),
+    }
+    for name, (kind, per_group, codes, scales) in kinds.items():
+        stored = {"codes": codes, "scales": scales, "zeros": scales, "levels": "*fp32"}
+        upper = {"int3": "*u8", "int6": "*i16"}.get(name, "*fp32")
+        stored |= {"levels": upper, "outer": "*fp32"}
+        of_kind = {"KIND": kind.value, "PER_GROUP": per_group}
+        numbers = {"rows": "i32", "blocks": "i32", "steps": "i32"}
+        yield Case(
+            f"vector {name}", products.vector_kernel,
+            {"x": half} | stored | {"out": "*fp32"} | numbers,
+            of_kind | {"ROWS": tiles.vector_rows, "LOADS": card.LANES}, card.WARPS,
+        )  # fmt: skip
+        if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
+            continue
+        for x_rows in (16, 64) if name == "int4" else (16,):
+            if x_rows > tiles.most_rows:
+                continue
+            yield Case(
+                f"tile {x_rows} {name}", products.tile_kernel,
+                {"x": half} | stored | {"out": "*fp32", "x_rows": "i32"} | numbers,
+                of_kind
+                | {"X_ROWS": x_rows, "ROWS": tiles.tile_rows, "WORDS": tiles.tile_words},
+                card.WARPS,
+            )  # fmt: skip
+        yield Case(
+            f"expand {name}", products.expand_kernel,
+            stored | {"out": half, "first": "i32", "rows": "i32", "blocks": "i32"},
+            of_kind | {"ROWS": products.EXPANDED_ROWS, "WORDS": products.EXPANDED_WORDS},
+            card.WARPS,
+        )  # fmt: skip
+
+
+def _neighbours(half: str) -> Iterator[Case]:
+    from m1local.cache import RAW_TOKENS
+    from m1local.cuda import card, embedding, fused
+
+    yield Case(
+        "norm", fused.norm_kernel,
+        {"x": "*fp32", "partial": "*fp32", "weight": half, "natural": half, "planes": half,
+         "parts": "i32", "columns": "i32", "eps": "fp32"},
+        {"BLOCK": 8192}, fused.NORM_WARPS,
+    )  # fmt: skip
+    yield Case(
+        "silu up", fused.silu_up_kernel,
+        {"gate": "*fp32", "gate_parts": "i32", "up": "*fp32", "up_parts": "i32", "natural": half,
+         "planes": half, "columns": "i32"},
+        {"BLOCK": fused.BLOCK}, card.WARPS,
+    )  # fmt: skip
+    for width in (128, 256):
+        tensors = dict.fromkeys(("q_out", "k_cache", "v_cache", "raw_k", "raw_v"), half)
+        yield Case(
+            f"place {width}", fused.place_kernel,
+            {"packed": "*fp32", "parts": "i32"} | tensors
+            | {"taps_k": half, "taps_v": half, "cos": "*fp32", "sin": "*fp32",
+               "position_at": "*i64", "heads": "i32", "kv_heads": "i32", "width": "i32",
+               "slots": "i32"},
+            {"RAW": RAW_TOKENS, "HALF": width // 2}, 1,
+        )  # fmt: skip
+    for kind, table in (("int8", "*i8"), ("int4", "*u8"), ("float", half)):
+        value = {"int8": embedding.INT8, "int4": embedding.INT4, "float": embedding.FLOAT}[kind]
+        scales = "*fp32" if kind == "int8" else "*bf16"
+        yield Case(
+            f"row {kind}", embedding.row_kernel,
+            {"token_at": "*i64", "codes": table, "scales": scales, "zeros": scales, "out": "*fp32",
+             "columns": "i32", "group": "i32"},
+            {"KIND": value.value, "BLOCK": embedding.BLOCK}, card.WARPS,
+        )  # fmt: skip
+
+
+def _attention(tiles: Any, half: str) -> Iterator[Case]:
+    from m1local.cuda import attention, card, prefill
+
+    for group, width in ((10, 256), (5, 128)):
+        yield Case(
+            f"attend {width}", attention.attend_kernel,
+            {"q": half, "k": half, "v": half, "position_at": "*i64", "partial": "*fp32",
+             "greatest": "*fp32", "sums": "*fp32", "heads": "i32", "width": "i32", "slots": "i32",
+             "window": "i32", "scale": "fp32"},
+            {"GROUP": group, "GROUP_ROWS": 16, "WIDTH": width, "KEYS": tiles.keys},
+            tiles.key_warps,
+        )  # fmt: skip
+        yield Case(
+            f"chunk {width}", prefill.chunk_kernel,
+            {"q": half, "k": half, "v": half, "out": half, "start": "i32", "length": "i32",
+             "heads": "i32", "width": "i32", "slots": "i32", "window": "i32", "scale": "fp32"},
+            {"GROUP": group, "QUERIES": tiles.queries_of(width), "WIDTH": width,
+             "KEYS": tiles.keys},
+            tiles.query_warps,
+        )  # fmt: skip
+        yield Case(
+            f"join {width}", attention.join_kernel,
+            {"partial": "*fp32", "greatest": "*fp32", "sums": "*fp32", "natural": half,
+             "planes": half, "heads": "i32", "width": "i32", "parts": "i32"},
+            {"PARTS": 32, "WIDTH": width}, card.WARPS,
+        )  # fmt: skip
+
+
+def compiled(case: Case, capability: int) -> dict[str, object]:
+    """What the compiler made of it: registers, bytes spilled or kept, vector loads."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(case.kernel.arg_names)
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    assert set(case.types) | set(case.fixed) == set(names), (case.name, names)
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in case.types.items()
+        if kind != "fp32" and name not in ("parts", "steps", "x_rows", "first", "start", "length")
+    }
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.fixed, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    made = triton.compile(source, target=target, options={"num_warps": case.warps})
+    ptx = made.asm["ptx"]
+    return {
+        "kernel": case.name,
+        "capability": capability,
+        "shared": made.metadata.shared,
+        "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.b(?:32|64)", ptx)),
+        "barriers": ptx.count("bar.sync"),
+    } | _resources(made.asm["cubin"])
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        said = subprocess.run(
+            [tool, "-res-usage", path], check=True, capture_output=True, text=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
+    return {name.lower(): int(number) for name, number in found.items()}
+
+
+def main() -> None:
+    """Compile for the capabilities given as arguments, or for all."""
+    for capability in map(int, sys.argv[1:] or CAPABILITIES):
+        for case in cases(capability):
+            sys.stdout.write(json.dumps(compiled(case, capability)) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    main()

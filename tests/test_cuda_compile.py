@@ -1,0 +1,81 @@
+"""Every kernel compiles for every listed card, without one: registers, spills, shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m1local.cuda.card import TILES
+from tests import interpreter  # noqa: F401  # skips without Triton
+from tests.compile_kernels import CAPABILITIES
+from tests.conftest import ROOT
+
+MOST_REGISTERS = 128  # so that four programs of 128 threads fit a multiprocessor
+MOST_PROMPT_REGISTERS = 168  # for several rows, where tiles are kept in registers
+MOST_VECTOR_REGISTERS = 96  # so that five fit, whose loads hide the memory's latency
+SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+SHARED_BYTES[120] = 99 << 10
+Compiled = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """All of them for all cards, compiled by two processes at a time."""
+    cache = tmp_path_factory.mktemp("triton")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    halves = CAPABILITIES[::2], CAPABILITIES[1::2]
+    running = [_start(list(map(str, half)), environment, ROOT) for half in halves]
+    found = []
+    for process in running:
+        said, wrong = process.communicate()
+        assert process.returncode == 0, wrong[-2000:]
+        found += [json.loads(line) for line in said.splitlines()]
+    return found
+
+
+def _start(capabilities: list[str], environment: dict[str, str], root: Path) -> Any:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.compile_kernels", *capabilities],
+        cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_card(kernels: list[Compiled]) -> None:
+    by_card = defaultdict(set)
+    for found in kernels:
+        by_card[found["capability"]].add(found["kernel"].partition(" ")[0])
+    assert set(by_card) == set(CAPABILITIES) == {10 * a + b for a, b in TILES}
+    every = {"vector", "tile", "expand", "norm", "silu", "place", "row", "attend", "join"} | {
+        "chunk"
+    }
+    assert all(names == every for names in by_card.values()), by_card
+
+
+@pytest.mark.slow
+def test_nothing_is_spilled(kernels: list[Compiled]) -> None:
+    for found in kernels:
+        assert found["stack"] == found["local"] == 0, found
+        most = (
+            MOST_PROMPT_REGISTERS
+            if found["kernel"].startswith(("chunk", "tile"))
+            else MOST_REGISTERS
+        )
+        assert found["reg"] <= most, found
+        assert found["shared"] <= SHARED_BYTES[found["capability"]], found
+
+
+@pytest.mark.slow
+def test_one_row_reads_long_vectors_and_never_waits_in_the_loop(kernels: list[Compiled]) -> None:
+    vectors = [found for found in kernels if found["kernel"].startswith("vector")]
+    assert vectors
+    for found in vectors:
+        assert found["vector_loads"] > 0, found
+        assert found["barriers"] == 1, found  # where the sums are handed over, after the loop
+        assert found["reg"] <= MOST_VECTOR_REGISTERS, found

@@ -1,0 +1,111 @@
+"""Drawing on the card against the host's sampler, and a whole answer through both paths."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from m1local.cuda import support
+from m1local.engine import Engine
+from m1local.errors import M1Error
+from m1local.generate import Event, Finished, TextDelta
+from m1local.sampling import Sampler, SamplingParams
+from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
+from tests.conftest import CARD, write_checkpoint
+from tests.test_cuda_decode import CONFIG, RAW, model_of, new_cache
+
+from m1local.cuda import drawing  # isort: skip
+
+GREEDY = SamplingParams(temperature=0)
+HOT = SamplingParams(temperature=1.2, top_k=20, top_p=0.9, min_p=0.01, seed=11)
+PARAMS = {
+    "greedy": GREEDY,
+    "drawn": HOT,
+    "penalized": replace(HOT, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2),
+    "biased": replace(HOT, logit_bias=((7, 4.0), (9, -3.0))),
+    "greedy, biased": replace(GREEDY, logit_bias=((7, 9.0),), repetition_penalty=1.5),
+}
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "missing", lambda device: None)
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> drawing.DrawingDecoder:
+    """A decoder whose step is never made; logits are given."""
+    found = drawing.DrawingDecoder(model_of("float"), new_cache())
+    monkeypatch.setattr(found, "launch_ahead", lambda: True)
+    return found
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_the_same_tokens_as_the_hosts_sampler(name: str, decoder: drawing.DrawingDecoder) -> None:
+    params, vocab_size = PARAMS[name], CONFIG.vocab_size - 3
+    host, card = Sampler(params, vocab_size), decoder.sampler(params, vocab_size)
+    assert isinstance(card, drawing.CardSampler)
+    for sampler in (host, card):
+        sampler.observe([1, 2, 2, 30])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        logits = 3 * torch.randn(CONFIG.vocab_size, generator=generator).to(CARD)
+        assert card(logits) == host(logits)
+
+
+def test_a_fresh_sampler_has_seen_nothing(decoder: drawing.DrawingDecoder) -> None:
+    params = replace(GREEDY, repetition_penalty=5.0)
+    logits = torch.zeros(CONFIG.vocab_size, device=CARD)
+    logits[5], logits[6] = 2.0, 1.0
+    for _ in range(2):
+        sampler = decoder.sampler(params, CONFIG.vocab_size)
+        assert sampler is not None
+        assert [sampler(logits), sampler(logits)] == [5, 6]
+
+
+def test_values_that_are_no_numbers(decoder: drawing.DrawingDecoder) -> None:
+    sampler = decoder.sampler(GREEDY, CONFIG.vocab_size)
+    assert sampler is not None
+    with pytest.raises(M1Error, match="no numbers"):
+        sampler(torch.full((CONFIG.vocab_size,), float("nan"), device=CARD))
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        (replace(HOT, dry_multiplier=0.8), "DRY"),
+        (replace(HOT, repeat_last_n=64), "repeat-last-n"),
+        (replace(HOT, top_k=None), "top-k"),
+        (replace(HOT, logit_bias=((3, float("-inf")),)), "bans"),
+    ],
+)
+def test_what_the_host_must_draw(
+    params: SamplingParams, reason: str, decoder: drawing.DrawingDecoder
+) -> None:
+    assert reason in drawing.why_not(params)
+    assert decoder.sampler(params, 10) is None
+
+
+def answered(engine: Engine, **changes: object) -> tuple[str, list[int], Finished]:
+    settings = engine.settings(max_new_tokens=5, loop_guard=False, **changes)
+    events: list[Event] = list(engine.complete("The heart", settings))
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    token_ids = [token for delta in deltas for token in delta.token_ids]
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    return "".join(delta.text for delta in deltas), token_ids, finished
+
+
+def test_an_answer_is_the_same_on_both_paths(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m1", RAW | {"vocab_size": 512}, endless=True)
+    engine = Engine.load(tmp_path / "m1", context_tokens=64)
+    for changes in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 10, "seed": 3}):
+        engine.contexts.of(0).decoder = None
+        wanted = answered(engine, **changes)
+        context = engine.contexts.of(0)
+        context.decoder = drawing.DrawingDecoder(engine.model, context.cache)
+        found = answered(engine, **changes)
+        assert found[:2] == wanted[:2]
+        assert found[2].new_tokens == 5
+        assert context.cache.position == len(context.token_ids)

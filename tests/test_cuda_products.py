@@ -1,0 +1,145 @@
+"""Products of the CUDA kernels against the dequantized matrix: in the interpreter, or on a card."""
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from m1local.cuda import matrix as stored
+from m1local.cuda import support
+from m1local.formats import LinearSpec, format_class
+from m1local.formats.base import QuantizedLinear
+from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
+from tests.conftest import CARD
+
+from m1local.cuda import products  # isort: skip
+
+FORMATS = {
+    "int4-32": LinearSpec("int4", 32),
+    "int4-64": LinearSpec("int4", 64),
+    "int4-128": LinearSpec("int4", 128),
+    "int3-64": LinearSpec("int3", 64),
+    "int5-32": LinearSpec("int5", 32),
+    "int6-64": LinearSpec("int6", 64),
+    "int8": LinearSpec("int8"),
+    "bnb-nf4": LinearSpec("bnb-nf4"),
+    "bnb-nf4-dq": LinearSpec("bnb-nf4-dq"),
+    "bnb-fp4": LinearSpec("bnb-fp4"),
+}
+
+
+def quantized(name: str, shape: tuple[int, int]) -> QuantizedLinear:
+    """A random matrix (N, K) whose rows differ in size."""
+    spec = FORMATS[name]
+    generator = torch.Generator().manual_seed(sum(shape))
+    rows = torch.randn(shape, generator=generator) * (1 + torch.arange(shape[0])[:, None] % 5)
+    chosen = format_class(spec.format)
+    tensors = chosen.shared_tensors(shape, spec) | chosen.quantize(rows, spec)
+    on_card = {suffix: tensor.to(CARD) for suffix, tensor in tensors.items()}
+    return chosen.table(on_card, shape, spec)  # as stored, whatever this CPU would do with it
+
+
+def activations(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn((rows, columns), generator=generator).to(CARD, dtype)
+
+
+def expected(x: Tensor, module: QuantizedLinear) -> Tensor:
+    return x.double() @ module.dequantize().double().T
+
+
+def close(found: Tensor, wanted: Tensor, relative: float) -> None:
+    error = (found.double() - wanted).norm() / wanted.norm()
+    assert error < relative, f"off by {error:.2e}"
+
+
+def tolerance(name: str) -> float:
+    """bitsandbytes' way back, the oracle, ends in bfloat16; ours in float32."""
+    return 3e-3 if name.startswith("bnb") else 1e-6
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_row_equals_the_dequantized_product(name: str) -> None:
+    module = quantized(name, (13, 1408))  # no whole tile of rows, no whole step of columns
+    matrix = module.cuda_matrix()
+    assert matrix is not None
+    x = activations(1, 1408)
+    parts = products.vector_product(stored.planar(x), matrix)
+    assert parts.shape[1] == 13
+    close(parts.sum(0, keepdim=True), expected(x, module), tolerance(name))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_several_rows_equal_the_dequantized_product(name: str) -> None:
+    module = quantized(name, (67, 384))
+    matrix = module.cuda_matrix()
+    assert matrix is not None
+    x = activations(5, 384)
+    parts = products.tile_product(stored.planar(x), matrix)
+    close(parts.sum(0), expected(x, module), 5e-3)  # weights are rounded to bfloat16
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_restored(name: str) -> None:
+    module = quantized(name, (13, 384))
+    matrix = module.cuda_matrix()
+    assert matrix is not None
+    rows = products.restored(matrix, 3, 12, torch.float32)
+    close(stored.natural(rows), module.dequantize()[3:12].double(), tolerance(name))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 64, 70])
+def test_any_number_of_rows_is_multiplied(rows: int) -> None:
+    module = quantized("int4-64", (20, 192))
+    matrix = module.cuda_matrix()
+    assert matrix is not None
+    x = activations(rows, 192)
+    found = products.product(x, matrix)
+    assert found.dtype == torch.bfloat16
+    close(found, expected(x, module), 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_types_of_activations(dtype: torch.dtype) -> None:
+    module = quantized("int4-64", (9, 192))
+    matrix = module.cuda_matrix()
+    assert matrix is not None
+    for rows in (1, 3):
+        x = activations(rows, 192, dtype)
+        close(products.product(x, matrix), expected(x, module), 2e-3)
+
+
+def test_no_row_is_no_product() -> None:
+    matrix = quantized("int8", (8, 64)).cuda_matrix()
+    assert matrix is not None
+    assert products.product(activations(0, 64), matrix).shape == (0, 8)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("int8", (8, 72)), ("int8", (8, 20))])
+def test_shapes_that_the_kernels_do_not_take(name: str, shape: tuple[int, int]) -> None:
+    assert quantized(name, shape).cuda_matrix() is None
+
+
+def test_planes_are_undone() -> None:
+    x = activations(3, 64)
+    assert torch.equal(stored.natural(stored.planar(x)), x)
+    assert stored.planar(torch.arange(16.0)[None]).tolist()[0][:4] == [0, 8, 1, 9]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_takes_its_kernel_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = quantized(name, (20, 384))
+    monkeypatch.setattr(support, "missing", lambda device: None)
+    module.multiply_sliced = None  # type: ignore[assignment]  # what must not be called
+    x = activations(3, 384)[None]
+    found = module.multiply_on_card(x)
+    assert found is not None
+    assert found.shape == (1, 3, 20)
+    close(found[0], expected(x[0], module), 1e-2)
+
+
+def test_the_cpu_never_asks_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = quantized("int8", (20, 192)).cpu()
+    monkeypatch.setitem(sys.modules, "m1local.cuda.products", None)
+    assert module(torch.randn(1, 192)).shape == (1, 20)

@@ -1,0 +1,202 @@
+"""The memory plan: the numbers of the architecture's description, and what is really allocated."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.gpu_model import M1_14B
+from m1local.cache import KVCache
+from m1local.config import M1Config
+from m1local.errors import MemoryLimitError
+from m1local.formats import LinearSpec, format_class
+from m1local.memory import (
+    Model,
+    Setting,
+    bandwidth,
+    cache_bytes,
+    check,
+    next_step,
+    options,
+    settle,
+    telling,
+)
+from m1local.model import M1Model
+from tests.conftest import TINY, random_model
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GIB = 2**30
+
+
+def stored_as(config: M1Config, format_: str, group: int | None = None) -> dict[str, LinearSpec]:
+    from m1local.checkpoint import matrix_names
+
+    return dict.fromkeys(matrix_names(config), LinearSpec(format_, group))
+
+
+@pytest.mark.parametrize("tokens", [1, 2048, 8192, 8193, 32768])
+def test_keys_and_values_take_what_the_description_says(tokens: int) -> None:
+    wanted = 40_960 * tokens + 81_920 * min(tokens, 8192) + 122_880
+    assert cache_bytes(M1_14B, tokens) == wanted
+
+
+def test_weights_take_what_the_description_says() -> None:
+    assert Model(M1_14B, {}, torch.bfloat16).weights == 28_941_528_640
+    for format_, group, gib in (("int8", None, 13.5), ("int4", 64, 7.58)):
+        model = Model(M1_14B, stored_as(M1_14B, format_, group), torch.bfloat16)
+        assert model.weights / GIB == pytest.approx(gib, abs=0.02)
+
+
+def test_a_token_reads_what_the_description_says() -> None:
+    setting = Setting(16)
+    for specs, gigabytes in (
+        ({}, 27.58),
+        (stored_as(M1_14B, "int8"), 13.8),
+        (stored_as(M1_14B, "int4", 64), 7.76),
+    ):
+        demand = Model(M1_14B, specs, torch.bfloat16).demand(setting, CUDA)
+        assert demand.read / 1e9 == pytest.approx(gigabytes, abs=0.02)
+        assert demand.tokens_per_second(360e9, 1) == pytest.approx(360e9 / demand.read)
+
+
+def test_what_stays_on_the_host_is_not_on_the_card() -> None:
+    model = Model(M1_14B, stored_as(M1_14B, "int4", 64), torch.bfloat16)
+    whole = model.demand(Setting(8192), CUDA)
+    assert whole.host == whole.host_read == 0
+    without = model.demand(Setting(8192, embedding_on_host=True), CUDA)
+    assert whole.device - without.device == without.host == model.parts["model.embed_tokens"]
+    assert without.read == whole.read  # an embedding is never read whole
+    half = model.demand(Setting(8192, gpu_layers=20, embedding_on_host=True), CUDA)
+    assert half.weights + half.host - whole.weights == pytest.approx(whole.cache / 2, rel=0.01)
+    assert half.read + half.host_read == whole.read
+    none = model.demand(Setting(8192, gpu_layers=0), CUDA)
+    assert none.device == none.read == 0
+    assert none.host == whole.weights + whole.cache
+    assert none.host_read == whole.read
+
+
+def test_the_first_setting_that_fits_is_taken() -> None:
+    model = Model(M1_14B, stored_as(M1_14B, "int4", 64), torch.bfloat16)
+    wanted = Setting(8192)
+    needed = [model.demand(setting, CUDA).device for setting in options(wanted, 40)]
+    assert needed == sorted(needed, reverse=True)
+    assert settle(model, wanted, CUDA, needed[0]) == wanted
+    assert settle(model, wanted, CUDA, needed[0] - 1) == Setting(8192, embedding_on_host=True)
+    assert settle(model, wanted, CUDA, needed[9]).gpu_layers == 32
+    assert settle(model, wanted, CUDA, 100 << 20).gpu_layers == 0
+    check(model, wanted, CUDA, needed[0])
+    with pytest.raises(MemoryLimitError, match=r"on the card, 0\.1 GiB are free\. Try --gpu"):
+        check(model, wanted, CUDA, 100 << 20)
+
+
+def test_a_cap_below_eight_gigabytes_has_a_setting() -> None:
+    model = Model(M1_14B, stored_as(M1_14B, "int4", 64), torch.bfloat16)
+    cap = int(7.2 * GIB) - model.demand(Setting(8192), CUDA).runtime
+    found = settle(model, Setting(8192), CUDA, cap)
+    assert found.embedding_on_host
+    assert (found.gpu_layers or 0) > 20
+    assert model.demand(found, CUDA).device <= cap
+
+
+def test_the_next_step_names_an_option_each_time() -> None:
+    steps = [
+        Setting(8192), Setting(8192, embedding_on_host=True),
+        Setting(2048, embedding_on_host=True, gpu_layers=20),
+        Setting(2048, embedding_on_host=True, gpu_layers=4),
+        Setting(2048, embedding_on_host=True, gpu_layers=0),
+    ]  # fmt: skip
+    said = [next_step(step) for step in steps]
+    for text, option in zip(
+        said, ("auto", "--ctx-size 4096", "--gpu-layers 12", "--gpu-layers 0", "m1 plan"),
+        strict=True,
+    ):  # fmt: skip
+        assert option in text
+
+
+def test_a_failed_allocation_becomes_advice() -> None:
+    said = r"kept\. Try a smaller context: --ctx-size 4096"
+    short = Setting(8192, embedding_on_host=True)
+    with pytest.raises(MemoryLimitError, match=said), telling(short):
+        raise torch.OutOfMemoryError
+
+
+class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped
+    """Counts the bytes of all storages that operators make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        return found
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if tensor.device.type != "cpu" or key in self.known:
+            return
+        self.known[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.known.pop(key, 0)
+
+
+def quantized(config: M1Config, specs: dict[str, LinearSpec]) -> M1Model:
+    """A model whose matrices are stored by `specs`, made as the loader makes it."""
+    from m1local.checkpoint import EMBEDDING
+    from m1local.formats.base import QuantizedEmbedding
+
+    model = random_model(config)
+    for name, spec in specs.items():
+        weight = model.get_submodule(name).get_parameter("weight")
+        shape = (weight.shape[0], weight.shape[1])
+        chosen = format_class(spec.format)
+        tensors = chosen.quantize(weight, spec)
+        parent, _, child = name.rpartition(".")
+        module: torch.nn.Module = chosen.table(tensors, shape, spec)
+        if name == EMBEDDING:
+            module = QuantizedEmbedding(module, torch.float32)  # type: ignore[arg-type]
+        setattr(model.get_submodule(parent), child, module)
+    return model
+
+
+MIDDLE = TINY | {
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536, "sliding_window": 64,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format_", ["float", "int8", "int4"])
+def test_the_peak_is_the_predicted_one(format_: str) -> None:
+    config = M1Config.from_dict(MIDDLE)
+    specs = {} if format_ == "float" else stored_as(config, format_, {"int4": 64}.get(format_))
+    setting = Setting(256, max_chunk=64, rewind_tokens=32)
+    planned = Model(config, specs, torch.float32).demand(setting, CPU)
+    model = quantized(config, specs)
+    accountant = Accountant()
+    held = [*model.parameters(), *model.buffers()]
+    for tensor in held:
+        accountant.count(tensor)
+    with accountant, torch.inference_mode():
+        cache = KVCache.allocate(config, 256, dtype=torch.float32, max_chunk=64, rewind_tokens=32)
+        for start in range(0, 256, 64):
+            model(torch.arange(start, start + 64)[None], cache, last_only=True)
+    assert planned.device == pytest.approx(accountant.peak, rel=0.05)
+
+
+def test_bandwidth_is_measured() -> None:
+    assert bandwidth(CPU, 1 << 20) > 0

@@ -1,0 +1,127 @@
+"""Parts of a model on two devices: what goes where, and the same answers.
+
+Without a card the second device is the CPU again, in bfloat16, so that what is moved shows.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from m1local import placement as placing
+from m1local.cache import KVCache
+from m1local.checkpoint import load_model
+from m1local.config import M1Config
+from m1local.cuda.transfer import Transfer
+from m1local.engine import Engine
+from m1local.errors import MemoryLimitError
+from m1local.memory import Setting
+from m1local.placement import Placement, place, settled
+from m1local_app.cli import cli
+from m1local_quantize.pipeline import quantize_checkpoint
+from m1local_quantize.recipe import Recipe
+from tests.conftest import TINY
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda")
+CONFIG = M1Config.from_dict(TINY)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that is not there, with a gigabyte."""
+    monkeypatch.setattr(placing, "used_device", lambda: CARD)
+    monkeypatch.setattr(placing, "free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(placing, "compute_dtype", lambda device: torch.bfloat16)
+
+
+def test_without_a_card_all_is_as_ever(tiny_checkpoint: Path) -> None:
+    found = place(tiny_checkpoint, Setting(64), "auto")
+    if not torch.cuda.is_available():
+        assert found == Placement(CPU, 0, False, Setting(64))
+    assert place(tiny_checkpoint, Setting(64), 0).card == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("layers", ["all", "3"])
+def test_a_card_that_was_asked_for_and_is_not_there(layers: str) -> None:
+    shown = CliRunner().invoke(cli, ["run", "-p", "hello", "--gpu-layers", layers])
+    assert shown.exit_code == 1
+    assert f"--gpu-layers {layers} needs an NVIDIA card" in shown.stderr
+
+
+def test_gpu_layers_that_are_no_number() -> None:
+    shown = CliRunner().invoke(cli, ["run", "-p", "hello", "--gpu-layers", "some"])
+    assert shown.exit_code == 2
+
+
+@pytest.mark.usefixtures("card")
+def test_what_goes_where(tiny_checkpoint: Path) -> None:
+    whole = place(tiny_checkpoint, Setting(64), "auto")
+    assert (whole.card, whole.first, whole.embedding_on_host) == (CARD, 0, False)
+    assert place(tiny_checkpoint, Setting(64), "all") == whole
+    assert place(tiny_checkpoint, Setting(64), 99) == whole
+    half = place(tiny_checkpoint, Setting(64), 3)
+    assert (half.first, half.embedding_on_host) == (1, True)
+    devices = dict(half.parts(CONFIG))
+    assert devices["model.embed_tokens"] == devices["model.layers.0."] == CPU
+    assert devices["model.layers.1."] == devices["model.norm"] == devices["lm_head"] == CARD
+
+
+@pytest.mark.usefixtures("card")
+def test_too_little_memory_is_said_before_anything_is_read(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placing, "free_bytes", lambda device: 1000)
+    with pytest.raises(MemoryLimitError, match="--gpu-layers auto"):
+        place(tiny_checkpoint, Setting(64), "all")
+    assert place(tiny_checkpoint, Setting(64), "auto").card == CPU
+
+
+def test_every_part_is_named_once() -> None:
+    names = [name for name, _ in settled(Setting(64), 4, CARD).parts(CONFIG)]
+    for tensor in load_names():
+        assert sum(tensor.startswith(name) for name in names) == 1, tensor
+
+
+def load_names() -> list[str]:
+    from m1local.checkpoint import parameter_shapes
+
+    return list(parameter_shapes(CONFIG))
+
+
+def test_layers_in_two_types_answer_alike(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in quantize_checkpoint(tiny_checkpoint, tmp_path / "int8", Recipe.find("int8")):
+        pass
+    whole = load_model(tmp_path / "int8", dtype=torch.float32)
+    second = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    split = Placement(second, 2, True, Setting(64))
+    parts = list(split.parts(CONFIG))
+    model = load_model(tmp_path / "int8", device=second, parts=parts, move=Transfer(second, 4096))
+    prompt = torch.arange(10, 30)[None]
+    wanted = whole(prompt, KVCache.allocate(CONFIG, 64, dtype=torch.float32))
+    found = model(prompt, split.allocate(CONFIG)).cpu()
+    torch.testing.assert_close(found, wanted, atol=0.15, rtol=0.1)
+
+
+def test_tensors_arrive_whole_through_small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from m1local.cuda import transfer
+
+    monkeypatch.setattr(transfer, "LEAST_BYTES", 100)
+    move = Transfer(CPU, buffer_bytes=64)
+    for tensor in (
+        torch.randn(37, 5), torch.arange(1000, dtype=torch.uint8).view(10, 100).T,
+        torch.randn(3).bfloat16(), torch.zeros(0, 4),
+    ):  # fmt: skip
+        assert torch.equal(move(tensor), tensor)
+    moved = move.finish()
+    assert moved.nbytes == 37 * 5 * 4 + 1000 + 6
+    assert moved.seconds > 0
+
+
+def test_the_engine_keeps_where_it_lies(tiny_checkpoint: Path) -> None:
+    engine = Engine.load(tiny_checkpoint, context_tokens=32)
+    assert engine.placement == Placement(CPU, 0, False, Setting(32))
+    assert engine.loaded is None
