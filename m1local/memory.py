@@ -6,6 +6,7 @@ that fits. What it is not: a promise of speed: tokens/s are what the bandwidth a
 Source of the formulas: what model.py and cache.py allocate; checked by tests/test_memory.py.
 """
 
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from m1local.errors import MemoryLimitError
 from m1local.formats import LinearSpec
 from m1local.formats.base import ROWS_PER_SLICE, Stored
 from m1local.kv_store import FLOAT, KV_BYTES
+from m1local.native import library as native
 from m1local.native import matmul
 
 FLOAT32_BYTES = 4
@@ -31,7 +33,8 @@ PROCESS_BYTES = 350 << 20  # of Python and torch besides (bench/results/memory.j
 GRAPH_BYTES = 64 << 10  # of each launch that a captured graph holds: presumed
 LAUNCHES_PER_LAYER = 11
 SLICE_COPIES = 3  # of a slice while it is dequantized, in float32
-MEASURED_BYTES = 256 << 20
+MEASURED_BYTES = 512 << 20
+TRIES = 5
 LAYERS = "model.layers."
 
 
@@ -49,17 +52,24 @@ def used_device() -> torch.device:
 
 
 def bandwidth(device: torch.device, nbytes: int = MEASURED_BYTES) -> float:
-    """Bytes per second that a copy on `device` reads and writes, the best of a few tries."""
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
+    """Bytes per second that `device` reads, the median of a few tries.
+
+    On a card a copy tells, which reads and writes; on the CPU the compiled library reads only.
+    """
+    source = torch.zeros(nbytes // 8, dtype=torch.int64, device=device)
+    target = torch.empty_like(source) if device.type == "cuda" else None
+    rates = []
+    for _ in range(TRIES + 1):  # the first touches what was never touched
         begun = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
+        read = nbytes
+        if target is not None:
+            target.copy_(source)
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * nbytes / best
+            read = 2 * nbytes
+        elif not native.read_through(source):
+            source.sum()
+        rates.append(read / (time.perf_counter() - begun))
+    return statistics.median(rates[1:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from torch.nn import functional
 from m1local.cache import LayerCache
 from m1local.config import HeadLayout, M1Config
 from m1local.cuda.matrix import planar
+from m1local.kv_store import KVStore
 from m1local.model import Chunk, M1Attention, RMSNorm
 from m1local.rope import rotate, rotation
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
@@ -56,6 +57,12 @@ def test_silu_times_up() -> None:
     both(out, (functional.silu(gate.sum(0)) * up.sum(0))[None], 1e-6)
 
 
+def held(layer: LayerCache, name: str) -> Tensor:
+    """A buffer of a cache, by its name."""
+    found = getattr(layer, name)
+    return found.values if isinstance(found, KVStore) else found
+
+
 class Both:
     """One layer's attention twice: as the model computes it, and by the kernels."""
 
@@ -98,7 +105,7 @@ class Both:
         )
         fused.place(packed, q, self.cache, taps, turn, at)
         for name in ("k", "v", "raw_k", "raw_v"):
-            found, expected = getattr(self.cache, name), getattr(expected_cache, name)
+            found, expected = held(self.cache, name), held(expected_cache, name)
             torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, msg=name)
         out = fused.Activation(self.model.split_sizes[0], dtype=self.dtype, device=CARD)
         attention.attend(q, self.cache, at, attention.buffers(self.cache), out)

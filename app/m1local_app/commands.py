@@ -6,7 +6,7 @@ functions, since `m1 --help` must answer at once. What it is not: where anything
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -241,6 +241,48 @@ def evaluate(
     if source is None:
         raise usage_error(tr("kld compares with the original: add --source FOLDER."))
     typer.echo(quality_line(measure_with_progress(library.find(source).folder, folder, text)))
+
+
+@checkpoints.command()
+def bench(
+    model: options.Model = None,
+    prompts: Annotated[
+        str, typer.Option("--prompt-tokens", "-p", metavar="N,…", help="Lengths of prompts.")
+    ] = "512",
+    answers: Annotated[
+        str, typer.Option("--new-tokens", "-n", metavar="N,…", help="Lengths of answers.")
+    ] = "64",
+    depths: Annotated[
+        str, typer.Option("--depth", "-d", metavar="N,…", help="Tokens of context before them.")
+    ] = "0",
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", min=1, help="How often each is measured.")
+    ] = 3,
+    gpu_layers: options.GpuLayers = "auto",
+    kv_type: options.KvType = "f16",
+    threads: options.Threads = None,
+    output: Annotated[
+        Literal["table", "json", "csv"], typer.Option("--output", "-o", help="How it is printed.")
+    ] = "table",
+) -> None:
+    """Measure how fast a checkpoint reads prompts and answers on this machine.
+
+    Examples:  m1 bench ./m1-int4  ·  m1 bench ./m1-int4 -p 128,512 -n 64 -d 0,4096 -o json
+    """
+    from m1local_app import benchmarking
+
+    folder = library.find(model).folder
+    options.use_threads(threads)
+    benchmarking.run(
+        folder,
+        prompts=prompts,
+        answers=answers,
+        depths=depths,
+        repetitions=repetitions,
+        gpu_layers=gpu_layers,
+        kv_type=kv_type,
+        output=output,
+    )
 
 
 @checkpoints.command()

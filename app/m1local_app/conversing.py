@@ -16,7 +16,7 @@ from m1local_app.boundary import usage_error
 from m1local_app.chat_options import ChatOptions, EngineOptions
 from m1local_app.columns import one_line
 from m1local_app.language import tr
-from m1local_app.options import Chosen
+from m1local_app.options import Chosen, use_threads
 from m1local_app.textfile import read_text_file
 
 if TYPE_CHECKING:
@@ -199,12 +199,9 @@ def is_loopback(host: str) -> bool:
 
 def load(chosen: Chosen, wanted: EngineOptions) -> "Engine":
     """The model, with the threads and the context that were asked for."""
-    import torch
-
     from m1local.engine import Engine
 
-    if wanted.threads:
-        torch.set_num_threads(wanted.threads)
+    use_threads(wanted.threads)
     engine = Engine.load(
         chosen.folder,
         context_tokens=wanted.context_tokens,

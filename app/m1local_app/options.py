@@ -7,7 +7,7 @@ of a conversation; those are in chat_options.py.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -96,6 +96,24 @@ PlannedContext = Annotated[
     int | None, typer.Option("--ctx-size", "-c", min=16, help="Only this many tokens of context.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a report.")]
+GpuLayers = Annotated[
+    str,
+    typer.Option(
+        "--gpu-layers", "-ngl", metavar="N",
+        help="Layers that the graphics card computes: auto (default, what fits), all or N.",
+    ),
+]  # fmt: skip
+KvType = Annotated[
+    Literal["f16", "q8_0"],
+    typer.Option(
+        "--kv-type", "-ctk", metavar="TYPE",
+        help="How the context is kept: f16 (default), or q8_0 in half the memory.",
+    ),
+]  # fmt: skip
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads. (default: all cores)"),
+]
 Offline = Annotated[
     bool, typer.Option("--offline", help="Fetch nothing; fail where something is missing.")
 ]
@@ -114,3 +132,11 @@ class Chosen:
     folder: Path
     label: str
     repository: str | None = None  # whose weights are still to be fetched into the folder
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch and the compiled library compute on so many threads; None leaves it to torch."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)

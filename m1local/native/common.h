@@ -90,6 +90,8 @@ M1_EXPORT void m1_norm(const void *x, const void *weight, int is_wide, int64_t r
                        float eps, void *out);
 M1_EXPORT void m1_gate(const void *gate, const void *up, int is_wide, int64_t count, void *out);
 
+M1_EXPORT uint64_t m1_read(const uint64_t *words, int64_t count, int threads);
+
 #define BFLOAT16_MAX 3.3895313892515355e38f
 
 static inline float widened(bfloat16 value)

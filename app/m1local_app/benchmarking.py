@@ -1,0 +1,174 @@
+"""`m1 bench`: tokens per second of a checkpoint on this machine, as table, JSON or CSV.
+
+What it is: the options' lists read, and m1local/benchmark.py's figures laid out. What it is not: a
+comparison with others; those are in bench/.
+"""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+from m1local_app.boundary import usage_error
+from m1local_app.columns import table
+from m1local_app.kept import size_text
+from m1local_app.language import tr
+
+if TYPE_CHECKING:
+    from m1local.benchmark import Measured
+    from m1local.engine import Engine
+
+Output = Literal["table", "json", "csv"]
+LONGEST = 1 << 20
+
+
+def numbers(text: str, option: str, *, least: int = 1) -> list[int]:
+    """Numbers of "128,512"; raises UsageError."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and least <= int(part) <= LONGEST for part in parts):
+        said = tr(
+            "{option} is {text!r}; give numbers from {least} on, as 128,512.",
+            option=option,
+            text=text,
+            least=least,
+        )
+        raise usage_error(said)
+    return [int(part) for part in parts]
+
+
+def run(
+    folder: Path,
+    *,
+    prompts: str,
+    answers: str,
+    depths: str,
+    repetitions: int,
+    gpu_layers: str,
+    kv_type: str,
+    output: Output,
+) -> None:
+    """Measure and print; a line to stderr for every case as it is done."""
+    from m1local import benchmark
+    from m1local.engine import Engine
+    from m1local_app.conversing import gpu_layers as parsed_layers
+
+    wanted = benchmark.cases(
+        numbers(prompts, "--prompt-tokens"),
+        numbers(answers, "--new-tokens"),
+        numbers(depths, "--depth", least=0) or [0],
+    )
+    if not wanted:
+        raise usage_error(tr("Nothing is to be measured; give --prompt-tokens or --new-tokens."))
+    engine = Engine.load(
+        folder,
+        context_tokens=max(benchmark.room_for(wanted), 16),
+        gpu_layers=parsed_layers(gpu_layers),
+        kv_type=kv_type,
+    )
+    found = []
+    for measured in benchmark.measure(engine, wanted, repetitions):
+        found.append(measured)
+        if output != "table" or not sys.stdout.isatty():
+            said = f"{measured.case.name}: {measured.tokens_per_second:.1f} tokens/s"
+            typer.echo(said, err=True)
+    shown = {"table": as_text, "json": as_json, "csv": as_csv}[output]
+    typer.echo(shown(engine, found))
+
+
+def held_bytes() -> int:
+    """Anonymous and shared memory of this process where the system tells, else all that is resident.
+
+    Pages of mapped files, which can be dropped at any time, do not count on Linux.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        fields = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
+        return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+    except (OSError, KeyError, ValueError):
+        import psutil
+
+        return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def _rows(found: Sequence["Measured"]) -> list[dict[str, object]]:
+    return [
+        {
+            "test": one.case.name,
+            "tokens": one.case.tokens,
+            "depth": one.case.depth,
+            "tokens_per_second": round(one.tokens_per_second, 3),
+            "slowest": round(one.case.tokens / max(one.seconds), 3),
+            "fastest": round(one.case.tokens / min(one.seconds), 3),
+            "gb_per_second": round(one.bytes_per_second / 1e9, 3),
+            "bandwidth_gb_per_second": round(one.bandwidth / 1e9, 3),
+            "share_of_bandwidth": round(one.share, 4),
+        }
+        for one in found
+    ]
+
+
+def as_json(engine: "Engine", found: Sequence["Measured"]) -> str:
+    """Everything, with what was measured on."""
+    return json.dumps(
+        {
+            "device": str(engine.context.device),
+            "threads": _threads(),
+            "weights_bytes": _weight_bytes(engine),
+            "cache_bytes": engine.context.cache.nbytes,
+            "held_bytes": held_bytes(),
+            "results": _rows(found),
+        },
+        indent=1,
+    )
+
+
+def as_csv(engine: "Engine", found: Sequence["Measured"]) -> str:
+    """A line for each case, with heads."""
+    rows, text = _rows(found), io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip("\n")
+
+
+def as_text(engine: "Engine", found: Sequence["Measured"]) -> str:
+    """The table, and below it memory and bandwidth."""
+    heads = (tr("test"), tr("tokens/s"), tr("from – to"), "GB/s", tr("of the bandwidth"))
+    rows = [
+        (
+            one.case.name,
+            f"{one.tokens_per_second:.2f}",
+            f"{one.case.tokens / max(one.seconds):.2f} – {one.case.tokens / min(one.seconds):.2f}",
+            f"{one.bytes_per_second / 1e9:.1f}" if one.case.is_answer else "",
+            f"{one.share:.0%}" if one.case.is_answer else "",
+        )
+        for one in found
+    ]
+    said = tr(
+        "{weights} of weights, {cache} of context; {held} of memory held; {speed} GB/s can be read; "
+        "{device}, {threads} threads",
+        weights=size_text(_weight_bytes(engine)),
+        cache=size_text(engine.context.cache.nbytes),
+        held=size_text(held_bytes()),
+        speed=f"{sorted(one.bandwidth for one in found)[len(found) // 2] / 1e9:.1f}",
+        device=str(engine.context.device),
+        threads=_threads(),
+    )
+    return f"{table(rows, heads=heads)}\n\n{said}"
+
+
+def _weight_bytes(engine: "Engine") -> int:
+    model = engine.model
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()

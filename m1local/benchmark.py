@@ -1,0 +1,129 @@
+"""How fast a loaded model is: tokens per second of prompts and of answers, and of what the memory can.
+
+What it is: prompts of random tokens read, and single tokens fed, with so much context before them;
+each repeated, beside the bandwidth of the same minute. What it is not: about quality or text; the
+context before a measured token is made up, since only its bytes cost time.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from m1local.checkpoint import EMBEDDING
+from m1local.config import HeadLayout
+from m1local.engine import Engine
+from m1local.kv_store import KV_BYTES
+from m1local.memory import bandwidth
+
+SEED = 0
+WARMING = 2  # tokens before the first that is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """So many tokens of a prompt, or of an answer, after so many others."""
+
+    tokens: int
+    depth: int = 0
+    is_answer: bool = True
+
+    @property
+    def name(self) -> str:
+        """As llama.cpp names it: pp512, tg64, tg64@d4096."""
+        depth = f"@d{self.depth}" if self.depth else ""
+        return f"{'tg' if self.is_answer else 'pp'}{self.tokens}{depth}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a case took: the seconds of each repetition."""
+
+    case: Case
+    seconds: tuple[float, ...]
+    bytes_per_token: int  # weights, keys and values read for a token of an answer
+    bandwidth: float  # bytes per second that the device read in between
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The median of the repetitions."""
+        return self.case.tokens / statistics.median(self.seconds)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """What an answer reads in a second; 0 for a prompt, which computes more than it reads."""
+        return self.bytes_per_token * self.tokens_per_second if self.case.is_answer else 0.0
+
+    @property
+    def share(self) -> float:
+        """What part of the bandwidth that is."""
+        return self.bytes_per_second / self.bandwidth
+
+
+def cases(prompts: Sequence[int], answers: Sequence[int], depths: Sequence[int]) -> list[Case]:
+    """All of them: prompts, then answers, at every depth."""
+    kinds = [(tokens, False) for tokens in prompts] + [(tokens, True) for tokens in answers]
+    return [Case(tokens, depth, kind) for tokens, kind in kinds for depth in depths]
+
+
+def room_for(wanted: Sequence[Case]) -> int:
+    """Tokens of context that all cases need."""
+    return max(case.depth + case.tokens for case in wanted) + WARMING + 1
+
+
+@torch.inference_mode()
+def measure(engine: Engine, wanted: Sequence[Case], repetitions: int) -> Iterator[Measured]:
+    """Measure every case; the bandwidth is read between their repetitions."""
+    device = engine.context.device
+    for case in wanted:
+        seconds, rates = [], []
+        for _ in range(repetitions):
+            rates.append(bandwidth(device))
+            seconds.append(_run(engine, case))
+        yield Measured(case, tuple(seconds), bytes_of_token(engine, case), statistics.median(rates))
+
+
+def _run(engine: Engine, case: Case) -> float:
+    """Seconds of one repetition."""
+    context, generator = engine.context, torch.Generator().manual_seed(SEED)
+    _begin_at(engine, case.depth)
+    vocabulary = min(engine.tokenizer.vocab_size, engine.model.config.vocab_size)
+    warming = WARMING if case.is_answer else 0
+    drawn = torch.randint(vocabulary, (case.tokens + warming,), generator=generator).tolist()
+    step = 1 if case.is_answer else context.cache.max_chunk
+    for token_id in drawn[:warming]:
+        context.feed([token_id])
+    begun = time.perf_counter()
+    for start in range(warming, len(drawn), step):
+        logits = context.feed(drawn[start : start + step])
+    float(logits[0])  # on a card this waits for it
+    return time.perf_counter() - begun
+
+
+def _begin_at(engine: Engine, depth: int) -> None:
+    """An empty context, or one that takes itself for `depth` tokens long."""
+    context = engine.context
+    context.keep_common([0])
+    for layer in context.cache.layers:
+        layer.written = layer.raw_start = depth
+    context.cache.position = depth
+    context.token_ids = [0] * depth
+
+
+def bytes_of_token(engine: Engine, case: Case) -> int:
+    """Bytes read for a token in the middle of the case: all weights but the embedding, and its keys."""
+    model = engine.model
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    weights = sum(t.nbytes for name, t in tensors if not name.startswith(EMBEDDING))
+    seen = case.depth + case.tokens // 2
+    return weights + sum(
+        _kept_bytes(layer.layout, layer.kv_type, layer.raw_k.dtype.itemsize, seen)
+        for layer in engine.context.cache.layers
+    )
+
+
+def _kept_bytes(layout: HeadLayout, kv_type: str, itemsize: int, seen: int) -> int:
+    value = KV_BYTES[kv_type] if kv_type != "f16" else itemsize
+    return int(2 * layout.num_kv_heads * layout.head_dim * min(seen, layout.window or seen) * value)
