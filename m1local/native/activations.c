@@ -10,15 +10,18 @@
 
 enum { LEAST_ROUNDED = 1 << 16 /* values of x: fewer are not worth a second thread */ };
 
-void *whole(size_t bytes)
+static void *aligned_in(char *all)
 {
-    char *all = calloc(bytes + 128, 1);
     if (!all)
         return NULL;
     char *aligned = all + 64 - (uintptr_t)all % 64;
     aligned[-1] = (char)(aligned - all);
     return aligned;
 }
+
+void *whole(size_t bytes) { return aligned_in(calloc(bytes + 128, 1)); }
+
+void *room_for(size_t bytes) { return aligned_in(malloc(bytes + 128)); }
 
 void give_back(void *aligned)
 {

@@ -38,8 +38,10 @@ typedef struct {
 int round_rows(Rounded *x, const void *source, int is_wide, int threads);
 void forget(Rounded *x);
 
-/* Zeros, where vectors begin at multiples of their size; `give_back` frees them. */
+/* Memory where vectors begin at multiples of their size: zeros, or whatever was there. `give_back`
+ * frees it. */
 void *whole(size_t bytes);
+void *room_for(size_t bytes);
 void give_back(void *aligned);
 
 #endif

@@ -14,6 +14,9 @@
 enum {
     KEYS = 32,            /* of a block */
     SCALED = 32,          /* bytes that share a scale */
+    LINE = 64,            /* bytes that the memory gives at a time */
+    TOGETHER = 4,         /* keys, or vectors of a value */
+    MOST_QUERIES = LANES == 16 ? 5 : 2, /* at once: what the registers hold */
     LEAST_KEYS = 256,     /* of a share: fewer are not worth a thread */
     LEAST_READ = 1 << 18  /* bytes of keys: the same, of all heads */
 };
@@ -40,95 +43,143 @@ static void load_values(const void *from, const bfloat16 *scales, int kind, int6
         }
 }
 
-INLINE float dot_of(const float *a, const float *b, int64_t width)
+/* Let a block of keys or values come while the one before it is computed with. */
+static void await(const void *from, int kind, int64_t first, int64_t count)
 {
-    Floats sum = all_of(0), more = all_of(0);
-    int64_t i = 0;
-    for (; i + 2 * LANES <= width; i += 2 * LANES) {
-        sum = plus_product(sum, load_floats(a + i), load_floats(b + i));
-        more = plus_product(more, load_floats(a + i + LANES), load_floats(b + i + LANES));
-    }
-    float total = total_of(plus_product(sum, more, all_of(1)));
-    for (; i < width; i++)
-        total += a[i] * b[i];
-    return total;
+    const int64_t size = kind == KV_FLOAT ? 4 : kind == KV_BFLOAT16 ? 2 : 1;
+    const char *begin = (const char *)from + first * size;
+    for (int64_t i = 0; i < count * size; i += LINE)
+        will_read(begin + i);
 }
 
-/* mixed = mixed * fading + the values of `count` keys by their weights. */
-INLINE void mix(float *mixed, float fading, const float *weights, const float *values,
-                int64_t count, int64_t width)
+/* Scores of `n` queries with all keys of a block: each loaded vector serves several products. */
+INLINE void score(
+    const float *queries, const float *keys, int64_t width, int n, float scores[][KEYS])
 {
-    int64_t i = 0;
-    for (; i + 4 * LANES <= width; i += 4 * LANES) {
-        Floats sums[4];
-        UNROLL for (int u = 0; u < 4; u++)
-            sums[u] = times(load_floats(mixed + i + u * LANES), all_of(fading));
-        for (int64_t key = 0; key < count; key++) {
-            const Floats weight = all_of(weights[key]);
-            UNROLL for (int u = 0; u < 4; u++)
-                sums[u] = plus_product(
-                    sums[u], weight, load_floats(values + key * width + i + u * LANES));
+    for (int key = 0; key < KEYS; key += TOGETHER) {
+        Floats sums[MOST_QUERIES][TOGETHER];
+        UNROLL for (int q = 0; q < n; q++)
+            UNROLL for (int u = 0; u < TOGETHER; u++) sums[q][u] = all_of(0);
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) {
+            Floats query[MOST_QUERIES];
+            UNROLL for (int q = 0; q < n; q++) query[q] = load_floats(queries + q * width + i);
+            UNROLL for (int u = 0; u < TOGETHER; u++) {
+                const Floats of_key = load_floats(keys + (key + u) * width + i);
+                UNROLL for (int q = 0; q < n; q++)
+                    sums[q][u] = plus_product(sums[q][u], query[q], of_key);
+            }
         }
-        UNROLL for (int u = 0; u < 4; u++) store_floats(mixed + i + u * LANES, sums[u]);
-    }
-    for (; i < width; i++) {
-        float sum = mixed[i] * fading;
-        for (int64_t key = 0; key < count; key++)
-            sum += weights[key] * values[key * width + i];
-        mixed[i] = sum;
+        UNROLL for (int q = 0; q < n; q++) {
+            four_totals(sums[q], scores[q] + key);
+            for (int64_t j = i; j < width; j++)
+                for (int u = 0; u < TOGETHER; u++)
+                    scores[q][key + u] += queries[q * width + j] * keys[(key + u) * width + j];
+        }
     }
 }
 
-/* What a query, at `position`, makes of a block of keys. */
-static void attend_block(
-    const Attention *a, const float *query, int64_t position, const int64_t *key_positions,
-    const float *keys, const float *values, int64_t count, float *greatest, float *sum,
-    float *mixed)
+/* mixed = mixed * fading + the values of `count` keys by their weights, for `n` queries. */
+INLINE void mix(
+    float *mixed, const float *fading, float weights[][KEYS], const float *values, int64_t count,
+    int64_t width, int n)
 {
-    float scores[KEYS], most = *greatest;
-    for (int64_t key = 0; key < count; key++) {
-        const int64_t distance = position - key_positions[key];
-        const int visible = distance >= 0 && (a->window == 0 || distance < a->window);
-        scores[key] = visible ? dot_of(query, keys + key * a->width, a->width) : -INFINITY;
+    int64_t i = 0;
+    for (; i + TOGETHER * LANES <= width; i += TOGETHER * LANES) {
+        Floats sums[MOST_QUERIES][TOGETHER];
+        UNROLL for (int q = 0; q < n; q++)
+            UNROLL for (int u = 0; u < TOGETHER; u++)
+                sums[q][u] = times(load_floats(mixed + q * width + i + u * LANES), all_of(fading[q]));
+        for (int64_t key = 0; key < count; key++)
+            UNROLL for (int u = 0; u < TOGETHER; u++) {
+                const Floats value = load_floats(values + key * width + i + u * LANES);
+                UNROLL for (int q = 0; q < n; q++)
+                    sums[q][u] = plus_product(sums[q][u], all_of(weights[q][key]), value);
+            }
+        UNROLL for (int q = 0; q < n; q++)
+            UNROLL for (int u = 0; u < TOGETHER; u++)
+                store_floats(mixed + q * width + i + u * LANES, sums[q][u]);
+    }
+    for (; i < width; i++)
+        for (int q = 0; q < n; q++) {
+            float sum = mixed[q * width + i] * fading[q];
+            for (int64_t key = 0; key < count; key++)
+                sum += weights[q][key] * values[key * width + i];
+            mixed[q * width + i] = sum;
+        }
+}
+
+/* Scores become weights, and what was known fades by what is returned. */
+static float weigh(
+    const Attention *a, int64_t position, const int64_t *key_positions, int64_t count,
+    float scores[KEYS], float *greatest, float *sum)
+{
+    float most = *greatest, total = 0;
+    for (int64_t key = 0; key < KEYS; key++) {
+        const int64_t distance = key < count ? position - key_positions[key] : -1;
+        if (distance < 0 || (a->window != 0 && distance >= a->window))
+            scores[key] = -INFINITY;
         /* A score that is no number must come through, so it is not passed over. */
         most = scores[key] <= most ? most : scores[key];
     }
-    if (most == -INFINITY)
-        return;
+    if (most == -INFINITY) {
+        memset(scores, 0, KEYS * sizeof *scores);
+        return 1;
+    }
     const float fading = exponential(*greatest - most);
-    float total = 0;
-    for (int64_t key = 0; key < count; key++) {
+#pragma omp simd
+    for (int key = 0; key < KEYS; key++) {
         const float weight = exponential(scores[key] - most);
         scores[key] = scores[key] == -INFINITY ? 0 : weight;
     }
-    for (int64_t key = 0; key < count; key++)
+    for (int key = 0; key < KEYS; key++)
         total += scores[key];
     *sum = *sum * fading + total;
     *greatest = most;
-    mix(mixed, fading, scores, values, count, a->width);
+    return fading;
+}
+
+/* What `n` queries, from number `query` on, make of a block of keys. */
+INLINE void attend_block(
+    const Attention *a, const float *queries, int64_t query, const int64_t *key_positions,
+    const float *keys, const float *values, int64_t count, Shares shares, int64_t first, int n)
+{
+    float scores[MOST_QUERIES][KEYS], fading[MOST_QUERIES];
+    score(queries + query * a->width, keys, a->width, n, scores);
+    for (int q = 0; q < n; q++)
+        fading[q] = weigh(a, a->query_positions[(query + q) % a->rows], key_positions, count,
+                          scores[q], shares.greatest + first + query + q,
+                          shares.sum + first + query + q);
+    mix(shares.mixed + (first + query) * a->width, fading, scores, values, count, a->width, n);
 }
 
 /* The keys from `first` to `last` of a head, for all queries that share it. */
 static void attend_share(const Attention *a, int64_t head, int64_t first, int64_t last,
                          const float *queries, float *room, Shares shares, int64_t share)
 {
-    const int64_t count = a->heads / a->kv_heads * a->rows, width = a->width;
+    const int64_t count = a->heads / a->kv_heads * a->rows, width = a->width, at = share * count;
     float *keys = room, *values = room + KEYS * width;
     for (int64_t query = 0; query < count; query++) {
-        shares.greatest[share * count + query] = -INFINITY;
-        shares.sum[share * count + query] = 0;
+        shares.greatest[at + query] = -INFINITY;
+        shares.sum[at + query] = 0;
     }
-    for (int64_t at = first; at < last; at += KEYS) {
-        const int64_t keys_here = last - at < KEYS ? last - at : KEYS;
-        const int64_t from = (head * a->slots + at) * width;
-        load_values(a->k, a->k_scales, a->kind, from, keys_here * width, keys);
-        load_values(a->v, a->v_scales, a->kind, from, keys_here * width, values);
-        for (int64_t query = 0; query < count; query++) {
-            const int64_t i = share * count + query;
-            attend_block(a, queries + query * width, a->query_positions[query % a->rows],
-                         a->key_positions + at, keys, values, keys_here, shares.greatest + i,
-                         shares.sum + i, shares.mixed + i * width);
-        }
+    memset(shares.mixed + at * width, 0, (size_t)(count * width) * sizeof(float));
+    for (int64_t key = first; key < last; key += KEYS) {
+        const int64_t here = last - key < KEYS ? last - key : KEYS;
+        const int64_t from = (head * a->slots + key) * width;
+        const int64_t *positions = a->key_positions + key;
+        load_values(a->k, a->k_scales, a->kind, from, here * width, keys);
+        load_values(a->v, a->v_scales, a->kind, from, here * width, values);
+        const int64_t left = last - key - here, next = left < KEYS ? left : KEYS;
+        await(a->k, a->kind, from + here * width, next * width);
+        await(a->v, a->kind, from + here * width, next * width);
+        memset(keys + here * width, 0, (size_t)((KEYS - here) * width) * sizeof(float));
+        int64_t query = 0;
+        for (; query + MOST_QUERIES <= count; query += MOST_QUERIES)
+            attend_block(a, queries, query, positions, keys, values, here, shares, at,
+                         MOST_QUERIES);
+        for (; query < count; query++)
+            attend_block(a, queries, query, positions, keys, values, here, shares, at, 1);
     }
 }
 
@@ -173,9 +224,9 @@ M1_EXPORT int m1_attend(const Attention *a, int threads)
         used = parts = 1;
     const int64_t keys = (a->used + parts - 1) / parts, tasks = a->kv_heads * parts;
     const int64_t of_head = parts * count, all = a->kv_heads * of_head;
-    float *queries = whole((size_t)(a->heads * a->rows * width) * sizeof(float));
-    float *room = whole((size_t)(tasks * 2 * KEYS * width) * sizeof(float));
-    float *sums = whole((size_t)(all * (width + 2)) * sizeof(float));
+    float *queries = room_for((size_t)(a->heads * a->rows * width) * sizeof(float));
+    float *room = room_for((size_t)(tasks * 2 * KEYS * width) * sizeof(float));
+    float *sums = room_for((size_t)(all * (width + 2)) * sizeof(float));
     const int done = queries && room && sums;
     if (done) {
         load_values(a->q, NULL, a->is_wide ? KV_FLOAT : KV_BFLOAT16, 0, a->heads * a->rows * width,

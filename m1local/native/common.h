@@ -88,7 +88,8 @@ typedef struct {
 M1_EXPORT void m1_turn_heads(const Heads *heads);
 M1_EXPORT void m1_norm(const void *x, const void *weight, int is_wide, int64_t rows, int64_t width,
                        float eps, void *out);
-M1_EXPORT void m1_gate(const void *gate, const void *up, int is_wide, int64_t count, void *out);
+M1_EXPORT void m1_gate(
+    const void *gate, const void *up, int is_wide, int64_t count, void *out, int threads);
 
 M1_EXPORT uint64_t m1_read(const uint64_t *words, int64_t count, int threads);
 

@@ -11,7 +11,8 @@
 static inline float exponential(float x)
 {
     x = x < -87.0f ? -87.0f : x;
-    const float n = nearbyintf(x * 1.44269504f), whole_n = n > -126 ? n : -126;
+    const float whole = 12582912.0f; /* 1.5 * 2^23: adding it rounds, on every processor at once */
+    const float n = (x * 1.44269504f + whole) - whole, known = n > -126 ? n : -126;
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.98756915e-4f;
     p = p * r + 1.39819995e-3f;
@@ -20,7 +21,7 @@ static inline float exponential(float x)
     p = p * r + 1.66666655e-1f;
     p = p * r + 5.00000012e-1f;
     p = p * r * r + r + 1;
-    const uint32_t bits = (uint32_t)((int32_t)whole_n + 127) << 23;
+    const uint32_t bits = (uint32_t)((int32_t)known + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
     return p * power;

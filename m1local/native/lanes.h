@@ -83,6 +83,18 @@ INLINE Floats to_floats(Ints i) { return _mm512_cvtepi32_ps(i); }
 INLINE Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 INLINE Floats plus_product(Floats sum, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sum); }
 INLINE float total_of(Floats f) { return _mm512_reduce_add_ps(f); }
+/* The totals of four vectors, in a third of the operations. */
+INLINE void four_totals(const Floats f[4], float *to)
+{
+    const Floats ab = _mm512_add_ps(_mm512_unpacklo_ps(f[0], f[1]), _mm512_unpackhi_ps(f[0], f[1]));
+    const Floats cd = _mm512_add_ps(_mm512_unpacklo_ps(f[2], f[3]), _mm512_unpackhi_ps(f[2], f[3]));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const Floats all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256d upper = _mm512_extractf64x4_pd(_mm512_castps_pd(all), 1);
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(upper));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 /* The scales of one, two or four groups, each in the lanes of its group. */
 INLINE Floats spread_over_lanes(const float *scales, int groups)
 {
@@ -151,6 +163,12 @@ INLINE float total_of(Floats f)
     for (int i = 0; i < 8; i++)
         total += lanes[i];
     return total;
+}
+INLINE void four_totals(const Floats f[4], float *to)
+{
+    const __m256 all =
+        _mm256_hadd_ps(_mm256_hadd_ps(f[0], f[1]), _mm256_hadd_ps(f[2], f[3]));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 INLINE Floats spread_over_lanes(const float *scales, int groups)
 {
@@ -251,6 +269,11 @@ INLINE float total_of(Floats f)
     for (int i = 0; i < LANES; i++)
         total += f.of[i];
     return total;
+}
+INLINE void four_totals(const Floats f[4], float *to)
+{
+    for (int i = 0; i < 4; i++)
+        to[i] = total_of(f[i]);
 }
 INLINE Floats spread_over_lanes(const float *scales, int groups)
 {

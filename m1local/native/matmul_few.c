@@ -219,7 +219,7 @@ int multiply_few(const Stored *w, const Rounded *x, const Output *output, int th
 {
     const int64_t blocks = (w->rows + BLOCK - 1) / BLOCK, room = X_TOGETHER * (x->groups + 4);
     const int used = w->rows * w->columns < LEAST_WORK ? 1 : threads;
-    float *scratch = whole((size_t)used * (size_t)room * sizeof(float));
+    float *scratch = room_for((size_t)used * (size_t)room * sizeof(float));
     if (!scratch)
         return 0;
 #pragma omp parallel for num_threads(used) schedule(dynamic, BLOCKS_TAKEN) if (used > 1)

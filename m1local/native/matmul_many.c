@@ -244,10 +244,10 @@ static int make_panel(Panel *panel, const Rounded *x, int vectors)
 {
     const size_t rows = (size_t)(vectors * LANES);
     const size_t statistics = rows * (size_t)(PANEL_COLUMNS / x->size) * sizeof(float);
-    panel->codes = whole(rows * PANEL_COLUMNS);
-    panel->scales = whole(statistics);
-    panel->zeros = whole(statistics);
-    panel->sums = whole((size_t)x->padded_rows * rows * sizeof(float));
+    panel->codes = room_for(rows * PANEL_COLUMNS);
+    panel->scales = room_for(statistics);
+    panel->zeros = room_for(statistics);
+    panel->sums = room_for((size_t)x->padded_rows * rows * sizeof(float));
     return panel->codes && panel->scales && panel->zeros && panel->sums;
 }
 

@@ -5,13 +5,16 @@
 
 #include "common.h"
 #include "exponential.h"
+#include "lanes.h"
 
-static float value_at(const void *values, int is_wide, int64_t at)
+enum { GATED_ALONE = 1 << 16 /* values that are not worth a second thread */ };
+
+INLINE float value_at(const void *values, int is_wide, int64_t at)
 {
     return is_wide ? ((const float *)values)[at] : widened(((const bfloat16 *)values)[at]);
 }
 
-static void put_at(void *values, int is_wide, int64_t at, float value)
+INLINE void put_at(void *values, int is_wide, int64_t at, float value)
 {
     if (is_wide)
         ((float *)values)[at] = value;
@@ -19,26 +22,31 @@ static void put_at(void *values, int is_wide, int64_t at, float value)
         ((bfloat16 *)values)[at] = rounded(value);
 }
 
+INLINE void norm_row(const void *x, const void *weight, int is_wide, int64_t first, int64_t width,
+                     float eps, void *out)
+{
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < width; i++) {
+        const float value = value_at(x, is_wide, first + i);
+        total += value * value;
+    }
+    const float scale = 1 / sqrtf(total / (float)width + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++)
+        put_at(out, is_wide, first + i,
+               value_at(x, is_wide, first + i) * scale * value_at(weight, is_wide, i));
+}
+
 /* RMSNorm of rows (rows, width), with `weight` (width) of the same type. */
 M1_EXPORT void m1_norm(const void *x, const void *weight, int is_wide, int64_t rows, int64_t width,
                        float eps, void *out)
 {
     for (int64_t row = 0; row < rows; row++) {
-        float squares[16] = {0}, total = 0;
-        for (int64_t i = 0; i < width / 16 * 16; i += 16)
-            for (int j = 0; j < 16; j++) {
-                const float value = value_at(x, is_wide, row * width + i + j);
-                squares[j] += value * value;
-            }
-        for (int64_t i = width / 16 * 16; i < width; i++)
-            squares[i % 16] += value_at(x, is_wide, row * width + i)
-                               * value_at(x, is_wide, row * width + i);
-        for (int j = 0; j < 16; j++)
-            total += squares[j];
-        const float scale = 1 / sqrtf(total / (float)width + eps);
-        for (int64_t i = 0; i < width; i++)
-            put_at(out, is_wide, row * width + i,
-                   value_at(x, is_wide, row * width + i) * scale * value_at(weight, is_wide, i));
+        if (is_wide)
+            norm_row(x, weight, 1, row * width, width, eps, out);
+        else
+            norm_row(x, weight, 0, row * width, width, eps, out);
     }
 }
 
@@ -83,13 +91,30 @@ M1_EXPORT void m1_turn_heads(const Heads *h)
     }
 }
 
-/* silu(gate) * up, of `count` values. */
-M1_EXPORT void m1_gate(const void *gate, const void *up, int is_wide, int64_t count, void *out)
+INLINE void gate_values(
+    const void *gate, const void *up, int is_wide, int64_t first, int64_t last, void *out)
 {
-    for (int64_t i = 0; i < count; i++) {
+#pragma omp simd
+    for (int64_t i = first; i < last; i++) {
         const float g = value_at(gate, is_wide, i);
         const float away = exponential(g < 0 ? g : -g); /* at most 1 */
         const float sigmoid = (g < 0 ? away : 1) / (1 + away);
         put_at(out, is_wide, i, g * sigmoid * value_at(up, is_wide, i));
+    }
+}
+
+/* silu(gate) * up, of `count` values. */
+M1_EXPORT void m1_gate(
+    const void *gate, const void *up, int is_wide, int64_t count, void *out, int threads)
+{
+    const int64_t parts = count < GATED_ALONE ? 1 : threads, of_part = (count + parts - 1) / parts;
+#pragma omp parallel for num_threads(threads) if (parts > 1)
+    for (int64_t part = 0; part < parts; part++) {
+        const int64_t first = part * of_part;
+        const int64_t last = first + of_part < count ? first + of_part : count;
+        if (is_wide)
+            gate_values(gate, up, 1, first, last, out);
+        else
+            gate_values(gate, up, 0, first, last, out);
     }
 }

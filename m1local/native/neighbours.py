@@ -50,7 +50,7 @@ def gate(gated: Tensor, up: Tensor) -> Tensor | None:
     out = torch.empty_like(gated)
     compiled.m1_gate(
         address(gated), address(up), gated.dtype != torch.bfloat16,
-        ctypes.c_int64(gated.numel()), address(out),
+        ctypes.c_int64(gated.numel()), address(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
