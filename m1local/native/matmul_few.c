@@ -14,7 +14,7 @@ enum {
     X_TOGETHER = 4,
     AHEAD = 2048,         /* bytes */
     BLOCK = 32,           /* rows of W */
-    BLOCKS_TAKEN = 4,     /* by a thread at a time */
+    BLOCKS_TAKEN = 16,    /* by a thread at a time, at most */
     LEAST_WORK = 1 << 20, /* weights: fewer are not worth a second thread */
     BITS_OF_BYTES = 8
 };
@@ -213,16 +213,18 @@ static int thread_number(void)
 #endif
 }
 
-/* The threads take a few blocks at a time: one that has to wait for another program holds nobody
- * up. */
+/* The threads take some blocks at a time: long runs for the memory, yet a thread that has to wait
+ * for another program holds nobody up. */
 int multiply_few(const Stored *w, const Rounded *x, const Output *output, int threads)
 {
     const int64_t blocks = (w->rows + BLOCK - 1) / BLOCK, room = X_TOGETHER * (x->groups + 4);
     const int used = w->rows * w->columns < LEAST_WORK ? 1 : threads;
+    const int64_t share = blocks / (4 * used) + 1;
+    const int taken = share < BLOCKS_TAKEN ? (int)share : BLOCKS_TAKEN;
     float *scratch = room_for((size_t)used * (size_t)room * sizeof(float));
     if (!scratch)
         return 0;
-#pragma omp parallel for num_threads(used) schedule(dynamic, BLOCKS_TAKEN) if (used > 1)
+#pragma omp parallel for num_threads(used) schedule(dynamic, taken) if (used > 1)
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t row = block * BLOCK; row < (block + 1) * BLOCK && row < w->rows; row++)
             multiply_whole_row(w, x, row, scratch + thread_number() * room, output);
