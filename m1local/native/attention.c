@@ -1,5 +1,5 @@
 /* Attention of a few new tokens over a cache of keys and values as it lies: 32 or 16 bits, or bytes
- * with a scale for each 32 of them (m1local/kv_blocks.py).
+ * with a scale for each 32 of them (m1local/kv_store.py).
  *
  * The keys are taken in blocks that stay in the cache, and every block once, for all heads that
  * share it; what is known of the greatest score so far is mended as it rises (arXiv 1805.02867). A
@@ -79,6 +79,9 @@ INLINE void mix(float *mixed, float fading, const float *weights, const float *v
     }
 }
 
+/* The greater; no number if either is none. */
+INLINE float greater_of(float a, float b) { return a >= b || a != a ? a : b; }
+
 /* What a query, at `position`, makes of a block of keys. */
 static void attend_block(
     const Attention *a, const float *query, int64_t position, const int64_t *key_positions,
@@ -90,8 +93,7 @@ static void attend_block(
         const int64_t distance = position - key_positions[key];
         const int visible = distance >= 0 && (a->window == 0 || distance < a->window);
         scores[key] = visible ? dot_of(query, keys + key * a->width, a->width) : -INFINITY;
-        /* A score that is no number must come through, so it is not passed over. */
-        most = scores[key] <= most ? most : scores[key];
+        most = greater_of(most, scores[key]);
     }
     if (most == -INFINITY)
         return;
@@ -105,7 +107,16 @@ static void attend_block(
         total += scores[key];
     *sum = *sum * fading + total;
     *greatest = most;
-    mix(mixed, fading, scores, values, count, a->width);
+    /* What is not seen is not read: its value may be no number, which times 0 is none either. */
+    float left = fading;
+    for (int64_t key = 0, from; key < count; key++) {
+        for (from = key; key < count && scores[key] != 0; key++)
+            ;
+        if (key == from)
+            continue;
+        mix(mixed, left, scores + from, values + from * a->width, key - from, a->width);
+        left = 1;
+    }
 }
 
 /* The keys from `first` to `last` of a head, for all queries that share it. */
@@ -138,8 +149,7 @@ static void join(const Attention *a, Shares shares, int64_t count, int64_t parts
 {
     float greatest = -INFINITY, sum = 0;
     for (int64_t part = 0; part < parts; part++) {
-        const float here = shares.greatest[part * count + query];
-        greatest = here <= greatest ? greatest : here;
+        greatest = greater_of(greatest, shares.greatest[part * count + query]);
     }
     float *first = shares.mixed + query * a->width;
     for (int64_t part = 0; part < parts; part++) {
@@ -156,7 +166,7 @@ static void join(const Attention *a, Shares shares, int64_t count, int64_t parts
         if (a->is_wide)
             ((float *)a->out)[to + j] = value;
         else
-            ((bfloat16 *)a->out)[to + j] = rounded(value);
+            ((bfloat16 *)a->out)[to + j] = narrowed(value);
     }
 }
 

@@ -16,7 +16,7 @@ static void put_at(void *values, int is_wide, int64_t at, float value)
     if (is_wide)
         ((float *)values)[at] = value;
     else
-        ((bfloat16 *)values)[at] = rounded(value);
+        ((bfloat16 *)values)[at] = narrowed(value);
 }
 
 /* RMSNorm of rows (rows, width), with `weight` (width) of the same type. */
@@ -88,7 +88,8 @@ M1_EXPORT void m1_gate(const void *gate, const void *up, int is_wide, int64_t co
 {
     for (int64_t i = 0; i < count; i++) {
         const float g = value_at(gate, is_wide, i);
-        const float away = exponential(g < 0 ? g : -g); /* at most 1 */
+        /* e^-|g|, at most 1; exponential() ends at e^-87, which a large g would make much of. */
+        const float away = g < -87 ? 0 : exponential(g < 0 ? g : -g);
         const float sigmoid = (g < 0 ? away : 1) / (1 + away);
         put_at(out, is_wide, i, g * sigmoid * value_at(up, is_wide, i));
     }
