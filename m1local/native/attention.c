@@ -1,5 +1,5 @@
 /* Attention of a few new tokens over a cache of keys and values as it lies: 32 or 16 bits, or bytes
- * with a scale for each 32 of them (m1local/kv_blocks.py).
+ * with a scale for each 32 of them (m1local/kv_store.py).
  *
  * The keys are taken in blocks that stay in the cache, and every block once, for all heads that
  * share it; what is known of the greatest score so far is mended as it rises (arXiv 1805.02867). A
@@ -109,6 +109,15 @@ INLINE void mix(
         }
 }
 
+INLINE int sees(const Attention *a, int64_t position, int64_t key_position)
+{
+    const int64_t distance = position - key_position;
+    return distance >= 0 && (a->window == 0 || distance < a->window);
+}
+
+/* The greater; no number if either is none. */
+INLINE float greater_of(float a, float b) { return a >= b || a != a ? a : b; }
+
 /* Scores become weights, and what was known fades by what is returned. */
 static float weigh(
     const Attention *a, int64_t position, const int64_t *key_positions, int64_t count,
@@ -116,11 +125,9 @@ static float weigh(
 {
     float most = *greatest, total = 0;
     for (int64_t key = 0; key < KEYS; key++) {
-        const int64_t distance = key < count ? position - key_positions[key] : -1;
-        if (distance < 0 || (a->window != 0 && distance >= a->window))
+        if (key >= count || !sees(a, position, key_positions[key]))
             scores[key] = -INFINITY;
-        /* A score that is no number must come through, so it is not passed over. */
-        most = scores[key] <= most ? most : scores[key];
+        most = greater_of(most, scores[key]);
     }
     if (most == -INFINITY) {
         memset(scores, 0, KEYS * sizeof *scores);
@@ -153,6 +160,29 @@ INLINE void attend_block(
     mix(shares.mixed + (first + query) * a->width, fading, scores, values, count, a->width, n);
 }
 
+/* Values that none of the rows of queries from `row` to `end` sees count as zeros: no number, times a
+ * weight of 0, would be none either. */
+static void hide(const Attention *a, const int64_t *key_positions, int64_t count, int64_t row,
+                 int64_t end, float *values)
+{
+    for (int64_t key = 0; key < count; key++) {
+        int seen = 0;
+        for (int64_t at = row; at < end; at++)
+            seen |= sees(a, a->query_positions[at], key_positions[key]);
+        if (!seen)
+            memset(values + key * a->width, 0, (size_t)a->width * sizeof *values);
+    }
+}
+
+static int all_numbers(const float *values, int64_t count)
+{
+    float zero = 0;
+#pragma omp simd reduction(+ : zero)
+    for (int64_t i = 0; i < count; i++)
+        zero += values[i] * 0.0f;
+    return zero == 0;
+}
+
 /* The keys from `first` to `last` of a head, for all queries that share it. */
 static void attend_share(const Attention *a, int64_t head, int64_t first, int64_t last,
                          const float *queries, float *room, Shares shares, int64_t share)
@@ -170,11 +200,19 @@ static void attend_share(const Attention *a, int64_t head, int64_t first, int64_
         const int64_t *positions = a->key_positions + key;
         load_values(a->k, a->k_scales, a->kind, from, here * width, keys);
         load_values(a->v, a->v_scales, a->kind, from, here * width, values);
+        hide(a, positions, here, 0, a->rows, values);
         const int64_t left = last - key - here, next = left < KEYS ? left : KEYS;
         await(a->k, a->kind, from + here * width, next * width);
         await(a->v, a->kind, from + here * width, next * width);
         memset(keys + here * width, 0, (size_t)((KEYS - here) * width) * sizeof(float));
         int64_t query = 0;
+        if (a->rows > 1 && !all_numbers(values, here * width)) /* each with what it sees itself */
+            for (; query < count; query++) {
+                const int64_t row = query % a->rows;
+                load_values(a->v, a->v_scales, a->kind, from, here * width, values);
+                hide(a, positions, here, row, row + 1, values);
+                attend_block(a, queries, query, positions, keys, values, here, shares, at, 1);
+            }
         for (; query + MOST_QUERIES <= count; query += MOST_QUERIES)
             attend_block(a, queries, query, positions, keys, values, here, shares, at,
                          MOST_QUERIES);
@@ -189,8 +227,7 @@ static void join(const Attention *a, Shares shares, int64_t count, int64_t parts
 {
     float greatest = -INFINITY, sum = 0;
     for (int64_t part = 0; part < parts; part++) {
-        const float here = shares.greatest[part * count + query];
-        greatest = here <= greatest ? greatest : here;
+        greatest = greater_of(greatest, shares.greatest[part * count + query]);
     }
     float *first = shares.mixed + query * a->width;
     for (int64_t part = 0; part < parts; part++) {
@@ -207,7 +244,7 @@ static void join(const Attention *a, Shares shares, int64_t count, int64_t parts
         if (a->is_wide)
             ((float *)a->out)[to + j] = value;
         else
-            ((bfloat16 *)a->out)[to + j] = rounded(value);
+            ((bfloat16 *)a->out)[to + j] = narrowed(value);
     }
 }
 

@@ -112,6 +112,15 @@ static inline bfloat16 rounded(float wide)
     return (bfloat16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+/* The nearest bfloat16 of what is computed, as torch rounds: what is too large is infinite, and what
+ * is no number stays none. */
+static inline bfloat16 narrowed(float wide)
+{
+    uint32_t bits;
+    memcpy(&bits, &wide, sizeof bits);
+    return wide == wide ? (bfloat16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+}
+
 /* 1 / scale, or 0 where that would overflow: all codes are then the middle one. */
 static inline float inverse_of(float scale)
 {

@@ -19,7 +19,7 @@ INLINE void put_at(void *values, int is_wide, int64_t at, float value)
     if (is_wide)
         ((float *)values)[at] = value;
     else
-        ((bfloat16 *)values)[at] = rounded(value);
+        ((bfloat16 *)values)[at] = narrowed(value);
 }
 
 INLINE void norm_row(const void *x, const void *weight, int is_wide, int64_t first, int64_t width,
@@ -97,7 +97,8 @@ INLINE void gate_values(
 #pragma omp simd
     for (int64_t i = first; i < last; i++) {
         const float g = value_at(gate, is_wide, i);
-        const float away = exponential(g < 0 ? g : -g); /* at most 1 */
+        /* e^-|g|, at most 1; exponential() ends at e^-87, which a large g would make much of. */
+        const float away = g < -87 ? 0 : exponential(g < 0 ? g : -g);
         const float sigmoid = (g < 0 ? away : 1) / (1 + away);
         put_at(out, is_wide, i, g * sigmoid * value_at(up, is_wide, i));
     }
