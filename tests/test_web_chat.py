@@ -126,8 +126,11 @@ def test_editing_an_earlier_question_asks_it_anew_and_keeps_the_old(
     window.until(lambda: window.idle and len(window.questions) == 1, "it was not asked anew")
     window.ended(1)
     assert path(page)[0].content == "first changed"
-    window.until(lambda: window.texts(".user-row .m1-flip span") == ["2/2"], "no version to flip")
-    window.click(".user-row .m1-flip button")
+    window.until(
+        lambda: window.texts(".message-buttons-right .m1-flip span") == ["2/2"],
+        "no version to flip",
+    )
+    window.click(".message-buttons-right .m1-flip button")
     window.until(lambda: window.questions == ["first", "second"], "the old version did not come")
     assert [message.content for message in path(page)][::2] == ["first", "second"]
 

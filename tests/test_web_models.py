@@ -29,7 +29,7 @@ def panel(m1_home: Path, tmp_path: Path) -> Iterator[Any]:
     with History.open() as store:
         desk = Desk(engine, tmp_path / "tiny", "tiny", engine.defaults, store)
         with gradio.Blocks(analytics_enabled=False):
-            parts = layout.build(desk, accepted=True)
+            parts = layout.build(desk)
         yield Models(desk, parts)
 
 

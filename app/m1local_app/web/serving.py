@@ -26,8 +26,10 @@ HOST = "127.0.0.1"
 HERE = Path(__file__).parent
 FONTS = ("system-ui", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")
 MONOSPACE = ("ui-monospace", "Consolas", "monospace")
-# Scripts and styles are Gradio's own and partly inline; what it shows may come from here alone.
+# Scripts and styles are Gradio's own and partly inline; all of it comes from here alone.
 CONTENT_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; font-src 'self' data:; worker-src 'self' blob:; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; connect-src 'self'; "
     "frame-src 'none'; object-src 'none'; form-action 'self'; base-uri 'self'"
 )
