@@ -9,12 +9,9 @@ import pytest
 from m1local.engine import Engine
 from m1local_app.history import History
 from tests.conftest import write_checkpoint
+from tests.web_page import MARKS
 
-pytestmark = [
-    pytest.mark.slow,
-    # Deprecations between gradio and the libraries it brings are theirs to mend.
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture
@@ -33,8 +30,14 @@ def panel(m1_home: Path, tmp_path: Path) -> Iterator[Any]:
         yield Models(desk, parts)
 
 
+class Request:
+    """What a handler needs of a browser's request."""
+
+    session_hash = "one"
+
+
 def said(steps: Iterator[Any], panel: Any) -> list[str]:
-    return [step[panel._parts.work] for step in steps]
+    return [step[panel._parts.work] for step in steps if panel._parts.work in step]
 
 
 def test_a_local_folder_is_quantized_and_then_talked_to(panel: Any, tmp_path: Path) -> None:
@@ -43,7 +46,7 @@ def test_a_local_folder_is_quantized_and_then_talked_to(panel: Any, tmp_path: Pa
     before = list(tab.conversation.send("hello"))
     assert before
     kept = tab.conversation.id
-    lines = said(panel.quantize(str(tmp_path / "tiny"), "int8"), panel)
+    lines = said(panel.quantize(str(tmp_path / "tiny"), "int8", Request()), panel)
     assert any("Quantizing to int8" in line for line in lines)
     name = next(folder.name for folder in (tmp_path / "home" / "models").iterdir())
     assert name in lines[-1]
@@ -62,7 +65,7 @@ def test_what_is_no_checkpoint_is_one_line(
     panel: Any, source: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (line,) = said(panel.quantize(source, recipe), panel)
+    (line,) = said(panel.quantize(source, recipe, Request()), panel)
     assert "m1-error" in line
     assert "Traceback" not in line
 

@@ -31,6 +31,12 @@ WAIT_SECONDS = 0.25
 class Models(Keeping):
     """The events of the model panel, and all others."""
 
+    def look(self) -> Iterator[Shown]:
+        """Say that facts are gathered, which takes a moment the first time; then show them."""
+        waiting = _line(tr("Looking at the model and this machine …"))
+        yield {self._parts.model: waiting}
+        yield self.show()
+
     def show(self) -> Shown:
         """Facts about the model and this machine, and what else is kept."""
         desk = self._desk

@@ -148,7 +148,7 @@ def _drawer_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
     on(p.reset.click, handlers.reset, None, [*p.form, p.preset])
     on(p.preset.input, handlers.preset, p.preset, p.form[0])
     model = [p.model, p.kept]
-    on(p.model_panel.expand, handlers.show, None, model)
+    on(p.model_panel.expand, handlers.look, None, model)
     on(p.switch.click, handlers.switch, p.kept, [*model, p.work, *p.form, p.bar, *first])
     begun = [p.work, p.kept, p.quantize, p.cancel]
     on(p.quantize.click, handlers.quantize, [p.source, p.recipe], begun)

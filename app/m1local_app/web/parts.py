@@ -5,6 +5,7 @@ the look (page.css).
 """
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -170,8 +171,9 @@ def _main(desk: Desk) -> dict[str, Any]:
         made["stop"] = gr.Button(
             tr("Stop"), variant="stop", elem_id="stop", visible=False, min_width=0, scale=0
         )
-    caution = tr("Not a doctor: answers are often wrong. Nothing leaves this machine.")
-    gr.HTML(apply_default_css=False, value=f'<p class="m1-caution">{caution}</p>')
+    cautions = tr("Not a doctor: answers are often wrong."), tr("Nothing leaves this machine.")
+    spans = " ".join(f"<span>{escape(text)}</span>" for text in cautions)
+    gr.HTML(apply_default_css=False, value=f'<p class="m1-caution">{spans}</p>')
     return made
 
 
