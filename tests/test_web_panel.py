@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m1local_app.history import History
-from tests.web_page import LABEL, MARKS, Served, Window
+from tests.web_page import LABEL, MARKS, Served, Window, keep
 
 pytestmark = MARKS
 CONTEXT_TOKENS, ANSWER_TOKENS = 1024, 12
@@ -28,13 +28,6 @@ return arguments[0].flatMap(selector => [...document.querySelectorAll(selector)]
     return [selector, (a + .05) / (b + .05)];
   }));
 """
-
-
-def keep(store: History, question: str, answer: str) -> int:
-    identifier = store.begin()
-    first = store.add(identifier, "user", question, parent=None)
-    store.add(identifier, "assistant", answer, parent=first, finish="stop")
-    return identifier
 
 
 def test_conversations_are_listed_found_opened_and_renamed(

@@ -231,6 +231,14 @@ class Window:
         self.browser.quit()
 
 
+def keep(store: History, question: str, answer: str) -> int:
+    """A stored conversation of one question."""
+    identifier = store.begin()
+    first = store.add(identifier, "user", question, parent=None)
+    store.add(identifier, "assistant", answer, parent=first, finish="stop")
+    return identifier
+
+
 def accept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the home know that the notices were accepted."""
     monkeypatch.setenv("M1_HOME", str(home))
