@@ -17,6 +17,7 @@ from m1local.model import M1Model
 from m1local.tokenizer import M1Tokenizer
 from m1local_app import language
 
+pytest.register_assert_rewrite("tests.web_page")
 pytest_plugins = ("tests.web_fixtures",)
 torch.set_num_threads(1)  # matrices this small are slower with more
 

@@ -10,7 +10,7 @@ import pytest
 from m1local import home
 from m1local_app import notices
 from m1local_quantize import pipeline
-from tests.conftest import write_checkpoint
+from tests.conftest import TINY, write_checkpoint
 from tests.web_page import MARKS, Served, SlowEngine, Window, accept
 
 pytestmark = MARKS
@@ -29,7 +29,8 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """An original to be quantized."""
-    write_checkpoint(tmp_path / "original", endless=True)
+    wide = TINY | {"max_position_embeddings": 8192}
+    write_checkpoint(tmp_path / "original", wide, endless=True)
     return tmp_path / "original"
 
 
@@ -72,8 +73,7 @@ def test_quantizing_waits_for_its_turn_and_the_result_is_talked_to(
     assert notices.is_accepted(made.name)
     says(panel, f"Now talking to {made.name}")
     assert "int4" in panel.texts("#model")[0]
-    panel.ask("and now?", answers=2)
-    panel.stop()
+    panel.send("and now?", answers=2)
     latest = page.store.latest()
     assert latest is not None
     models = [message.model for message in page.store.path(latest.id)]
@@ -133,6 +133,7 @@ def test_closing_the_page_ends_its_quantizing(
     panel.until(lambda: ended, "it goes on though nobody looks")
     with page.desk.turnstile.ticket() as ticket:
         panel.until(lambda: ticket.ahead() == 0, "the line does not move")
+    panel.browser.get_log("browser")  # of the connection that was cut
 
 
 def test_what_cannot_be_quantized_is_said(panel: Window) -> None:

@@ -5,6 +5,7 @@ that Gradio knows about.
 """
 
 import contextlib
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Desk:
     given: frozenset[str] = frozenset()  # settings that the command line gave
     turnstile: Turnstile = field(default_factory=Turnstile)
     tabs: Tabs = field(init=False)
+    _choosing: threading.Lock = field(default_factory=threading.Lock)
     form: Form = field(init=False)  # as last chosen; a reloaded page begins with it
 
     def __post_init__(self) -> None:
@@ -59,6 +61,20 @@ class Desk:
 
     def choose(self, form: Form) -> None:
         """Let pages begin with `form` from now on, after a restart too if anything is kept."""
+        with self._choosing:
+            self._choose(form)
+
+    def choose_system(self, text: str) -> None:
+        """The same of the system prompt alone."""
+        with self._choosing:
+            self._choose(replace(self.form, system=text))
+
+    def choose_others(self, form: Form) -> None:
+        """The same of all but the system prompt."""
+        with self._choosing:
+            self._choose(replace(form, system=self.form.system))
+
+    def _choose(self, form: Form) -> None:
         self.form = form
         if self.store is not None:
             remembered.remember(self.label, form, self.defaults(), given=self.given)

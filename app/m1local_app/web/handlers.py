@@ -6,7 +6,6 @@ What it is not: the model's work (answers.py), or the look of anything (views.py
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +193,7 @@ class Handlers:
 
     def choose_system(self, text: str | None) -> None:
         """Begin conversations with this system prompt from now on."""
-        self._desk.choose(replace(self._desk.form, system=(text or "").strip()))
+        self._desk.choose_system((text or "").strip())
 
     def choose(self, *form: Any) -> None:
         """Answer by these settings from now on; what cannot be is said when it is used.
@@ -204,7 +203,7 @@ class Handlers:
         with contextlib.suppress(M1Error):
             wanted = Form.read(form)
             wanted.settings(self._desk.settings)
-            self._desk.choose(replace(wanted, system=self._desk.form.system))
+            self._desk.choose_others(wanted)
 
     def accept(self) -> Shown:
         """Record that the notices were accepted, and show the page."""

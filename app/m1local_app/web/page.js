@@ -47,7 +47,8 @@
     language(button) {
       const at = location.pathname.replace(/\/(en|zh)\/?$/, "").replace(/\/$/, "");
       const second = /\/(en|zh)\/?$/.test(location.pathname);
-      kept("m1-language", button.dataset.to);
+      const year = 365 * 24 * 3600;  // for the server, which answers / in that language
+      document.cookie = `m1-language=${button.dataset.to}; path=/; max-age=${year}; samesite=strict`;
       location.assign((second ? at || "/" : `${at}/${button.dataset.to}`) + location.search);
     },
   };
@@ -157,7 +158,7 @@
     planned = true;
     requestAnimationFrame(() => {
       planned = false;
-      for (const step of [language, draw, versions, announce, focus]) step();
+      for (const step of [draw, versions, announce, focus]) step();
     });
   }
 
@@ -175,22 +176,11 @@
     });
   }
 
-  // The address / is in the language of the server; who chose the other one comes back to it.
-  let spoken = "";
-  function language() {
-    const other = one("[data-do=language]")?.dataset.to;
-    if (spoken || !other) return;
-    const here = spoken = other === "zh" ? "en" : "zh";
-    document.documentElement.lang = here === "zh" ? "zh-Hans" : "en";
-    const wanted = kept("m1-language");
-    if (wanted && wanted !== here && !/\/(en|zh)\/?$/.test(location.pathname)) {
-      location.replace(`${location.pathname.replace(/\/$/, "")}/${wanted}${location.search}`);
-    }
-  }
-
   function begin() {
     const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
     colours(kept("m1-theme") || (dark ? "dark" : "light"));
+    const [, named] = /\/(en|zh)\/?$/.exec(location.pathname) || [];
+    document.documentElement.lang = (named || window.m1Language) === "zh" ? "zh-Hans" : "en";
     panels.side = wide();
     draw();
     plain();
