@@ -1,4 +1,4 @@
-"""How fast a loaded model is: tokens per second of prompts and of answers, and of what the memory can.
+"""How fast a loaded model is: tokens per second of prompts and answers, beside the memory's speed.
 
 What it is: prompts of random tokens read, and single tokens fed, with so much context before them;
 each repeated, beside the bandwidth of the same minute. What it is not: about quality or text; the
@@ -113,7 +113,7 @@ def _begin_at(engine: Engine, depth: int) -> None:
 
 
 def bytes_of_token(engine: Engine, case: Case) -> int:
-    """Bytes read for a token in the middle of the case: all weights but the embedding, and its keys."""
+    """Bytes read for a token in the middle of the case: weights but the embedding, and keys."""
     model = engine.model
     tensors = [*model.named_parameters(), *model.named_buffers()]
     weights = sum(t.nbytes for name, t in tensors if not name.startswith(EMBEDDING))

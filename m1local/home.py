@@ -48,3 +48,8 @@ def licences() -> Path:
 def native() -> Path:
     """What was compiled on this machine for it."""
     return home() / "native"
+
+
+def settings() -> Path:
+    """What was chosen on the page, by checkpoint."""
+    return home() / "settings.toml"

@@ -21,6 +21,8 @@ from m1local_app import language
 if not torch.cuda.is_available():  # before Triton is imported: its kernels are then interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest.register_assert_rewrite("tests.web_page")
+pytest_plugins = ("tests.web_fixtures",)
 torch.set_num_threads(1)  # matrices this small are slower with more
 
 ROOT = Path(__file__).parent.parent

@@ -50,7 +50,7 @@ RUNTIME_ORDER = (
     ("generation_config", "text_stream", "context"),
     ("contexts", "generate", "placement"),
     ("engine",),
-    ("chat",),
+    ("chat", "benchmark"),
 )
 FILE_LINES = 400
 FUNCTION_LINES = 40

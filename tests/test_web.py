@@ -19,13 +19,9 @@ from m1local.errors import M1Error
 from m1local_app import notices
 from m1local_app.cli import cli
 from tests.conftest import write_checkpoint
-from tests.web_page import ANSWER_TOKENS, LABEL, PATIENCE_SECONDS, Served, SlowEngine, Window
+from tests.web_page import ANSWER_TOKENS, LABEL, MARKS, PATIENCE_SECONDS, Served, SlowEngine, Window
 
-pytestmark = [
-    pytest.mark.slow,
-    # Deprecations between gradio and the libraries it brings are theirs to mend.
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +34,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served.close()
 
 
-@pytest.fixture(scope="module")
-def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
-    opened = Window(tmp_path_factory.mktemp("downloads"))
-    yield opened
-    opened.close()
+@pytest.fixture
+def accepted(m1_home: Path) -> None:
+    """Of somebody who was here before."""
+    notices.accept(LABEL)
 
 
 def client(page: Served) -> Any:
@@ -57,7 +52,17 @@ def test_the_page_is_on_loopback_only(page: Served) -> None:
     assert page.blocks.analytics_enabled is False
 
 
-def test_the_api_streams_and_cancelling_stops_the_model(page: Served) -> None:
+def test_a_program_is_not_answered_before_the_notices_are_accepted(
+    page: Served, m1_home: Path
+) -> None:
+    before = len(page.model.passes)
+    with pytest.raises(Exception, match="are not accepted yet"):
+        client(page).predict("hello", api_name="/chat")
+    assert len(page.model.passes) == before
+    assert page.store.conversations() == []
+
+
+def test_the_api_streams_and_cancelling_stops_the_model(page: Served, accepted: None) -> None:
     job = client(page).submit("hello", api_name="/chat")
     until = time.monotonic() + PATIENCE_SECONDS
     while len(job.outputs()) < 5:
@@ -73,7 +78,7 @@ def test_the_api_streams_and_cancelling_stops_the_model(page: Served) -> None:
     assert page.store.path(kept.id)[-1].finish == "cancelled"
 
 
-def test_a_prompt_that_is_too_long_is_one_clear_error(page: Served) -> None:
+def test_a_prompt_that_is_too_long_is_one_clear_error(page: Served, accepted: None) -> None:
     with pytest.raises(Exception, match="The prompt has"):
         client(page).predict("hello " * 9000, api_name="/chat")
 
@@ -133,22 +138,25 @@ def test_a_page_with_a_password_shows_nothing_without_it(tmp_path: Path) -> None
 
 
 def test_the_first_visit_shows_the_notices_and_records_that_they_were_accepted(
-    page: Served, window: Window, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    page: Served, opened: Window, m1_home: Path
 ) -> None:
-    monkeypatch.setenv("M1_HOME", str(tmp_path))
-    window.browser.get(page.url)
-    window.until(lambda: window.shown("#welcome button"), "no notice came")
-    text = window.texts("#welcome")[0]
+    opened.browser.get(page.url)
+    opened.until(lambda: opened.shown("#welcome button"), "no notice came")
+    text = opened.texts("#welcome")[0]
     assert "no medical advice" in text
     assert LABEL in text
-    assert not window.shown("#shell")
-    window.click("#welcome button")
-    window.until(lambda: window.shown("#box textarea"), "the page never came")
+    assert opened.texts("#welcome summary") == ["The licence as it came with the model"]
+    assert not opened.shown("#shell")
+    opened.click("#welcome > button, #welcome button.primary")
+    opened.until(lambda: opened.shown("#box textarea"), "the page never came")
     assert notices.is_accepted(LABEL)
     assert any(name.startswith("accepted") for name in json.loads(home.licences().read_text()))
-    window.ask("hello", answers=1)
-    window.stop()
-    window.assert_private_and_quiet()
+    opened.ask("hello", answers=1)
+    opened.stop()
+    opened.browser.refresh()  # accepted once is accepted
+    opened.until(lambda: opened.shown("#box textarea"), "the page never came back")
+    assert not opened.shown("#welcome")
+    opened.assert_private_and_quiet()
 
 
 def test_an_acceptance_is_of_one_model(m1_home: Path) -> None:
@@ -158,11 +166,11 @@ def test_an_acceptance_is_of_one_model(m1_home: Path) -> None:
     assert not notices.is_accepted("another")
 
 
-def test_the_page_cannot_share_a_conversation(window: Window) -> None:
-    assert not window.shown("button[aria-label*='hare'], button[title*='hare']")
+def test_the_page_cannot_share_a_conversation(opened: Window) -> None:
+    assert not opened.shown("button[aria-label*='hare'], button[title*='hare']")
 
 
-def test_an_image_in_an_answer_is_not_fetched_from_elsewhere(page: Served, window: Window) -> None:
+def test_an_image_in_an_answer_is_not_fetched_from_elsewhere(page: Served, opened: Window) -> None:
     asked: list[str] = []
 
     class Other(http.server.BaseHTTPRequestHandler):
@@ -176,7 +184,7 @@ def test_an_image_in_an_answer_is_not_fetched_from_elsewhere(page: Served, windo
         thread.start()
         address = f"http://127.0.0.1:{other.server_port}/leak?q=secret"
         script = "const i = new Image(); i.src = arguments[0]; document.body.append(i)"
-        window.js(script, address)
+        opened.js(script, address)
         time.sleep(2)
         other.shutdown()
         thread.join()
@@ -191,6 +199,7 @@ def test_a_base_model_continues_what_is_typed(tmp_path: Path, m1_home: Path) -> 
 
     model.engine = Engine.load(model.folder)
     assert not model.engine.generation.is_chat
+    notices.accept(LABEL)
     served = Served(model, tmp_path, tokens=8)
     try:
         assert client(served).predict("The heart", api_name="/chat")

@@ -1,59 +1,18 @@
 """The conversation on the page, in a real headless Chromium."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from m1local_app.history import StoredMessage
-from tests.web_page import PATIENCE_SECONDS, Served, SlowEngine, Window, accept
+from tests.web_page import MARKS, PATIENCE_SECONDS, Served, SlowEngine, Window, accept
 
-pytestmark = [
-    pytest.mark.slow,
-    # Deprecations between gradio and the libraries it brings are theirs to mend.
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = MARKS
 STOPPED_SECONDS = 0.3
 RETRY = "#chat button[aria-label=Retry]"
 UNDO = "#chat button[aria-label=Undo]"
 EDIT = "#chat button[aria-label=Edit]"
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        accept(folder, patch)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def model(home: Path) -> SlowEngine:
-    pytest.importorskip("gradio", reason="the page needs gradio")
-    return SlowEngine(home / "model")
-
-
-@pytest.fixture(scope="module")
-def page(home: Path, model: SlowEngine) -> Iterator[Served]:
-    served = Served(model, home)
-    yield served
-    served.close()
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
-    window = Window(tmp_path_factory.mktemp("downloads"))
-    yield window
-    window.close()
-
-
-@pytest.fixture
-def window(page: Served, opened: Window) -> Window:
-    """A new conversation, with the settings the page was started with."""
-    page.desk.form = page.desk.defaults()
-    opened.open(page.url)
-    return opened
 
 
 def path(page: Served) -> list[StoredMessage]:
@@ -61,12 +20,12 @@ def path(page: Served) -> list[StoredMessage]:
     return [] if latest is None else page.store.path(latest.id)
 
 
-def short(page: Served, window: Window) -> None:
+def short(window: Window) -> None:
     """From now on an answer ends after a few tokens."""
     field = "#length input"
     if not window.shown(field):
         window.click("[data-do=drawer]")
-    window.type(field, "\ue009a\ue00012\t")
+    window.fill(field, "12")
     window.click("[data-do=drawer]")
 
 
@@ -92,7 +51,6 @@ def test_an_answer_streams_stops_at_once_and_another_follows(page: Served, windo
     assert window.questions[1] == "and now?"
     assert window.js("return document.querySelectorAll('#chat .user script').length") == 0
     assert [message.finish for message in path(page)][1::2] == ["cancelled", "cancelled"]
-    window.assert_private_and_quiet()
 
 
 def test_escape_stops(page: Served, window: Window) -> None:
@@ -104,7 +62,7 @@ def test_escape_stops(page: Served, window: Window) -> None:
 
 
 def test_shift_enter_makes_a_line_and_enter_sends_both(page: Served, window: Window) -> None:
-    short(page, window)
+    short(window)
     window.type("#box textarea", "one\ue008\n\ue000two\n")
     window.ended(1)
     assert path(page)[0].content == "one\ntwo"
@@ -113,11 +71,9 @@ def test_shift_enter_makes_a_line_and_enter_sends_both(page: Served, window: Win
 def test_editing_an_earlier_question_asks_it_anew_and_keeps_the_old(
     page: Served, window: Window
 ) -> None:
-    short(page, window)
-    window.type("#box textarea", "first\n")
-    window.ended(1)
-    window.type("#box textarea", "second\n")
-    window.ended(2)
+    short(window)
+    window.send("first", answers=1)
+    window.send("second", answers=2)
     window.js(f"document.querySelectorAll('{EDIT}')[0].click()")
     field = "#chat textarea"
     window.until(lambda: window.shown(field), "no field to edit in")
@@ -126,16 +82,18 @@ def test_editing_an_earlier_question_asks_it_anew_and_keeps_the_old(
     window.until(lambda: window.idle and len(window.questions) == 1, "it was not asked anew")
     window.ended(1)
     assert path(page)[0].content == "first changed"
-    window.until(lambda: window.texts(".user-row .m1-flip span") == ["2/2"], "no version to flip")
-    window.click(".user-row .m1-flip button")
+    window.until(
+        lambda: window.texts(".message-buttons-right .m1-flip span") == ["2/2"],
+        "no version to flip",
+    )
+    window.click(".message-buttons-right .m1-flip button")
     window.until(lambda: window.questions == ["first", "second"], "the old version did not come")
     assert [message.content for message in path(page)][::2] == ["first", "second"]
 
 
 def test_a_retry_keeps_the_old_answer_as_a_version_to_flip_to(page: Served, window: Window) -> None:
-    short(page, window)
-    window.type("#box textarea", "hello\n")
-    window.ended(1)
+    short(window)
+    window.send("hello", answers=1)
     first = path(page)[-1]
     window.click(RETRY)
     window.until(lambda: window.texts(".m1-flip span") == ["2/2"], "no version to flip")
@@ -150,9 +108,8 @@ def test_a_retry_keeps_the_old_answer_as_a_version_to_flip_to(page: Served, wind
 
 
 def test_undo_brings_the_question_back(page: Served, window: Window) -> None:
-    short(page, window)
-    window.type("#box textarea", "take me back\n")
-    window.ended(1)
+    short(window)
+    window.send("take me back", answers=1)
     window.click(UNDO)
     window.until(lambda: window.questions == [], "the question stays")
     assert window.js("return document.querySelector('#box textarea').value") == "take me back"
@@ -160,15 +117,13 @@ def test_undo_brings_the_question_back(page: Served, window: Window) -> None:
 
 
 def test_a_reload_shows_the_same_conversation_and_it_goes_on(page: Served, window: Window) -> None:
-    short(page, window)
-    window.type("#box textarea", "remember me\n")
-    window.ended(1)
+    short(window)
+    window.send("remember me", answers=1)
     window.until(lambda: "?c=" in window.browser.current_url, "the address names nothing")
     window.browser.refresh()
     window.until(lambda: window.questions == ["remember me"], "the reload forgot it")
     assert len(window.answers) == 1
-    window.type("#box textarea", "more\n")
-    window.ended(2)
+    window.send("more", answers=2)
     assert [message.content for message in path(page)][::2] == ["remember me", "more"]
 
 
@@ -222,23 +177,22 @@ def test_an_error_is_one_line_and_the_question_comes_back(page: Served, window: 
     value = "return document.querySelector('#box textarea').value.length"
     window.until(lambda: window.js(value) > 50000, "the question is gone")
     window.until(lambda: window.idle, "the stop button stays")
-    window.assert_private_and_quiet()
 
 
 def test_after_a_restart_of_the_server_the_page_goes_on(
-    home: Path,
+    web_home: Path,
     page: Served,
     model: SlowEngine,
     window: Window,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    accept(home, monkeypatch)
+    accept(web_home, monkeypatch)
     window.ask("before the restart", answers=1)
     window.stop()
     window.until(lambda: "?c=" in window.browser.current_url, "the address names nothing")
     address, port = window.browser.current_url, page.port
     page.blocks.close()
-    again = Served(model, home, port=port)
+    again = Served(model, web_home, port=port)
     try:
         until = time.monotonic() + PATIENCE_SECONDS
         window.browser.get(address)

@@ -8,13 +8,11 @@ import pytest
 
 from m1local.engine import Engine
 from m1local_app.history import History
+from m1local_app.kept import size_text
 from tests.conftest import write_checkpoint
+from tests.web_page import MARKS
 
-pytestmark = [
-    pytest.mark.slow,
-    # Deprecations between gradio and the libraries it brings are theirs to mend.
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture
@@ -29,12 +27,18 @@ def panel(m1_home: Path, tmp_path: Path) -> Iterator[Any]:
     with History.open() as store:
         desk = Desk(engine, tmp_path / "tiny", "tiny", engine.defaults, store)
         with gradio.Blocks(analytics_enabled=False):
-            parts = layout.build(desk, accepted=True)
+            parts = layout.build(desk)
         yield Models(desk, parts)
 
 
+class Request:
+    """What a handler needs of a browser's request."""
+
+    session_hash = "one"
+
+
 def said(steps: Iterator[Any], panel: Any) -> list[str]:
-    return [step[panel._parts.work] for step in steps]
+    return [step[panel._parts.work] for step in steps if panel._parts.work in step]
 
 
 def test_a_local_folder_is_quantized_and_then_talked_to(panel: Any, tmp_path: Path) -> None:
@@ -42,18 +46,18 @@ def test_a_local_folder_is_quantized_and_then_talked_to(panel: Any, tmp_path: Pa
     tab = desk.tab("one")
     before = list(tab.conversation.send("hello"))
     assert before
-    kept = tab.conversation.id
-    lines = said(panel.quantize(str(tmp_path / "tiny"), "int8"), panel)
+    kept, first = tab.conversation.id, desk.engine
+    lines = said(panel.quantize(str(tmp_path / "tiny"), "int8", Request()), panel)
     assert any("Quantizing to int8" in line for line in lines)
     name = next(folder.name for folder in (tmp_path / "home" / "models").iterdir())
     assert name in lines[-1]
     assert said(panel.switch(name), panel)[-1].count(name) == 1
     assert desk.label == name
-    assert desk.engine is not tab.conversation.session.engine
-    again = desk.tab("one")  # the same conversation, with the other model
-    assert again.conversation.session.engine is desk.engine
-    assert again.conversation.id == kept
-    assert list(again.conversation.send("more"))
+    assert desk.engine is not first
+    # The same conversation at once, with the other model; the first one is held by nobody.
+    assert tab.conversation.session.engine is desk.engine
+    assert tab.conversation.id == kept
+    assert list(tab.conversation.send("more"))
     assert "int8" in panel.show()[panel._parts.model]
 
 
@@ -62,9 +66,27 @@ def test_what_is_no_checkpoint_is_one_line(
     panel: Any, source: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (line,) = said(panel.quantize(source, recipe), panel)
+    (line,) = said(panel.quantize(source, recipe, Request()), panel)
     assert "m1-error" in line
     assert "Traceback" not in line
+
+
+def test_what_is_kept_nowhere_goes_on_with_the_other_model_too(panel: Any) -> None:
+    desk = panel._desk
+    desk.store = None
+    tab = desk.tab("one")
+    list(tab.conversation.send("hello"))
+    said(panel.switch("m1-tiny"), panel)
+    assert tab.conversation.session.engine is desk.engine
+    assert [message.role for message in tab.conversation.session.messages] == ["user", "assistant"]
+
+
+def test_memory_is_planned_by_the_loaded_tensors(panel: Any) -> None:
+    engine = panel._desk.engine
+    weights = sum(each.nbytes for each in engine.model.state_dict().values())
+    planned = panel._planned()
+    assert f"weights {size_text(weights)}" in planned
+    assert f"one context {size_text(engine.context.cache.nbytes)}" in planned
 
 
 def test_a_model_that_is_gone_leaves_the_old_one(panel: Any) -> None:

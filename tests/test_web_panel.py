@@ -2,22 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from m1local_app.history import History
-from tests.web_page import LABEL, Served, SlowEngine, Window, accept
+from tests.web_page import LABEL, MARKS, Served, Window, keep
 
-pytestmark = [
-    pytest.mark.slow,
-    # Deprecations between gradio and the libraries it brings are theirs to mend.
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = MARKS
+CONTEXT_TOKENS, ANSWER_TOKENS = 1024, 12
 CONTRAST = """
 const seen = (c) => { const m = c.match(/[\\d.]+/g).map(Number); return m.length > 3 && m[3] < 1
   ? null : m.slice(0, 3).map(v => c.startsWith('color(') ? v * 255 : v); };
@@ -36,69 +30,6 @@ return arguments[0].flatMap(selector => [...document.querySelectorAll(selector)]
 """
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        accept(folder, patch)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def page(home: Path) -> Iterator[Served]:
-    pytest.importorskip("gradio", reason="the page needs gradio")
-    served = Served(SlowEngine(home / "model", 1024), home, tokens=12)
-    yield served
-    served.close()
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def opened(downloads: Path) -> Iterator[Window]:
-    window = Window(downloads)
-    yield window
-    window.close()
-
-
-@pytest.fixture
-def store(page: Served) -> History:
-    for one in page.store.conversations():
-        page.store.delete(one.id)
-    page.store.purge()
-    return page.store
-
-
-def keep(store: History, question: str, answer: str) -> int:
-    identifier = store.begin()
-    first = store.add(identifier, "user", question, parent=None)
-    store.add(identifier, "assistant", answer, parent=first, finish="stop")
-    return identifier
-
-
-@pytest.fixture
-def window(page: Served, store: History, opened: Window) -> Window:
-    """A new conversation, and nothing kept."""
-    page.desk.form = page.desk.defaults()
-    opened.open(page.url)
-    return opened
-
-
-def unfold(window: Window, panel: str) -> None:
-    """Open an accordion."""
-    window.js("document.querySelector(arguments[0] + ' > button').click()", panel)
-
-
-def upload(window: Window, path: Path) -> None:
-    from selenium.webdriver.common.by import By
-
-    window.js("document.querySelector('#main input[type=file]').value = ''")
-    window.browser.find_element(By.CSS_SELECTOR, "#main input[type=file]").send_keys(str(path))
-
-
 def test_conversations_are_listed_found_opened_and_renamed(
     page: Served, store: History, window: Window
 ) -> None:
@@ -113,13 +44,12 @@ def test_conversations_are_listed_found_opened_and_renamed(
     window.click("#list button")
     window.until(lambda: window.questions == ["高血压是什么?"], "it was not opened")
     assert window.answers == ["血压长期升高。"]
-    unfold(window, "#this")
+    window.unfold("#this")
     window.type("#title input, #title textarea", "\ue009a\ue000血压 <i>x</i>\n")
     window.until(lambda: store.conversation(chinese).title == "血压 <i>x</i>", "not renamed")
     window.until(lambda: "血压 <i>x</i>" in window.texts("#list span"), "the list is old")
     window.click("#new")
     window.until(lambda: window.questions == [], "no new conversation")
-    window.assert_private_and_quiet()
 
 
 def test_deleting_can_be_taken_back_and_purging_cannot(
@@ -128,7 +58,7 @@ def test_deleting_can_be_taken_back_and_purging_cannot(
     kept = keep(store, "delete me", "yes")
     window.open(f"{page.url}?c={kept}")
     window.until(lambda: window.questions == ["delete me"], "it was not opened")
-    unfold(window, "#this")
+    window.unfold("#this")
     window.click("#delete")
     window.until(lambda: store.conversations() == [], "it was not deleted")
     window.until(lambda: window.shown("#deleted button"), "it cannot be taken back")
@@ -137,7 +67,7 @@ def test_deleting_can_be_taken_back_and_purging_cannot(
     assert len(store.conversations()) == 1
     window.click("#delete")
     window.until(lambda: store.conversations() == [], "it was not deleted")
-    unfold(window, "#bin-panel")
+    window.unfold("#bin-panel")
     window.until(lambda: window.texts("#bin span") == ["delete me"], "it is not in the bin")
     keep(store, "another", "one")
     window.click("#purge")
@@ -151,19 +81,19 @@ def test_deleting_can_be_taken_back_and_purging_cannot(
 
 
 def test_a_conversation_is_saved_in_three_formats(
-    page: Served, store: History, window: Window, downloads: Path
+    page: Served, store: History, window: Window
 ) -> None:
     kept = keep(store, "save me <script>", "saved")
     window.open(f"{page.url}?c={kept}")
     window.until(lambda: len(window.questions) == 1, "it was not opened")
-    unfold(window, "#this")
+    window.unfold("#this")
     for name, suffix in (("markdown", "md"), ("html", "html"), ("json", "json")):
         window.click(f"#export-{name}")
-        file = downloads / f"m1-{kept}.{suffix}"
+        file = window.downloads / f"m1-{kept}.{suffix}"
         window.until(file.is_file, f"no {file.name} came")
         assert "save me" in window.until(partial(file.read_text, "utf-8"), "it is empty")
-    assert "save me <script>" not in (downloads / f"m1-{kept}.html").read_text("utf-8")
-    assert json.loads((downloads / f"m1-{kept}.json").read_text("utf-8"))["id"] == kept
+    assert "save me <script>" not in (window.downloads / f"m1-{kept}.html").read_text("utf-8")
+    assert json.loads((window.downloads / f"m1-{kept}.json").read_text("utf-8"))["id"] == kept
     assert not list(page.desk.folder.parent.rglob("*.html"))
 
 
@@ -174,9 +104,8 @@ def test_settings_and_presets_make_the_answer_and_are_reset(
     window.type("#preset input", "Explain\n")
     value = "return document.querySelector('#system textarea').value"
     window.until(lambda: "patient" in window.js(value), "the preset wrote nothing")
-    window.type("#seed input", "\ue009a\ue0007\t")
-    window.type("#box textarea", "hello\n")
-    window.ended(1)
+    window.fill("#seed input", "7")
+    window.send("hello", answers=1)
     latest = store.latest()
     assert latest is not None
     assert "patient" in latest.system
@@ -184,7 +113,7 @@ def test_settings_and_presets_make_the_answer_and_are_reset(
     assert "length limit" in window.texts(".m1-notice")[0]
     window.click("#reset")
     window.until(lambda: window.js(value) == "", "nothing was reset")
-    window.type("#length input", "\ue009a\ue0000\t")
+    window.fill("#length input", "0")
     window.type("#box textarea", "and now?\n")
     window.until(lambda: window.texts(".m1-error"), "a wrong value was taken")
 
@@ -196,21 +125,20 @@ def test_a_file_is_attached_with_its_tokens_or_refused_with_a_reason(
     (tmp_path / name).write_text("blood pressure 140 <C_A> fine", encoding="utf-8")
     (tmp_path / "large.txt").write_text("hello " * 3000)
     (tmp_path / "blob.txt").write_bytes(b"\0\1\2" * 9)
-    upload(window, tmp_path / "large.txt")
+    window.upload(tmp_path / "large.txt")
     window.until(lambda: window.texts(".m1-error"), "it was not refused")
     assert "are left of the context" in window.texts(".m1-error")[0]
-    upload(window, tmp_path / "blob.txt")
+    window.upload(tmp_path / "blob.txt")
     window.until(lambda: "is no text" in "".join(window.texts(".m1-error")), "it was not refused")
-    upload(window, tmp_path / name)
+    window.upload(tmp_path / name)
     window.until(lambda: window.texts(".m1-chip"), "it was not attached")
     assert "tokens" in window.texts(".m1-chip small")[0]
     assert window.js("return document.querySelectorAll('#chips img, #chat img').length") == 0
     window.click(".m1-chip button")
     window.until(lambda: not window.texts(".m1-chip"), "it stays")
-    upload(window, tmp_path / name)
+    window.upload(tmp_path / name)
     window.until(lambda: window.texts(".m1-chip"), "it was not attached again")
-    window.type("#box textarea", "What does it say?\n")
-    window.ended(1)
+    window.send("What does it say?", answers=1)
     latest = store.latest()
     assert latest is not None
     asked = store.path(latest.id)[0].content
@@ -220,7 +148,6 @@ def test_a_file_is_attached_with_its_tokens_or_refused_with_a_reason(
     kept = [path for path in uploads.rglob("*") if path.is_file()]
     assert not [path for path in kept if b"blood pressure" in path.read_bytes()]
     assert not window.texts(".m1-chip")
-    window.assert_private_and_quiet()
 
 
 def test_both_languages_are_pages_that_change_into_each_other(
@@ -231,16 +158,14 @@ def test_both_languages_are_pages_that_change_into_each_other(
     window.click("[data-do=language]")
     window.until(lambda: window.texts("#send") == ["发送"], "no Chinese came")
     window.until(lambda: window.questions == ["stay"], "the conversation was lost")
-    window.type("#box textarea", "你好\n")
-    window.ended(2)
+    window.send("你好", answers=2)
     assert "词元/秒" in window.texts(".m1-facts")[0]
     window.click("[data-do=language]")
     window.until(lambda: window.texts("#send") == ["Send"], "no English came")
 
 
 def test_light_and_dark_can_be_read_and_are_remembered(window: Window, page: Served) -> None:
-    window.type("#box textarea", "I have chest pain\n")
-    window.ended(1)
+    window.send("I have chest pain", answers=1)
     window.click("[data-do=drawer]")
     selectors = [
         "#send", "#new", "#chat .user .prose p", "#chat .bot .prose p", ".m1-facts > span",
@@ -330,7 +255,7 @@ def test_everything_to_press_has_a_name(window: Window) -> None:
 
 def test_the_model_panel_says_what_one_talks_to(window: Window) -> None:
     window.click("[data-do=drawer]")
-    unfold(window, "#model-panel")
+    window.unfold("#model-panel")
     window.until(lambda: window.texts("#model dd"), "no facts came")
     assert LABEL in window.texts("#model dd")
     text = window.texts("#model")[0]

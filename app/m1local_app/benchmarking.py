@@ -82,7 +82,7 @@ def run(
 
 
 def held_bytes() -> int:
-    """Anonymous and shared memory of this process where the system tells, else all that is resident.
+    """Anonymous and shared memory of this process where the system tells, else all resident.
 
     Pages of mapped files, which can be dropped at any time, do not count on Linux.
     """
@@ -151,8 +151,8 @@ def as_text(engine: "Engine", found: Sequence["Measured"]) -> str:
         for one in found
     ]
     said = tr(
-        "{weights} of weights, {cache} of context; {held} of memory held; {speed} GB/s can be read; "
-        "{device}, {threads} threads",
+        "{weights} of weights, {cache} of context; {held} of memory held; {speed} GB/s can be "
+        "read; {device}, {threads} threads",
         weights=size_text(_weight_bytes(engine)),
         cache=size_text(engine.context.cache.nbytes),
         held=size_text(held_bytes()),

@@ -171,9 +171,22 @@ def serve_page(
         context_tokens=wanted.context_tokens,
         gpu_layers=gpu_layers(wanted.gpu_layers),
         kv_type=wanted.kv_type,
+        given=_given(wanted),
     )
     user, _, password = (auth or "").partition(":")
     serve(desk, host=host, port=port, browser=browser, auth=(user, password) if auth else None)
+
+
+def _given(wanted: EngineOptions) -> frozenset[str]:
+    """The page's settings that the command line gives, so that it wins over what was chosen."""
+    from m1local_app.web.forms import NAMES
+
+    given = {name for name in wanted.changes() if name in NAMES}
+    if wanted.system or wanted.system_file:
+        given.add("system")
+    if wanted.overflow != EngineOptions().overflow:
+        given.add("overflow")
+    return frozenset(given)
 
 
 def check_host(host: str, auth: str | None) -> None:

@@ -32,6 +32,7 @@ def follow(desk: Desk, tab: Tab, start: Callable[[], Iterator[Event]]) -> Iterat
 
     Closing it, or `tab.stop()`, ends the work before the next token.
     """
+    desk.check_accepted()
     progress = tab.begin()
     try:
         with desk.turnstile.ticket() as ticket:

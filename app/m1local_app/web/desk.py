@@ -4,18 +4,23 @@ What it is: the one place that makes conversations and changes the model. What i
 that Gradio knows about.
 """
 
+import contextlib
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from m1local.chat import ChatSession
+from m1local.chat import ChatSession, Turn
 from m1local.engine import Engine
 from m1local.errors import M1Error
 from m1local.generate import GenerationSettings
 from m1local.kv_store import FLOAT
 from m1local.placement import GpuLayers
+from m1local_app import notices
 from m1local_app.conversation import Conversation
 from m1local_app.conversing import checkpoint_id
 from m1local_app.history import History
+from m1local_app.language import tr
+from m1local_app.web import remembered
 from m1local_app.web.forms import Form
 from m1local_app.web.tabs import Tab, Tabs
 from m1local_app.web.turnstile import Turnstile
@@ -35,22 +40,68 @@ class Desk:
     context_tokens: int | None = None
     gpu_layers: GpuLayers = 0
     kv_type: str = FLOAT
+    given: frozenset[str] = frozenset()  # settings that the command line gave
     turnstile: Turnstile = field(default_factory=Turnstile)
     tabs: Tabs = field(init=False)
-    form: Form = field(init=False)  # as last sent; a reloaded page begins with it
+    _choosing: threading.Lock = field(default_factory=threading.Lock)
+    form: Form = field(init=False)  # as last chosen; a reloaded page begins with it
 
     def __post_init__(self) -> None:
         """Begin with no tab."""
+        self.form = self._recalled()
         self.tabs = Tabs(lambda: Tab(self.conversation()))
-        self.form = self.defaults()
+
+    def _recalled(self) -> Form:
+        """What was chosen last for this checkpoint, unless the command line says otherwise."""
+        usual = self.defaults()
+        if self.store is None:
+            return usual
+        before = remembered.recall(self.label, usual, self.settings)
+        return replace(before, **{name: getattr(usual, name) for name in self.given})
 
     def defaults(self) -> Form:
         """The settings the page was started with: the model's, and the command line's."""
         return Form.of(self.settings, system=self.system, overflow=self.overflow)
 
+    def choose(self, form: Form) -> None:
+        """Let pages begin with `form` from now on, after a restart too if anything is kept."""
+        with self._choosing:
+            self._choose(form)
+
+    def choose_system(self, text: str) -> None:
+        """The same of the system prompt alone."""
+        with self._choosing:
+            self._choose(replace(self.form, system=text))
+
+    def choose_others(self, form: Form) -> None:
+        """The same of all but the system prompt."""
+        with self._choosing:
+            self._choose(replace(form, system=self.form.system))
+
+    def _choose(self, form: Form) -> None:
+        self.form = form
+        if self.store is not None:
+            remembered.remember(self.label, form, self.defaults(), given=self.given)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether licence and medical notice were accepted for the present model."""
+        return notices.is_accepted(self.label)
+
+    def check_accepted(self) -> None:
+        """Raise M1Error where they were not: nobody is answered before."""
+        if not self.accepted:
+            raise M1Error(
+                tr(
+                    "Licence and medical notice of {label} are not accepted yet: open this page "
+                    "in a browser, or load it again, and accept them.",
+                    label=self.label,
+                )
+            )
+
     def conversation(self) -> Conversation:
         """An empty conversation with the present model."""
-        session = ChatSession(self.engine, system=self.system, settings=self.settings)
+        session = ChatSession(self.engine, system=self.form.system, settings=self.settings)
         return Conversation(
             session, self.store, label=self.label, checkpoint=checkpoint_id(self.folder)
         )
@@ -58,9 +109,6 @@ class Desk:
     def tab(self, session: str | None, shown: str = "") -> Tab:
         """The tab of `session`; one that this server does not know opens what it shows."""
         tab, new = self.tabs.of(session or "")
-        if not new and tab.conversation.session.engine is not self.engine:
-            shown = str(tab.conversation.id or "")
-            tab.conversation, new = self.conversation(), True
         if new and shown.isdecimal() and self.store is not None:
             try:
                 tab.conversation.open(int(shown))
@@ -80,4 +128,17 @@ class Desk:
         loop_guard = self.settings.loop_guard
         self.engine, self.folder, self.label = engine, folder, label
         self.settings = replace(changed, loop_guard=loop_guard)
-        self.form = self.defaults()
+        self.given = frozenset()
+        self.form = self._recalled()
+        for tab in self.tabs.all():
+            tab.conversation = self._renewed(tab.conversation)
+
+    def _renewed(self, before: Conversation) -> Conversation:
+        """The same conversation with the present model, which reads its words anew."""
+        again = self.conversation()
+        if before.id is not None:
+            with contextlib.suppress(M1Error):  # deleted meanwhile; it begins anew
+                again.open(before.id)
+        else:  # kept nowhere
+            again.session.restore([Turn(turn.message) for turn in before.session.turns])
+        return again

@@ -5,7 +5,7 @@ or the check of a value, which m1local.sampling does.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any, Self
 
 from m1local.chat import Overflow
@@ -117,6 +117,9 @@ class Form:
     def values(self) -> tuple[Any, ...]:
         """One value for each field, in order."""
         return astuple(self)
+
+
+NAMES = tuple(each.name for each in fields(Form))
 
 
 def preset(name: str) -> str:

@@ -4,6 +4,7 @@ What it is: between Gradio's events and a tab's conversation; errors become the 
 What it is not: the model's work (answers.py), or the look of anything (views.py).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from m1local.chat import Turn
 from m1local.errors import ContextLengthError, M1Error
 from m1local.generate import Event
 from m1local.tokenizer import Message
-from m1local_app import notices
+from m1local_app import describe, notices
 from m1local_app.language import tr
+from m1local_app.red_flags import advice
 from m1local_app.web import answers, attachments, views
 from m1local_app.web.attachments import Attachment
 from m1local_app.web.desk import Desk
 from m1local_app.web.forms import Form, preset
 from m1local_app.web.parts import Parts
-from m1local_app.web.tabs import SHOWN_TURNS, Tab
+from m1local_app.web.tabs import SHOWN_TURNS, Progress, Tab
 
 Shown = dict[Any, Any]  # a component, and what it shows from now on
 
@@ -40,8 +42,8 @@ class Handlers:
         """A tab was opened, or reloaded, at the address of conversation `shown`, perhaps none."""
         self._desk.tabs.drop(request.session_hash or "")
         tab = self._desk.tab(request.session_hash, shown or "")
-        form = dict(zip(self._parts.form, self._desk.form.values, strict=True))
-        return form | self._whole(tab) | {self._parts.bin: self._bin()} | self._system(tab)
+        page = self._whole(tab) | {self._parts.bin: self._bin()} | self._notices()
+        return self._form() | page | self._system(tab)
 
     def send(self, text: str, current: str, request: gr.Request, *form: Any) -> Iterator[Shown]:
         """Ask what is in the box, with the attached files."""
@@ -180,21 +182,33 @@ class Handlers:
 
     def reset(self) -> Shown:
         """Go back to the model's own settings, and those of the command line."""
-        self._desk.form = self._desk.defaults()
-        values = dict(zip(self._parts.form, self._desk.form.values, strict=True))
-        return values | {self._parts.preset: None}
+        self._desk.choose(self._desk.defaults())
+        return self._form() | {self._parts.preset: None}
 
     def preset(self, name: str | None) -> str:
         """The system prompt of a preset."""
-        return preset(name or "")
+        text = preset(name or "")
+        self.choose_system(text)
+        return text
+
+    def choose_system(self, text: str | None) -> None:
+        """Begin conversations with this system prompt from now on."""
+        self._desk.choose_system((text or "").strip())
+
+    def choose(self, *form: Any) -> None:
+        """Answer by these settings from now on; what cannot be is said when it is used.
+
+        The system prompt beside them may be that of an old conversation: it is not meant.
+        """
+        with contextlib.suppress(M1Error):
+            wanted = Form.read(form)
+            wanted.settings(self._desk.settings)
+            self._desk.choose_others(wanted)
 
     def accept(self) -> Shown:
         """Record that the notices were accepted, and show the page."""
         notices.accept(self._desk.label)
-        return {
-            self._parts.welcome: gr.update(visible=False),
-            self._parts.shell: gr.update(visible=True),
-        }
+        return self._notices()
 
     # what all have in common
 
@@ -206,11 +220,11 @@ class Handlers:
         start: Callable[[], Iterator[Event]],
         end: Callable[[], Shown] = dict,
     ) -> Iterator[Shown]:
-        parts = self._parts
-        before, asked = (
-            views.messages(turns[tab.frame(len(turns)) :]),
-            turns[-1].message.content if turns else "",
-        )
+        parts, asked = self._parts, turns[-1].message.content if turns else ""
+        before = views.messages(turns[tab.frame(len(turns)) :])
+        urgent = advice(asked)
+        # Advice is not kept waiting for the first word of an answer.
+        waiting = before if urgent is None else [*before, views.answer(asked, "")]
 
         def begin() -> Iterator[Event]:
             self._apply(tab, form)
@@ -218,19 +232,21 @@ class Handlers:
 
         try:
             yield {
-                parts.chat: before, parts.chips: "",
+                parts.chat: waiting, parts.chips: "",
                 parts.send: gr.update(visible=False), parts.stop: gr.update(visible=True),
             }  # fmt: skip
             for text in answers.follow(self._desk, tab, begin):
                 if tab.silent:
                     return
-                shown = [*before, views.answer(asked, text)] if text else before
+                shown = [*before, views.answer(asked, text)] if text else waiting
                 yield {parts.chat: shown, parts.status: self._status(tab)}
         except ContextLengthError:
             tab.progress.error = self._too_long()
         except M1Error as error:
             tab.progress.error = str(error)
         if not tab.silent:
+            if urgent is not None and tab.progress.error:
+                tab.progress.notices.append(urgent)
             yield self._whole(tab) | end()
 
     def _asked_of(self, tab: Tab, text: str) -> Iterator[Event]:
@@ -247,7 +263,6 @@ class Handlers:
         session.overflow = wanted.policy
         if wanted.system != session.system:
             tab.conversation.set_system(wanted.system)
-        self._desk.form = wanted
 
     def _too_long(self) -> str:
         return tr(
@@ -282,13 +297,41 @@ class Handlers:
             parts.chips: views.attached(tab.files),
             parts.send: gr.update(visible=True),
             parts.stop: gr.update(visible=False),
-        }
+        } | self._bar()
+
+    def _bar(self) -> Shown:
+        """The model's name at the top, which another tab may have changed."""
+        return {self._parts.bar: views.bar(self._desk.label)}
+
+    def _anew(self, tab: Tab) -> Shown:
+        """Begin another conversation in `tab`, with the system prompt that was chosen last."""
+        tab.conversation.clear()
+        tab.conversation.session.system = self._desk.form.system
+        tab.progress, tab.shown_turns = Progress(), SHOWN_TURNS
+        return self._whole(tab) | self._system(tab)
 
     def _system(self, tab: Tab) -> Shown:
         """The system prompt of the open conversation, in the form."""
-        if tab.conversation.id is None:
-            return {}
         return {self._parts.form[0]: tab.conversation.session.system}
+
+    def _form(self) -> Shown:
+        """The settings as chosen last."""
+        return dict(zip(self._parts.form, self._desk.form.values, strict=True))
+
+    def _notices(self) -> Shown:
+        """The page, or what must be accepted before it is shown."""
+        parts, accepted = self._parts, self._desk.accepted
+        return {
+            parts.notices: views.welcome(self._desk.label, self._licence()),
+            parts.welcome: gr.update(visible=not accepted),
+            parts.shell: gr.update(visible=accepted),
+        }
+
+    def _licence(self) -> str:
+        try:
+            return describe.licence(self._desk.folder)
+        except OSError:
+            return ""
 
     def _bin(self) -> str:
         store = self._desk.store

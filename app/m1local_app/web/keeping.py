@@ -25,11 +25,7 @@ class Keeping(Handlers):
     def new(self, current: str, request: gr.Request) -> Shown:
         """Begin a new conversation."""
         tab = self._calm(request, current)
-        tab.conversation.clear()
-        tab.shown_turns = SHOWN_TURNS
-        tab.conversation.session.system = self._desk.form.system
-        tab.deleted = None
-        return self._whole(tab) | {self._parts.deleted: "", self._parts.box: ""}
+        return self._anew(tab) | {self._parts.deleted: "", self._parts.box: ""}
 
     def open(self, current: str, request: gr.Request, clicked: gr.EventData) -> Shown:
         """Open the conversation that was clicked."""
@@ -72,9 +68,7 @@ class Keeping(Handlers):
             store.delete(identifier)
         except M1Error as error:
             return self._failed(tab, error)
-        tab.conversation.clear()
-        tab.deleted = identifier
-        return self._whole(tab) | self._binned(identifier)
+        return self._anew(tab) | self._binned(identifier)
 
     def restore(self, current: str, request: gr.Request, clicked: gr.EventData) -> Shown:
         """Take a conversation out of the bin, and open it."""
@@ -101,8 +95,7 @@ class Keeping(Handlers):
             store.purge()
         except M1Error as error:
             return self._whole(tab) | self._failed(tab, error)
-        tab.conversation.clear()
-        return self._whole(tab) | self._binned(None) | {self._parts.purge_sure: False}
+        return self._anew(tab) | self._binned(None) | {self._parts.purge_sure: False}
 
     def exporter(self, name: str) -> Callable[..., Shown]:
         """An event's handler that makes a file of the open conversation, in the format `name`.

@@ -4,6 +4,8 @@ What it is: facts, a change of the checkpoint when nobody is being answered, and
 folder with the pipeline's own events. What it is not: fetching; that is the command line's.
 """
 
+import contextlib
+import itertools
 import time
 from collections.abc import Iterator
 from html import escape
@@ -17,8 +19,10 @@ from m1local_app import describe, doctor, kept, library
 from m1local_app.kept import size_text
 from m1local_app.language import tr
 from m1local_app.options import Chosen
+from m1local_app.web import views
 from m1local_app.web.handlers import Shown
 from m1local_app.web.keeping import Keeping
+from m1local_app.web.tabs import Tab
 
 SHOWN_GROUPS = ("device", "kernels", "memory")
 WAIT_SECONDS = 0.25
@@ -26,6 +30,12 @@ WAIT_SECONDS = 0.25
 
 class Models(Keeping):
     """The events of the model panel, and all others."""
+
+    def look(self) -> Iterator[Shown]:
+        """Say that facts are gathered, which takes a moment the first time; then show them."""
+        waiting = _line(tr("Looking at the model and this machine …"))
+        yield {self._parts.model: waiting}
+        yield self.show()
 
     def show(self) -> Shown:
         """Facts about the model and this machine, and what else is kept."""
@@ -35,11 +45,9 @@ class Models(Keeping):
             licence = describe.licence(desk.folder)
         except (M1Error, OSError) as error:
             facts, licence = [(tr("name"), desk.label), (tr("error"), str(error))], ""
-        used = size_text(psutil.Process().memory_info().rss)
-        context = desk.engine.context.cache.nbytes
         facts += [
-            (tr("memory used"), used),
-            (tr("of it one context"), size_text(context)),
+            (tr("memory used"), size_text(psutil.Process().memory_info().rss)),
+            (tr("memory planned"), self._planned()),
             *((doctor.label(fact.name), fact.value) for fact in doctor.examine(offline=True)
               if fact.group in SHOWN_GROUPS),
         ]  # fmt: skip
@@ -53,6 +61,21 @@ class Models(Keeping):
             self._parts.model: text,
             self._parts.kept: gr.update(choices=names, value=None),
         }
+
+    def _planned(self) -> str:
+        """What the model, one context and the program take, by the loaded tensors' sizes."""
+        from m1local_quantize.fit import WORKSPACE_BYTES
+
+        engine = self._desk.engine
+        tensors = itertools.chain(engine.model.parameters(), engine.model.buffers())
+        weights, context = sum(each.nbytes for each in tensors), engine.context.cache.nbytes
+        return tr(
+            "{total}: weights {weights}, one context {context}, program and workspace {rest}",
+            total=size_text(weights + context + WORKSPACE_BYTES),
+            weights=size_text(weights),
+            context=size_text(context),
+            rest=size_text(WORKSPACE_BYTES),
+        )
 
     def switch(self, name: str | None) -> Iterator[Shown]:
         """Talk to another kept checkpoint, as soon as nobody is being answered."""
@@ -71,19 +94,33 @@ class Models(Keeping):
         except M1Error as error:
             yield {work: _line(str(error), error=True)}
             return
-        form = dict(zip(self._parts.form, desk.form.values, strict=True))
-        done = _line(tr("Now talking to {name}.", name=name))
-        yield self.show() | form | {work: done}
+        done = {work: _line(tr("Now talking to {name}.", name=name))}
+        yield self.show() | self._form() | self._notices() | self._bar() | done
 
-    def quantize(self, source: str, recipe_name: str) -> Iterator[Shown]:
-        """Quantize a folder of this machine into the kept checkpoints."""
-        work = self._parts.work
+    def quantize(self, source: str, recipe_name: str, request: gr.Request) -> Iterator[Shown]:
+        """Quantize a folder of this machine into the kept checkpoints, when it is one's turn."""
+        parts, tab = self._parts, self._desk.tab(request.session_hash)
+        tab.cancelled.clear()
+        buttons = {parts.quantize: gr.update(visible=False), parts.cancel: gr.update(visible=True)}
         try:
-            yield from self._quantized((source or "").strip(), recipe_name)
+            for shown in self._quantized((source or "").strip(), recipe_name, tab):
+                yield shown | buttons
+            end: Shown = {}
         except M1Error as error:
-            yield {work: _line(str(error), error=True)}
+            end = {parts.work: _line(str(error), error=True)}
+        if tab.cancelled.is_set():
+            text = tr("Stopped. What was done is kept; Quantize goes on with it.")
+            end = {parts.work: _line(text)}
+        yield end | {
+            parts.quantize: gr.update(visible=True), parts.cancel: gr.update(visible=False)
+        }  # fmt: skip
 
-    def _quantized(self, source: str, recipe_name: str) -> Iterator[Shown]:
+    def cancel(self, request: gr.Request) -> None:
+        """End the quantizing under way."""
+        if (tab := self._desk.tabs.known(request.session_hash or "")) is not None:
+            tab.cancelled.set()
+
+    def _quantized(self, source: str, recipe_name: str, tab: Tab) -> Iterator[Shown]:
         from m1local_quantize.pipeline import quantize_checkpoint
         from m1local_quantize.recipe import Recipe
         from m1local_quantize.text import CALIBRATION, SHIPPED
@@ -93,47 +130,62 @@ class Models(Keeping):
             raise CheckpointError(tr("There is no folder {name} on this machine.", name=source))
         recipe, chosen = Recipe.find(recipe_name), Chosen(folder, folder.resolve().name)
         recipe.check_closed()
-        target = library.kept_folder(chosen, recipe)
-        if not (target / "m1local.json").is_file():
-            events = quantize_checkpoint(
-                folder, target, recipe, text=SHIPPED, calibration=CALIBRATION
-            )
-            for text in _said(events, recipe_name):
-                yield {self._parts.work: _line(text)}
+        target, work = library.kept_folder(chosen, recipe), self._parts.work
+        # Like an answer, it has the machine to itself.
+        with self._desk.turnstile.ticket() as ticket:
+            while (ahead := ticket.ahead()) and not tab.cancelled.is_set():
+                yield {work: _line(views.waiting_line(ahead))}
+                ticket.wait(WAIT_SECONDS)
+            if not tab.cancelled.is_set() and not (target / "m1local.json").is_file():
+                events = quantize_checkpoint(
+                    folder, target, recipe, text=SHIPPED, calibration=CALIBRATION
+                )
+                for html in _drawn(events, recipe_name, tab):
+                    yield {work: html}
+        if tab.cancelled.is_set():
+            return
         names = [library.DEMO_NAME, *(each.name for each in _finished())]
         done = _line(tr("Done: {name}; it can be talked to now.", name=target.name))
-        yield {
-            self._parts.work: done,
-            self._parts.kept: gr.update(choices=names, value=target.name),
-        }
+        yield {work: done, self._parts.kept: gr.update(choices=names, value=target.name)}
 
 
-def _said(events: Iterator[object], recipe: str) -> Iterator[str]:
-    """The pipeline's events in words, a few times a second."""
+def _drawn(events: Iterator[object], recipe: str, tab: Tab) -> Iterator[str]:
+    """The pipeline's events in words and a bar, a few times a second, until `tab` cancels."""
     from m1local_quantize.certificate import StageMeasured
     from m1local_quantize.passage import TensorWritten
     from m1local_quantize.pipeline import Planned
 
-    total, share, measured, said_at = 1, 0.0, "", 0.0
-    for event in events:
-        if isinstance(event, Planned):
-            total = event.plan.source_bytes
-        elif isinstance(event, TensorWritten):
-            share = event.done_bytes / total
-        elif isinstance(event, StageMeasured):
-            measured = f"{event.done}/{event.total}"
-        if time.monotonic() - said_at >= WAIT_SECONDS:
-            said_at = time.monotonic()
-            yield tr(
-                "Quantizing to {recipe}: {share:.0%} written, measured {measured}",
-                recipe=recipe,
-                share=share,
-                measured=measured or "0",
-            )
+    total, share, measured, drawn_at = 1, 0.0, "0", 0.0
+    with contextlib.closing(events):  # type: ignore[type-var]  # a generator, typed as an iterator
+        for event in events:
+            if tab.cancelled.is_set():
+                return
+            if isinstance(event, Planned):
+                total = event.plan.source_bytes
+            elif isinstance(event, TensorWritten):
+                share = event.done_bytes / total
+            elif isinstance(event, StageMeasured):
+                measured = f"{event.done}/{event.total}"
+            if time.monotonic() - drawn_at >= WAIT_SECONDS:
+                drawn_at = time.monotonic()
+                text = tr(
+                    "Quantizing to {recipe}: {share:.0%} written, measured {measured}. Nobody is "
+                    "answered meanwhile; keep this page open.",
+                    recipe=recipe,
+                    share=share,
+                    measured=measured,
+                )
+                yield _bar(share, text)
 
 
 def _finished() -> list[Path]:
     return [folder for folder in kept.folders() if (folder / "m1local.json").is_file()]
+
+
+def _bar(share: float, text: str) -> str:
+    label = escape(tr("Quantizing"))
+    bar = f'<progress class="m1-progress" max="1" value="{share:.3f}" aria-label="{label}">'
+    return f'<div class="m1-notice">{bar}</progress><p>{escape(text)}</p></div>'
 
 
 def _line(text: str, *, error: bool = False) -> str:

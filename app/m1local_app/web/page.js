@@ -27,6 +27,9 @@
 
   // On the panels themselves: they come into the page later than this script.
   function draw() {
+    for (const fold of document.querySelectorAll("button.label-wrap")) {
+      fold.setAttribute("aria-expanded", String(fold.classList.contains("open")));
+    }
     for (const [name, open] of Object.entries(panels)) {
       one(`#${name}`)?.toggleAttribute("data-open", open);
       one(`[data-do="${name}"]`)?.setAttribute("aria-expanded", String(open));
@@ -44,11 +47,14 @@
     language(button) {
       const at = location.pathname.replace(/\/(en|zh)\/?$/, "").replace(/\/$/, "");
       const second = /\/(en|zh)\/?$/.test(location.pathname);
+      const year = 365 * 24 * 3600;  // for the server, which answers / in that language
+      document.cookie = `m1-language=${button.dataset.to}; path=/; max-age=${year}; samesite=strict`;
       location.assign((second ? at || "/" : `${at}/${button.dataset.to}`) + location.search);
     },
   };
 
   document.addEventListener("click", event => {
+    if (event.target.closest?.("button.label-wrap")) changed();
     const button = event.target.closest?.("[data-do]");
     if (button) actions[button.dataset.do]?.(button);
     // On a phone the list makes way for what was chosen from it.
@@ -57,8 +63,16 @@
     if (flip) window.m1Flip?.(Number(flip.dataset.index), Number(flip.dataset.flip));
   });
 
+  // Enter that ends the spelling of a Chinese word chooses it, and sends nothing.
+  for (const kind of ["keydown", "keypress"]) {
+    document.addEventListener(kind, event => {
+      const spelling = event.isComposing || event.keyCode === 229;
+      if (event.key === "Enter" && spelling) event.stopImmediatePropagation();
+    }, true);
+  }
+
   document.addEventListener("keydown", event => {
-    if (event.key !== "Escape") return;
+    if (event.key !== "Escape" || event.isComposing) return;
     const stop = one("#stop");
     if (stop?.offsetParent) stop.click();
     else if (!wide()) { panel("side", false); panel("drawer", false); }
@@ -89,10 +103,13 @@
     document.querySelectorAll("#chat .message-row").forEach((row, index) => {
       const shown = data.turns[index];
       const text = shown ? `${shown[0]}/${shown[1]}` : "";
-      let control = row.querySelector(".m1-flip");
-      if (!shown) { control?.remove(); return; }
-      if (control?.dataset.text === text && control.dataset.index === String(index)) return;
+      const below = row.nextElementSibling;
+      const place = below?.classList.contains("message-buttons") ? below : row;
+      let control = row.querySelector(".m1-flip") || place.querySelector(".m1-flip");
+      const same = control?.dataset.text === text && control.dataset.index === String(index);
+      if (shown && same && control.parentElement === place) return;
       control?.remove();
+      if (!shown) return;
       control = document.createElement("div");
       control.className = "m1-flip";
       control.dataset.text = text;
@@ -111,24 +128,69 @@
       middle.textContent = text;
       control.append(step(-1, "‹", data.before, shown[0] === 1), middle,
         step(1, "›", data.after, shown[0] === shown[1]));
-      row.append(control);
+      place.append(control);
     });
+  }
+
+  // What a screen reader says: notices as they come, and an answer once it is whole.
+  let live = null;
+  function announce() {
+    const busy = Boolean(one("#stop")?.offsetParent);
+    one("#chat [role=log]")?.setAttribute("aria-busy", String(busy));
+    const notes = [...document.querySelectorAll("#status .m1-notes p")];
+    const text = notes.map(note => note.textContent).join("\n");
+    if (live && live.textContent !== text) live.textContent = text;
+  }
+
+  // Stop and Send take each other's place; the one with the keyboard's focus leaves it nowhere.
+  let busy = false;
+  function focus() {
+    const was = busy;
+    busy = Boolean(one("#stop")?.offsetParent);
+    if (was && !busy && wide() && document.activeElement === document.body) {
+      one("#box textarea")?.focus();
+    }
   }
 
   let planned = false;
   function changed() {
     if (planned) return;
     planned = true;
-    requestAnimationFrame(() => { planned = false; draw(); versions(); });
+    requestAnimationFrame(() => {
+      planned = false;
+      for (const step of [draw, versions, announce, focus]) step();
+    });
+  }
+
+  // Nobody means the character that keeps a tag from being one (views.py) when copying.
+  function plain() {
+    const clipboard = navigator.clipboard;
+    if (!clipboard) return;
+    const write = clipboard.writeText.bind(clipboard);
+    clipboard.writeText = text => write(text.replaceAll("<\u2060", "<"));
+    document.addEventListener("copy", event => {
+      const text = String(getSelection());
+      if (!text.includes("<\u2060")) return;
+      event.clipboardData.setData("text/plain", text.replaceAll("<\u2060", "<"));
+      event.preventDefault();
+    });
   }
 
   function begin() {
     const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
     colours(kept("m1-theme") || (dark ? "dark" : "light"));
+    const [, named] = /\/(en|zh)\/?$/.exec(location.pathname) || [];
+    document.documentElement.lang = (named || window.m1Language) === "zh" ? "zh-Hans" : "en";
     panels.side = wide();
     draw();
-    document.documentElement.lang = /\/zh\/?$/.test(location.pathname) ? "zh-Hans" : document.documentElement.lang;
-    new MutationObserver(changed).observe(document.body, {childList: true, subtree: true, attributes: true, attributeFilter: ["data-versions"]});
+    plain();
+    live = document.createElement("div");
+    live.className = "m1-live";
+    live.setAttribute("aria-live", "polite");
+    document.body.append(live);
+    new MutationObserver(changed).observe(document.body, {
+      childList: true, subtree: true, attributes: true, attributeFilter: ["data-versions"],
+    });
   }
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", begin);
   else begin();

@@ -14,7 +14,6 @@ import gradio as gr
 from gradio.components.navbar import Navbar
 from gradio.events import api
 
-from m1local_app import notices
 from m1local_app.language import LANGUAGES, language, speaking
 from m1local_app.web import parts as layout
 from m1local_app.web.desk import Desk
@@ -32,12 +31,11 @@ def build(desk: Desk) -> gr.Blocks:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     first = language()
     page: gr.Blocks = gr.Blocks(title=f"m1local: {desk.label}", analytics_enabled=False)
-    accepted = notices.is_accepted(desk.label)
     with page:
-        _one(desk, first, accepted=accepted)
+        _one(desk, first)
     (other,) = (name for name in LANGUAGES if name != first)
     with page.route(other, f"/{other}", show_in_navbar=False):
-        _one(desk, other, accepted=accepted)
+        _one(desk, other)
     page.queue(default_concurrency_limit=None)
     return page
 
@@ -70,10 +68,10 @@ def spoken(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
     return whole
 
 
-def _one(desk: Desk, name: str, *, accepted: bool) -> None:
+def _one(desk: Desk, name: str) -> None:
     Navbar(visible=False)
     with speaking(name):
-        parts = layout.build(desk, accepted=accepted)
+        parts = layout.build(desk)
     handlers = Models(desk, parts)
 
     def on(
@@ -98,7 +96,7 @@ def _one(desk: Desk, name: str, *, accepted: bool) -> None:
 def _conversation(p: Any) -> list[Any]:
     """What shows the conversation."""
     return [
-        p.earlier, p.chat, p.status, p.chips, p.box, p.send, p.stop, p.versions, p.current,
+        p.bar, p.earlier, p.chat, p.status, p.chips, p.box, p.send, p.stop, p.versions, p.current,
         p.list, p.title,
     ]  # fmt: skip
 
@@ -109,7 +107,8 @@ def _chat_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
     shown = _conversation(p)
     slow = {"concurrency_limit": MOST_ANSWERS, "concurrency_id": "answers"}
     form = [p.current, *p.form]
-    on(context.load, handlers.load, p.current, [*shown, *p.form, p.bin], js=ADDRESS)
+    first = [p.notices, p.welcome, p.shell]
+    on(context.load, handlers.load, p.current, [*shown, *p.form, p.bin, *first], js=ADDRESS)
     context.unload(handlers.leave)
     asked = functools.partial(gr.on, [p.box.submit, p.send.click])
     on(asked, handlers.send, [p.box, *form], shown, **slow)
@@ -141,10 +140,16 @@ def _panel_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
 
 
 def _drawer_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
-    on(p.accept.click, handlers.accept, None, [p.welcome, p.shell])
+    first, system, others = [p.notices, p.welcome, p.shell], p.form[0], p.form[1:]
+    on(p.accept.click, handlers.accept, None, first)
+    chosen = functools.partial(gr.on, [field.input for field in others])
+    on(chosen, handlers.choose, p.form, None, trigger_mode="always_last")
+    on(system.input, handlers.choose_system, system, None, trigger_mode="always_last")
     on(p.reset.click, handlers.reset, None, [*p.form, p.preset])
     on(p.preset.input, handlers.preset, p.preset, p.form[0])
     model = [p.model, p.kept]
-    on(p.model_panel.expand, handlers.show, None, model)
-    on(p.switch.click, handlers.switch, p.kept, [*model, p.work, *p.form])
-    on(p.quantize.click, handlers.quantize, [p.source, p.recipe], [p.work, p.kept])
+    on(p.model_panel.expand, handlers.look, None, model)
+    on(p.switch.click, handlers.switch, p.kept, [*model, p.work, *p.form, p.bar, *first])
+    begun = [p.work, p.kept, p.quantize, p.cancel]
+    on(p.quantize.click, handlers.quantize, [p.source, p.recipe], begun)
+    on(p.cancel.click, handlers.cancel, None, None, queue=False)

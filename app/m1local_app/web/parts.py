@@ -10,8 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from m1local_app.language import language, tr
-from m1local_app.notices import medical_notice
+from m1local_app.language import tr
 from m1local_app.transcript import notice
 from m1local_app.web import views
 from m1local_app.web.desk import Desk
@@ -36,8 +35,10 @@ class Parts:
     """What handlers read and write."""
 
     welcome: Any
+    notices: Any
     accept: Any
     shell: Any
+    bar: Any
     current: Any
     versions: Any
     # the side panel
@@ -72,17 +73,21 @@ class Parts:
     source: Any
     recipe: Any
     quantize: Any
+    cancel: Any
     work: Any
 
 
-def build(desk: Desk, *, accepted: bool) -> Parts:
-    """Lay the page out, in the language that is spoken now."""
+def build(desk: Desk) -> Parts:
+    """Lay the page out, in the language that is spoken now.
+
+    Where the notices are not accepted yet, neither they nor the page show before it has loaded.
+    """
     made: dict[str, Any] = {}
-    with gr.Column(visible=not accepted, elem_id="welcome") as made["welcome"]:
-        gr.HTML(apply_default_css=False, value=_welcome(desk))
+    with gr.Column(visible=False, elem_id="welcome") as made["welcome"]:
+        made["notices"] = gr.HTML(apply_default_css=False, value="", elem_id="notices")
         made["accept"] = gr.Button(tr("I have read this and accept it"), variant="primary")
-    with gr.Column(visible=accepted, elem_id="shell") as made["shell"]:
-        gr.HTML(apply_default_css=False, value=_bar(desk), elem_id="bar")
+    with gr.Column(visible=desk.accepted, elem_id="shell") as made["shell"]:
+        made["bar"] = gr.HTML(apply_default_css=False, value=views.bar(desk.label), elem_id="bar")
         with gr.Row(elem_id="columns"):
             with gr.Column(elem_id="side", min_width=0):
                 made |= _side()
@@ -101,47 +106,6 @@ def build(desk: Desk, *, accepted: bool) -> Parts:
         js_on_load=FLIPS,
     )
     return Parts(**made)
-
-
-def _welcome(desk: Desk) -> str:
-    licence = tr(
-        "The weights of {label} are their maker's, under the licence they came with. For "
-        "Baichuan-M1 that is a community licence: free for research and personal use, commercial "
-        "use only by written permission.",
-        label=desk.label,
-    )
-    private = tr(
-        "Conversations are kept in one file on this machine, and nowhere else. You can delete them "
-        "for good at any time."
-    )
-    parts = [
-        ("h1", tr("Before you begin")),
-        ("h2", tr("Medical notice")), ("p", medical_notice()),
-        ("h2", tr("Licence")), ("p", licence),
-        ("h2", tr("Privacy")), ("p", private),
-    ]  # fmt: skip
-    body = "".join(f"<{tag}>{escape(text)}</{tag}>" for tag, text in parts)
-    return f'<div class="m1-welcome">{body}</div>'
-
-
-def _bar(desk: Desk) -> str:
-    other, name = ("en", "English") if language() == "zh" else ("zh", "中文")
-    buttons = "".join(
-        f'<button type="button" data-do="{do}" aria-label="{escape(text)}" title="{escape(text)}"'
-        f"{more}>{sign}</button>"
-        for do, text, sign, more in (
-            ("theme", tr("Light or dark"), "◐", ""),
-            ("drawer", tr("Settings and model"), "⚙", ' aria-expanded="false"'),
-        )
-    )
-    side = escape(tr("Conversations"))
-    return (
-        f'<header class="m1-bar"><button type="button" data-do="side" aria-label="{side}" '
-        f'title="{side}" aria-expanded="true">☰</button><strong>m1local</strong>'
-        f'<span class="m1-label">{escape(desk.label)}</span><span class="m1-gap"></span>'
-        f'<button type="button" data-do="language" data-to="{other}" lang="{other}">{name}</button>'
-        f"{buttons}</header>"
-    )
 
 
 def _side() -> dict[str, Any]:
@@ -190,7 +154,11 @@ def _main(desk: Desk) -> dict[str, Any]:
     made["chips"] = gr.HTML(apply_default_css=False, value="", elem_id="chips", js_on_load=DELEGATE)
     with gr.Row(elem_id="ask"):
         made["attach"] = gr.UploadButton(
-            "+", file_types=[".txt", ".md", ".pdf"], elem_id="attach", min_width=0, scale=0
+            tr("Attach a file"),
+            file_types=[".txt", ".md", ".pdf"],
+            elem_id="attach",
+            min_width=0,
+            scale=0,
         )
         made["box"] = gr.Textbox(
             label=tr("Your question"), show_label=False, elem_id="box", container=False,
@@ -203,8 +171,9 @@ def _main(desk: Desk) -> dict[str, Any]:
         made["stop"] = gr.Button(
             tr("Stop"), variant="stop", elem_id="stop", visible=False, min_width=0, scale=0
         )
-    caution = tr("Not a doctor: answers are often wrong. Nothing leaves this machine.")
-    gr.HTML(apply_default_css=False, value=f'<p class="m1-caution">{caution}</p>')
+    cautions = tr("Not a doctor: answers are often wrong."), tr("Nothing leaves this machine.")
+    spans = " ".join(f"<span>{escape(text)}</span>" for text in cautions)
+    gr.HTML(apply_default_css=False, value=f'<p class="m1-caution">{spans}</p>')
     return made
 
 
@@ -254,5 +223,8 @@ def _model() -> dict[str, Any]:
             sorted(shipped_recipes()), value="int4", label=tr("Recipe"), elem_id="recipe"
         )
         made["quantize"] = gr.Button(tr("Quantize"), size="sm", elem_id="quantize")
+        made["cancel"] = gr.Button(
+            tr("Stop quantizing"), variant="stop", size="sm", visible=False, elem_id="cancel"
+        )
         made["work"] = gr.HTML(apply_default_css=False, value="", elem_id="work")
     return made

@@ -17,20 +17,16 @@ import typer
 from starlette.middleware import Middleware
 
 from m1local.errors import M1Error
-from m1local_app.language import tr
+from m1local_app.language import language, tr
 from m1local_app.web import page as pages
 from m1local_app.web.attachments import UPLOADS
 from m1local_app.web.desk import Desk
+from m1local_app.web.policy import ChosenLanguage, OwnContentOnly
 
 HOST = "127.0.0.1"
 HERE = Path(__file__).parent
 FONTS = ("system-ui", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")
 MONOSPACE = ("ui-monospace", "Consolas", "monospace")
-# Scripts and styles are Gradio's own and partly inline; what it shows may come from here alone.
-CONTENT_POLICY = (
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; connect-src 'self'; "
-    "frame-src 'none'; object-src 'none'; form-action 'self'; base-uri 'self'"
-)
 
 
 def serve(desk: Desk, *, host: str, port: int, browser: bool, auth: tuple[str, str] | None) -> None:
@@ -40,29 +36,6 @@ def serve(desk: Desk, *, host: str, port: int, browser: bool, auth: tuple[str, s
     said = tr("{label} at {url} (Ctrl-C ends it)", label=desk.label, url=url)
     typer.echo(said, err=True)
     page.block_thread()
-
-
-class OwnContentOnly:
-    """ASGI middleware: tells the browser to load and reach nothing but this server.
-
-    Without it an answer with an image of another server would carry words of the conversation
-    there, in the image's address.
-    """
-
-    def __init__(self, app: Any) -> None:
-        """Wrap `app`."""
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Add the policy to every response."""
-
-        async def send_with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", CONTENT_POLICY.encode())
-                message["headers"] = [*message.get("headers", []), policy]
-            await send(message)
-
-        await self._app(scope, receive, send_with_policy)
 
 
 def free_port() -> int:
@@ -94,11 +67,11 @@ def launch(
             quiet=True,
             theme=theme(),
             css_paths=[HERE / "page.css"],
-            head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+            head=_script(),
             footer_links=[],
             auth=auth,
             max_file_size="64mb",
-            app_kwargs={"middleware": [Middleware(OwnContentOnly)]},
+            app_kwargs={"middleware": [Middleware(OwnContentOnly), Middleware(ChosenLanguage)]},
         )
     except OSError as error:
         raise M1Error(
@@ -109,6 +82,12 @@ def launch(
             )
         ) from error
     return started
+
+
+def _script() -> str:
+    """The page's script, which is told the language of the address /."""
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    return f"<script>window.m1Language = '{language()}';\n{script}</script>"
 
 
 def theme() -> gr.themes.Base:

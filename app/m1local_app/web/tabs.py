@@ -41,9 +41,9 @@ class Tab:
         self.conversation = conversation
         self.files: list[Attachment] = []
         self.progress = Progress()
-        self.deleted: int | None = None  # the conversation that an undo would bring back
         self.shown_turns = SHOWN_TURNS
         self.first = 0  # the turn that the page shows first
+        self.cancelled = threading.Event()  # the quantizing under way is to end
         self._stopping = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
@@ -127,3 +127,9 @@ class Tabs:
             tab = self._tabs.pop(session, None)
         if tab is not None:
             tab.stop()
+            tab.cancelled.set()
+
+    def all(self) -> list[Tab]:
+        """All that are known at the moment."""
+        with self._lock:
+            return list(self._tabs.values())

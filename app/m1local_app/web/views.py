@@ -14,7 +14,8 @@ from m1local.chat import Turn
 from m1local_app.answer_view import context_line
 from m1local_app.columns import one_line, shortened
 from m1local_app.history import Hit, StoredConversation
-from m1local_app.language import tr
+from m1local_app.language import language, tr
+from m1local_app.notices import medical_notice
 from m1local_app.red_flags import advice
 from m1local_app.web.attachments import Attachment
 from m1local_app.web.tabs import Progress, Tab
@@ -23,8 +24,69 @@ Message = dict[str, str]
 # What begins a tag, unless it is in code, or a line break as models write it in tables.
 _TAG = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`|<br ?/?>)|<(?=[A-Za-z/!?])", re.DOTALL)
 _JOINER = "\N{WORD JOINER}"  # has no width; behind it nothing is a tag
+# Drawn here: what a font has for these signs differs in size and place from system to system.
+_ICONS = {
+    name: f'<svg viewBox="0 0 24 24" aria-hidden="true">{paths}</svg>'
+    for name, paths in {
+        "side": '<path d="M4 7h16M4 12h16M4 17h16"/>',
+        "theme": '<circle cx="12" cy="12" r="8"/>'
+        '<path d="M12 4a8 8 0 0 1 0 16z" fill="currentColor"/>',
+        "drawer": '<path d="M4 8h8m6 0h2M4 16h2m6 0h8"/><circle cx="15" cy="8" r="2.5"/>'
+        '<circle cx="9" cy="16" r="2.5"/>',
+    }.items()
+}
 SNIPPET = 70  # characters of a message around what was searched
 LISTED = 200
+
+
+def bar(label: str) -> str:
+    """The line at the top: panels, the model's name, language, colours."""
+    other, name = ("en", "English") if language() == "zh" else ("zh", "中文")
+    buttons = "".join(
+        f'<button type="button" data-do="{do}" aria-label="{escape(text)}" title="{escape(text)}"'
+        f"{more}>{sign}</button>"
+        for do, text, sign, more in (
+            ("theme", tr("Light or dark"), _ICONS["theme"], ""),
+            ("drawer", tr("Settings and model"), _ICONS["drawer"], ' aria-expanded="false"'),
+        )
+    )
+    side = escape(tr("Conversations"))
+    return (
+        f'<header class="m1-bar"><button type="button" data-do="side" aria-label="{side}" '
+        f'title="{side}" aria-expanded="true">{_ICONS["side"]}</button><strong>m1local</strong>'
+        f'<span class="m1-label">{escape(label)}</span><span class="m1-gap"></span>'
+        f'<button type="button" data-do="language" data-to="{other}" lang="{other}">{name}</button>'
+        f"{buttons}</header>"
+    )
+
+
+def welcome(label: str, licence: str) -> str:
+    """What must be accepted before the page is used: notice, licence, where words are kept."""
+    about = tr(
+        "The weights of {label} are their maker's, under the licence they came with. For "
+        "Baichuan-M1 that is a community licence: free for research and personal use, commercial "
+        "use only by written permission.",
+        label=label,
+    )
+    private = tr(
+        "Conversations are kept in one file on this machine, and nowhere else. You can delete them "
+        "for good at any time."
+    )
+    parts = [
+        ("h1", tr("Before you begin")),
+        ("h2", tr("Medical notice")), ("p", medical_notice()),
+        ("h2", tr("Licence")), ("p", about),
+    ]  # fmt: skip
+    rest = [("h2", tr("Privacy")), ("p", private)]
+    whole = (
+        f"<details><summary>{escape(tr('The licence as it came with the model'))}</summary>"
+        f'<pre class="m1-licence" tabindex="0">{escape(licence)}</pre></details>'
+    )
+    return f'<div class="m1-welcome">{_tags(parts)}{whole if licence else ""}{_tags(rest)}</div>'
+
+
+def _tags(parts: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" for tag, text in parts)
 
 
 def messages(turns: Iterable[Turn]) -> list[Message]:
@@ -81,14 +143,14 @@ def status(tab: Tab, *, capacity: int) -> str:
     )
 
 
+def waiting_line(ahead: int) -> str:
+    """One's place in the line."""
+    return tr("Waiting: {count} before this one. One model answers one at a time.", count=ahead)
+
+
 def _facts(progress: Progress, busy: bool) -> list[str]:
     if progress.waiting:
-        return [
-            tr(
-                "Waiting: {count} before this one. One model answers one at a time.",
-                count=progress.waiting,
-            )
-        ]
+        return [waiting_line(progress.waiting)]
     if progress.reading is not None and busy:
         done, total = progress.reading
         return [tr("reading {done:,} of {total:,} tokens", done=done, total=total)]
