@@ -148,7 +148,26 @@ def test_two_tabs_do_not_mix_and_the_second_waits_in_line(page: Served, window: 
     assert window.questions == ["in the second tab"]
     firsts = [page.store.path(one.id)[0].content for one in page.store.conversations(limit=2)]
     assert sorted(firsts) == ["in the first tab", "in the second tab"]
-    # A place in the line is left by Stop, too; and closing a tab stops its answer.
+    # A third one waits like them, and a place in the line is left by Stop, too.
+    window.browser.switch_to.window(first)
+    window.ask("the first one again", answers=2)
+    window.browser.switch_to.new_window("tab")
+    window.open(page.url)
+    window.type("#box textarea", "in the third tab\n")
+    window.until(
+        lambda: any("Waiting: 1 before" in text for text in window.texts("#status")),
+        "no place in the line is shown",
+    )
+    window.stop()
+    assert window.js("return document.querySelector('#box textarea').value") == "in the third tab"
+    assert window.questions == []
+    window.browser.close()
+    window.browser.switch_to.window(first)
+    window.stop()
+    assert window.questions == ["in the first tab", "the first one again"]
+    window.browser.switch_to.window(second)
+    assert window.questions == ["in the second tab"]
+    # Closing a tab stops its answer.
     window.ask("again", answers=2)
     window.browser.close()
     window.browser.switch_to.window(first)

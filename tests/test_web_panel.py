@@ -12,22 +12,6 @@ from tests.web_page import LABEL, MARKS, Served, Window, keep
 
 pytestmark = MARKS
 CONTEXT_TOKENS, ANSWER_TOKENS = 1024, 12
-CONTRAST = """
-const seen = (c) => { const m = c.match(/[\\d.]+/g).map(Number); return m.length > 3 && m[3] < 1
-  ? null : m.slice(0, 3).map(v => c.startsWith('color(') ? v * 255 : v); };
-const light = (rgb) => { const [r, g, b] = rgb.map(v => { v /= 255;
-  return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; });
-  return .2126 * r + .7152 * g + .0722 * b; };
-return arguments[0].flatMap(selector => [...document.querySelectorAll(selector)]
-  .filter(e => e.offsetParent).map(e => {
-    let under = e, back = null;
-    while (under && !(back = seen(getComputedStyle(under).backgroundColor)))
-      under = under.parentElement;
-    const [a, b] = [light(seen(getComputedStyle(e).color) || [0, 0, 0]),
-      light(back || [255, 255, 255])].sort((x, y) => y - x);
-    return [selector, (a + .05) / (b + .05)];
-  }));
-"""
 
 
 def test_conversations_are_listed_found_opened_and_renamed(
@@ -164,28 +148,13 @@ def test_both_languages_are_pages_that_change_into_each_other(
     window.until(lambda: window.texts("#send") == ["Send"], "no English came")
 
 
-def test_light_and_dark_can_be_read_and_are_remembered(window: Window, page: Served) -> None:
-    window.send("I have chest pain", answers=1)
-    window.click("[data-do=drawer]")
-    selectors = [
-        "#send", "#new", "#chat .user .prose p", "#chat .bot .prose p", ".m1-facts > span",
-        ".m1-notice", ".m1-label", ".m1-caution", "#list span", "#list small",
-        "#settings label span",
-    ]  # fmt: skip
-
-    def faint() -> list[Any]:
-        return [found for found in window.js(CONTRAST, selectors) if found[1] < 4.5]
-
+def test_the_colours_that_were_chosen_are_remembered(window: Window, page: Served) -> None:
     script = "return document.body.classList.contains('dark')"
-    for _ in range(2):
-        window.until(lambda: not faint(), f"too faint to read: {faint()}")
-        dark = window.js(script)
-        window.click("[data-do=theme]")
-        window.until(partial(window.js, f"{script} != {str(dark).lower()}"), "the colours stay")
+    before = window.js(script)
     window.click("[data-do=theme]")
-    chosen = window.js(script)
+    assert window.js(script) != before
     window.open(page.url)
-    assert window.js(script) == chosen
+    assert window.js(script) != before
     window.click("[data-do=theme]")
 
 
@@ -243,21 +212,11 @@ def test_of_a_long_conversation_the_end_is_shown_and_more_on_demand(
     window.until(lambda: len(window.questions) == 30, "no earlier ones came")
 
 
-def test_everything_to_press_has_a_name(window: Window) -> None:
-    window.click("[data-do=drawer]")
-    nameless = window.js(
-        "return [...document.querySelectorAll('button, input, textarea')].filter(e => "
-        "e.offsetParent && !(e.innerText?.trim() || e.getAttribute('aria-label') || e.title || "
-        "e.labels?.length || e.placeholder)).map(e => e.outerHTML.slice(0, 200))"
-    )
-    assert nameless == []
-
-
 def test_the_model_panel_says_what_one_talks_to(window: Window) -> None:
     window.click("[data-do=drawer]")
     window.unfold("#model-panel")
     window.until(lambda: window.texts("#model dd"), "no facts came")
     assert LABEL in window.texts("#model dd")
     text = window.texts("#model")[0]
-    for fact in ("parameters", "memory used", "processor", "int8"):
+    for fact in ("parameters", "memory used", "memory planned", "processor", "int8", "licence"):
         assert fact in text

@@ -74,7 +74,7 @@ def welcome(label: str, licence: str) -> str:
     )
     parts = [
         ("h1", tr("Before you begin")),
-        ("h2", tr("Medical notice")), ("p", medical_notice()),
+        ("h2", tr("No medical advice")), ("p", medical_notice()),
         ("h2", tr("Licence")), ("p", about),
     ]  # fmt: skip
     rest = [("h2", tr("Privacy")), ("p", private)]
