@@ -146,6 +146,36 @@ def prefix_reuse(result: dict[str, Any]) -> str:
     )
 
 
+def decode_speed(result: dict[str, Any]) -> str:
+    """Rates of prompts and answers beside llama.cpp's."""
+    peers = [row["name"] for row in result["rows"] if not row["ours"]]
+    header = ("", "bits per weight", "prompt, tokens/s", "answer, tokens/s", "of the bandwidth")
+    rows: list[tuple[object, ...]] = [
+        (
+            f"`{row['name']}`" if row["ours"] else row["name"],
+            row["bits_per_weight"],
+            f"{row['prompt']:.0f}",
+            f"{row['answer']:.1f}",
+            f"{100 * row['share_of_bandwidth']:.0f} %" if row["ours"] else "",
+            *(_ratio(result["ratios"].get(row["name"], {}).get(peer)) for peer in peers),
+        )
+        for row in result["rows"]
+    ]
+    named = (f"prompt, answer / {peer.removeprefix('llama.cpp ')}" for peer in peers)
+    return (
+        f"{table((*header, *named), rows)}\n\n{result['layers']} layers of the 14B's dimensions, "
+        f"{result['prompt_tokens']} tokens of prompt, {result['answer_tokens']} of answer; medians "
+        f"of {result['rounds']} rounds in turns, and of the ratios within a round; the last columns "
+        f"say how many times as fast as llama.cpp (a LLaMA of the same dimensions). `int4-64` and "
+        "`int4-128` are int4 everywhere in groups of so many; the default `int4` has its head in "
+        f"8 bits. Peer: {result['peer']}. {machine_line(result)}"
+    )
+
+
+def _ratio(found: dict[str, float] | None) -> str:
+    return f"{found['prompt']:.2f}, {found['answer']:.2f}" if found else ""
+
+
 def render(text: str) -> str:
     """README text with every block filled from its results."""
     blocks = {
@@ -154,6 +184,7 @@ def render(text: str) -> str:
         "memory": memory,
         "quantize_speed": speed,
         "memory_full": full,
+        "decode_speed": decode_speed,
     }
     for name, block in blocks.items():
         path = RESULTS / f"{name}.json"
