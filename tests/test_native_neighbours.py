@@ -116,7 +116,7 @@ class Packed:
         """As m1local/model.py computes them, in float32."""
         q, k, v = (
             part.reshape(1, self.rows, -1, self.width).transpose(1, 2).float()
-            for part in self.packed.split(self.sizes, dim=-1)
+            for part in torch.split(self.packed, self.sizes, dim=-1)
         )
         k_before, v_before = (tensor.float() for tensor in self.before)
         k_taps, v_taps = (tensor.float() for tensor in self.taps)
@@ -167,7 +167,7 @@ def test_the_first_token_of_a_chunk_is_mixed_with_the_one_before_it(dtype: torch
     assert expected is not None
     cut = Packed(2, 4, 2, 32, dtype, 14)  # the last two tokens alone
     cut.packed, cut.taps = whole.packed[:, 4:], whole.taps
-    _, k, v = whole.packed[:, 3:4].split(whole.sizes, dim=-1)
+    _, k, v = torch.split(whole.packed[:, 3:4], whole.sizes, dim=-1)
     cut.before = (k.reshape(1, 2, 1, 32), v.reshape(1, 2, 1, 32))
     found = cut.by_library()
     assert found is not None
