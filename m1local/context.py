@@ -120,8 +120,27 @@ class Context:
             if len(token_ids) == 1 and self.decoder is not None:
                 last = self.decoder.feed(token_ids[0])
             else:
-                self._forget_ahead()
-                batch = torch.tensor([token_ids], device=self._ids_device)
-                last = self.model(batch, self.cache, last_only=True)[0, -1]
+                last = self._read(token_ids, last_only=True)[-1]
         self.token_ids += token_ids
         return last
+
+    @torch.inference_mode()
+    def feed_all(self, token_ids: Sequence[int]) -> Tensor:
+        """As `feed`, but returns the logits behind every id (T, V)."""
+        with telling(self._setting):
+            logits = self._read(token_ids, last_only=False)
+        self.token_ids += token_ids
+        return logits
+
+    def take_back(self, tokens: int) -> None:
+        """Forget the last `tokens` ids, fewer than `cache.RAW_TOKENS`, that were just fed."""
+        if tokens:
+            self._forget_ahead()
+            self.cache.rollback(self.cache.position - tokens)
+            del self.token_ids[-tokens:]
+
+    def _read(self, token_ids: Sequence[int], *, last_only: bool) -> Tensor:
+        self._forget_ahead()
+        batch = torch.tensor([token_ids], device=self._ids_device)
+        logits: Tensor = self.model(batch, self.cache, last_only=last_only)[0]
+        return logits

@@ -23,7 +23,13 @@ from m1local.placement import GpuLayers, Placement, decoder_of, load, place
 from m1local.tokenizer import M1Tokenizer
 
 DEFAULT_CONTEXT_TOKENS = 8192
-OWN_SETTINGS = ("max_new_tokens", "stop", "loop_guard", "json_schema")  # the rest is sampling's
+OWN_SETTINGS = (
+    "max_new_tokens",
+    "stop",
+    "loop_guard",
+    "json_schema",
+    "lookup",
+)  # the rest is sampling's
 RAW_TEXT = 0  # the key of the context that raw text is continued in; conversations count from 1
 
 

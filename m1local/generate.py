@@ -18,6 +18,7 @@ from torch import Tensor
 
 from m1local.context import Context, Decoder
 from m1local.json_schema import JsonSchema
+from m1local.lookup import LookAhead
 from m1local.loop_guard import LoopGuard
 from m1local.sampling import Sampler, SamplingParams
 from m1local.text_stream import TextStream
@@ -59,6 +60,7 @@ class Finished:
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    looked_up_tokens: int = 0  # of the new ones, that were proposed (m1local/lookup.py)
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,7 +92,8 @@ class GenerationSettings:
     """How an answer is made.
 
     `stop` are strings that end it and are not shown; `loop_guard` ends one that repeats itself
-    without end; `json_schema`, the text of a JSON schema, lets nothing else come.
+    without end; `json_schema`, the text of a JSON schema, lets nothing else come; `lookup` proposes
+    tokens that came before, which changes nothing but the speed (m1local/lookup.py).
     """
 
     sampling: SamplingParams
@@ -99,6 +102,7 @@ class GenerationSettings:
     stop: tuple[str, ...] = ()
     loop_guard: bool = True
     json_schema: str | None = None
+    lookup: bool = True
 
 
 @torch.inference_mode()
@@ -122,22 +126,8 @@ def generate(
     logits = yield from _prefill(context, prompt, cached_tokens)
     prefilled = time.perf_counter()
 
-    reason, away = None, 0.0  # seconds that whoever draws the events took
-    while reason is None:
-        reason = answer.extend(logits)
-        if piece := answer.released():
-            given = time.perf_counter()
-            yield piece
-            away += time.perf_counter() - given
-        if reason is not None:
-            break
-        if context.room:
-            logits = context.feed(answer.token_ids[-1:])
-        elif (shorter := make_room(len(answer.token_ids))) is not None:
-            yield shorter.dropped
-            logits = yield from _read_again(context, [*shorter.prompt, *answer.token_ids])
-        else:
-            reason = FinishReason.CONTEXT
+    ahead = LookAhead(context, prompt, lookup=settings.lookup)
+    reason, away = yield from _decode(context, ahead, answer, logits, make_room)
     decoded = time.perf_counter()
     reason, rest = answer.end(reason)
     if rest is not None:
@@ -149,7 +139,37 @@ def generate(
         new_tokens=len(answer.token_ids),
         prefill_seconds=prefilled - begun,
         decode_seconds=decoded - prefilled - away,
+        looked_up_tokens=ahead.accepted,
     )
+
+
+def _decode(
+    context: Context,
+    ahead: LookAhead,
+    answer: "_Answer",
+    logits: Tensor,
+    make_room: Callable[[int], ShorterPrompt | None],
+) -> Generator[Event, None, tuple[FinishReason, float]]:
+    """Token by token from `logits` on; returns why it ended, and seconds its reader took."""
+    away = 0.0
+    try:
+        while True:
+            reason = answer.extend(logits)
+            if piece := answer.released():
+                given = time.perf_counter()
+                yield piece
+                away += time.perf_counter() - given
+            if reason is not None:
+                return reason, away
+            if ahead.room:
+                logits = ahead.feed(answer.token_ids[-1], answer.left)
+            elif (shorter := make_room(len(answer.token_ids))) is not None:
+                yield shorter.dropped
+                logits = yield from _read_again(context, [*shorter.prompt, *answer.token_ids])
+            else:
+                return FinishReason.CONTEXT, away
+    finally:
+        ahead.settle()
 
 
 class _Answer:
@@ -185,6 +205,11 @@ class _Answer:
         if self._guard is not None and self._guard.push(token_id):
             return FinishReason.LOOP
         return None
+
+    @property
+    def left(self) -> int:
+        """How many more tokens it may have."""
+        return self._settings.max_new_tokens - len(self.token_ids)
 
     def released(self) -> TextDelta | None:
         """The text that became certain with the last token, if any did."""

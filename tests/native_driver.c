@@ -96,11 +96,98 @@ static void run_products(int rows, int n, int columns, int size, int is_wide, in
     free(x), free(codes), free(scales), free(zeros), free(row_scales), free(target);
 }
 
+static void *room_for(int64_t count, int is_wide)
+{
+    return exactly((size_t)count * (is_wide ? sizeof(float) : sizeof(bfloat16)));
+}
+
+/* `kind` of keys and values; a ring, so that positions do not follow each other. */
+static void run_attention(int64_t rows, int64_t group, int64_t kv_heads, int64_t width, int64_t used,
+                          int kind, int is_wide, int threads)
+{
+    const int64_t slots = used + 3, kept = kv_heads * slots * width, heads = group * kv_heads;
+    const size_t scale_count = (size_t)(kept / 32);
+    void *q = source_of((size_t)(heads * rows * width), is_wide);
+    void *k = kind == KV_BYTES ? exactly((size_t)kept) : source_of((size_t)kept, kind == KV_FLOAT);
+    void *v = kind == KV_BYTES ? exactly((size_t)kept) : source_of((size_t)kept, kind == KV_FLOAT);
+    bfloat16 *scales = kind == KV_BYTES ? exactly(scale_count * sizeof *scales) : NULL;
+    int64_t *key_positions = exactly((size_t)used * sizeof *key_positions);
+    int64_t *query_positions = exactly((size_t)rows * sizeof *query_positions);
+    void *out = room_for(rows * heads * width, is_wide);
+    if (scales) {
+        for (size_t i = 0; i < scale_count; i++)
+            scales[i] = rounded(weight(i));
+        memset(k, 0x81, (size_t)kept), memset(v, 0x7f, (size_t)kept);
+    }
+    for (int64_t slot = 0; slot < used; slot++)
+        key_positions[slot] = (slot + used / 3) % used;
+    for (int64_t row = 0; row < rows; row++)
+        query_positions[row] = used - rows + row;
+    for (int64_t window = 0; window <= used; window += used / 2 + 1) {
+        const Attention asked = {
+            q, k, v, scales, scales, query_positions, key_positions, out, rows, heads, kv_heads,
+            width, slots, used, window, is_wide, kind, 0.1f,
+        };
+        if (!m1_attend(&asked, threads))
+            exit(6);
+    }
+    free(q), free(k), free(v), free(scales), free(key_positions), free(query_positions), free(out);
+}
+
+static void run_heads(int64_t rows, int64_t heads, int64_t kv_heads, int64_t width, int is_wide)
+{
+    const size_t turns = (size_t)(rows * width / 2);
+    void *packed = source_of((size_t)(rows * (heads + 2 * kv_heads) * width), is_wide);
+    void *taps = source_of((size_t)(2 * kv_heads), is_wide);
+    void *before = source_of((size_t)(kv_heads * width), is_wide);
+    float *cos = exactly(turns * sizeof *cos), *sin = exactly(turns * sizeof *sin);
+    for (size_t i = 0; i < turns; i++)
+        cos[i] = sin[i] = 0.7f;
+    void *q = room_for(heads * rows * width, is_wide);
+    void *k = room_for(kv_heads * rows * width, is_wide);
+    void *v = room_for(kv_heads * rows * width, is_wide);
+    const Heads asked = {
+        packed, taps, taps, before, before, cos, sin, q, k, v, rows, heads, kv_heads, width, is_wide,
+    };
+    m1_turn_heads(&asked);
+    free(packed), free(taps), free(before), free(cos), free(sin), free(q), free(k), free(v);
+}
+
+static void run_neighbours(int64_t rows, int64_t width, int is_wide)
+{
+    void *x = source_of((size_t)(rows * width), is_wide);
+    void *by = source_of((size_t)width, is_wide), *out = room_for(rows * width, is_wide);
+    m1_norm(x, by, is_wide, rows, width, 1e-6f, out);
+    m1_gate(x, x, is_wide, rows * width, out);
+    free(x), free(by), free(out);
+}
+
+static void run_all_of_attention(int is_wide)
+{
+    static const int64_t rows[] = {1, 3, 8}, used[] = {8, 31, 33, 100};
+    static const int64_t widths[] = {16, 32, 48, 96, 6};
+    for (int r = 0; r < 3; r++)
+        for (int w = 0; w < 5; w++) {
+            for (int u = 0; u < 4; u++)
+                for (int kind = KV_FLOAT; kind <= KV_BYTES; kind++)
+                    if (kind != KV_BYTES || widths[w] % 32 == 0)
+                        run_attention(rows[r], 1 + r, 1 + w % 2, widths[w], used[u], kind, is_wide,
+                                      1 + u);
+            run_heads(rows[r], 1 + w, 1 + r, widths[w], is_wide);
+            run_neighbours(rows[r], widths[w] + 1, is_wide);
+        }
+    for (int kind = KV_FLOAT; kind <= KV_BYTES; kind++) /* enough for several shares */
+        run_attention(1, 2, 2, 96, 2000, kind, is_wide, 5);
+    run_heads(2, 1, 1, 2, is_wide);
+    run_neighbours(1, 1, is_wide);
+}
+
 int main(void)
 {
     static const int counts[] = {1, 2, 15, 16, 17, 31, 33, 100}, columns[] = {1, 7, 33, 40, 129};
     static const int32_t formats[][4] = {{7, 4, 2, 1}, {15, 8, 4, 0}, {31, 8, 4, 1}, {63, 24, 4, 2}};
-    for (int is_wide = 0; is_wide < 2; is_wide++)
+    for (int is_wide = 0; is_wide < 2; is_wide++) {
+        run_all_of_attention(is_wide);
         for (int c = 0; c < 8; c++) {
             for (int32_t size = 32; size <= 128; size *= 2)
                 for (int f = 0; f < 4; f++)
@@ -117,6 +204,7 @@ int main(void)
                     run_products(counts[(c + 3) % 8], counts[c], groups * size, size, is_wide, 1);
                 }
         }
+    }
     puts(m1_self_test() ? "all right" : "the self-test failed");
     return 0;
 }

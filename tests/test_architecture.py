@@ -48,7 +48,8 @@ RUNTIME_ORDER = (
     ("sampling", "json_schema", "memory"),
     ("cuda.drawing",),
     ("generation_config", "text_stream", "context"),
-    ("contexts", "generate", "placement"),
+    ("contexts", "lookup", "placement"),
+    ("generate",),
     ("engine",),
     ("chat", "benchmark"),
 )

@@ -117,6 +117,13 @@ class EngineOptions:
             text="End an answer that repeats itself without end. (default: on)",
         ),
     ] = True
+    lookup: Annotated[
+        bool,
+        conversation_option(
+            "--lookup/--no-lookup",
+            text="Propose tokens that came before, when that is faster. (default: on)",
+        ),
+    ] = True
     temperature: Annotated[
         float | None,
         sampling_option("--temp", "--temperature", text="0 takes the most likely token."),

@@ -58,7 +58,7 @@ def check_options(wanted: EngineOptions) -> None:
             raise usage_error(tr("--session is empty; give a number or a title."))
 
 
-_OWN = ("max_new_tokens", "stop", "loop_guard")  # of an answer, and not of sampling
+_OWN = ("max_new_tokens", "stop", "loop_guard", "lookup")  # of an answer, and not of sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ NAMES: Mapping[str, tuple[str, Parse, bool]] = {
     "seed": ("seed", _maybe(int), True),
     "predict": ("max_new_tokens", int, False),
     "loop-guard": ("loop_guard", _switch, False),
+    "lookup": ("lookup", _switch, False),
     "stop": ("stop", lambda text: () if text == "none" else (text,), False),
 }
 ALIASES = {

@@ -125,9 +125,9 @@ class Desk:
             kv_type=self.kv_type,
         )
         changed = engine.defaults
-        loop_guard = self.settings.loop_guard
+        kept = self.settings
         self.engine, self.folder, self.label = engine, folder, label
-        self.settings = replace(changed, loop_guard=loop_guard)
+        self.settings = replace(changed, loop_guard=kept.loop_guard, lookup=kept.lookup)
         self.given = frozenset()
         self.form = self._recalled()
         for tab in self.tabs.all():
