@@ -166,8 +166,8 @@ def decode_speed(result: dict[str, Any]) -> str:
         f"{table((*header, *named), rows)}\n\n{result['layers']} layers of the 14B's dimensions, "
         f"{result['prompt_tokens']} tokens of prompt, {result['answer_tokens']} of answer; medians "
         f"of {result['rounds']} rounds in turns, and of the ratios within a round; the last "
-        f"columns say how many times as fast as llama.cpp (a LLaMA of the same dimensions). `int4-64` and "
-        "`int4-128` are int4 everywhere in groups of so many; the default `int4` has its head in "
+        "columns say how many times as fast as llama.cpp (a LLaMA of the same dimensions). "
+        "`int4-64` and `int4-128` are int4 everywhere in groups of so many; the default `int4` has its head in "
         f"8 bits. Peer: {result['peer']}. {machine_line(result)}"
     )
 
