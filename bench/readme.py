@@ -167,8 +167,8 @@ def decode_speed(result: dict[str, Any]) -> str:
         f"{result['prompt_tokens']} tokens of prompt, {result['answer_tokens']} of answer; medians "
         f"of {result['rounds']} rounds in turns, and of the ratios within a round; the last "
         "columns say how many times as fast as llama.cpp (a LLaMA of the same dimensions). "
-        "`int4-64` and `int4-128` are int4 everywhere in groups of so many; the default `int4` has its "
-        f"head in 8 bits. Peer: {result['peer']}. {machine_line(result)}"
+        "`int4-64` and `int4-128` are int4 everywhere in groups of so many; the default `int4` has "
+        f"its head in 8 bits. Peer: {result['peer']}. {machine_line(result)}"
     )
 
 
