@@ -172,6 +172,16 @@ def decode_speed(result: dict[str, Any]) -> str:
     )
 
 
+def kv_type(result: dict[str, Any]) -> str:
+    """What a context in bytes costs."""
+    return (
+        "A context in bytes (`--kv-type q8_0`, 8.5 bits a value) costs the demo in 16 bits a "
+        f"KL divergence of {result['mean_kl']:.5f} (99 %: {result['p99_kl']:.4f}) and keeps "
+        f"{100 * result['top1_agreement']:.1f} % of the top tokens ({result['tokens']:,} tokens). "
+        f"{machine_line(result)}"
+    )
+
+
 def _ratio(found: dict[str, float] | None) -> str:
     return f"{found['prompt']:.2f}, {found['answer']:.2f}" if found else ""
 
@@ -185,6 +195,7 @@ def render(text: str) -> str:
         "quantize_speed": speed,
         "memory_full": full,
         "decode_speed": decode_speed,
+        "kv_type": kv_type,
     }
     for name, block in blocks.items():
         path = RESULTS / f"{name}.json"
