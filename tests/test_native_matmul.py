@@ -206,3 +206,13 @@ def test_every_choice_of_instructions_gives_the_same(tmp_path: Path, wanted: str
                 found = module(x)
             assert_close(found, rounded(x, spec), module.dequantize(), SUMS * 4)
             assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["int3", "int4", "int5", "int6"])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_what_was_in_the_memory_before_does_not_matter(name: str, rows: int) -> None:
+    spec = LinearSpec(name, 32)
+    module, x = build((33, 96), spec), activations(rows, 96)  # a vector reaches beyond the row
+    for _ in range(5):
+        module(torch.full_like(x, torch.nan))  # leaves scales that are no number behind
+        assert_close(module(x), rounded(x, spec), module.dequantize(), SUMS * 4)

@@ -213,7 +213,8 @@ static int thread_number(void)
 #endif
 }
 
-/* The threads take some blocks at a time: long runs for the memory, yet a thread that has to wait
+/* The scales beyond a row's last group must be zeros: they meet zeros, and would make no number of
+ * them. The threads take some blocks at a time: long runs for the memory, yet a thread that has to wait
  * for another program holds nobody up. */
 int multiply_few(const Stored *w, const Rounded *x, const Output *output, int threads)
 {
@@ -221,7 +222,7 @@ int multiply_few(const Stored *w, const Rounded *x, const Output *output, int th
     const int used = w->rows * w->columns < LEAST_WORK ? 1 : threads;
     const int64_t share = blocks / (4 * used) + 1;
     const int taken = share < BLOCKS_TAKEN ? (int)share : BLOCKS_TAKEN;
-    float *scratch = room_for((size_t)used * (size_t)room * sizeof(float));
+    float *scratch = whole((size_t)used * (size_t)room * sizeof(float));
     if (!scratch)
         return 0;
 #pragma omp parallel for num_threads(used) schedule(dynamic, taken) if (used > 1)
