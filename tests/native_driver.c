@@ -158,7 +158,7 @@ static void run_neighbours(int64_t rows, int64_t width, int is_wide)
     void *x = source_of((size_t)(rows * width), is_wide);
     void *by = source_of((size_t)width, is_wide), *out = room_for(rows * width, is_wide);
     m1_norm(x, by, is_wide, rows, width, 1e-6f, out);
-    m1_gate(x, x, is_wide, rows * width, out);
+    m1_gate(x, x, is_wide, rows * width, out, 2);
     free(x), free(by), free(out);
 }
 

@@ -53,7 +53,7 @@ static void await(const void *from, int kind, int64_t first, int64_t count)
 }
 
 /* Scores of `n` queries with all keys of a block: each loaded vector serves several products. */
-INLINE void score(
+TEMPLATE void score(
     const float *queries, const float *keys, int64_t width, int n, float scores[][KEYS])
 {
     for (int key = 0; key < KEYS; key += TOGETHER) {
@@ -80,7 +80,7 @@ INLINE void score(
 }
 
 /* mixed = mixed * fading + the values of `count` keys by their weights, for `n` queries. */
-INLINE void mix(
+TEMPLATE void mix(
     float *mixed, const float *fading, float weights[][KEYS], const float *values, int64_t count,
     int64_t width, int n)
 {
@@ -147,7 +147,7 @@ static float weigh(
 }
 
 /* What `n` queries, from number `query` on, make of a block of keys. */
-INLINE void attend_block(
+TEMPLATE void attend_block(
     const Attention *a, const float *queries, int64_t query, const int64_t *key_positions,
     const float *keys, const float *values, int64_t count, Shares shares, int64_t first, int n)
 {

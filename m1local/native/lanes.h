@@ -12,10 +12,21 @@
 
 #ifdef _MSC_VER
 #define INLINE static __forceinline
-#define UNROLL
 #else
 #define INLINE static inline __attribute__((always_inline))
+#endif
+
+#if (defined(__AVX512BW__) && defined(__AVX512VNNI__)) || (defined(__AVX2__) && defined(__FMA__))
+/* A function of which every call, with constants of its own, becomes a loop of its own. */
+#define TEMPLATE INLINE
+#ifdef _MSC_VER
+#define UNROLL
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
+#else /* without vectors in registers that gains nothing, and takes a compiler a minute */
+#define TEMPLATE static
+#define UNROLL
 #endif
 
 #ifdef __GNUC__

@@ -1,6 +1,6 @@
 """Compiles the C files beside this one for the very processor they run on, and loads the result.
 
-What it is: one shared library, compiled once (about a second), tried in a process of its own, and
+What it is: one shared library, compiled once (some seconds), tried in a process of its own, and
 kept in the user's folder under the hash of everything it follows from. What it is not: required;
 whatever fails here leaves `library()` None, and torch does the work. Nothing is raised or printed;
 `status()` says what is used, or why not and what would help.

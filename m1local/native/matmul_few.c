@@ -36,7 +36,7 @@ typedef struct {
 } Rows;
 
 /* A vector of some rows of W by `x_rows` of x, in groups, of which `groups` lie in a vector. */
-INLINE void add_groups(
+TEMPLATE void add_groups(
     Floats *sums, const Row *w, const Rows *x, int64_t v, int64_t group, int x_rows,
     int low_bits, int high_bits, int groups)
 {
@@ -51,7 +51,7 @@ INLINE void add_groups(
 }
 
 /* The same for rows of bytes, whose scale comes last; a group of x takes some vectors. */
-INLINE void add_bytes(
+TEMPLATE void add_bytes(
     Floats *sums, const Row *w, const Rows *x, int64_t v, int x_rows)
 {
     const Bytes codes = load_bytes(w->low);
@@ -68,7 +68,7 @@ INLINE void add_bytes(
 }
 
 /* Vector `v` of some rows of W. `in_vector` groups lie in one vector, or a group in `-in_vector`. */
-INLINE void add_vector(
+TEMPLATE void add_vector(
     Floats *sums, const Row *w, const Rows *x, int64_t v, int x_rows, int low_bits,
     int high_bits, int in_vector)
 {
@@ -80,7 +80,7 @@ INLINE void add_vector(
 }
 
 /* All vectors of some rows of W; the last may reach beyond the row, and is read from a copy. */
-INLINE void multiply_vectors(
+TEMPLATE void multiply_vectors(
     Row w, const Rounded *rounded_x, int64_t first, int x_rows, int low_bits,
     int high_bits, int in_vector, float totals[X_TOGETHER])
 {
@@ -121,7 +121,7 @@ INLINE void multiply_vectors(
 }
 
 /* With which constants: each call below becomes a loop of its own. */
-INLINE void multiply_groups(
+TEMPLATE void multiply_groups(
     Row w, const Rounded *x, int64_t first, int x_rows, int low_bits, int high_bits,
     float totals[X_TOGETHER])
 {
@@ -135,7 +135,7 @@ INLINE void multiply_groups(
         multiply_vectors(w, x, first, x_rows, low_bits, high_bits, -2, totals);
 }
 
-INLINE void multiply_bits(
+TEMPLATE void multiply_bits(
     const Stored *stored, Row w, const Rounded *x, int64_t first, int x_rows,
     float totals[X_TOGETHER])
 {

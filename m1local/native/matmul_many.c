@@ -32,7 +32,7 @@ INLINE uint32_t eight_of(const uint8_t *at, int bits)
 }
 
 /* Codes of four columns, from the bits of four in each lane of both planes. */
-INLINE void spread_lanes(
+TEMPLATE void spread_lanes(
     const uint32_t *low, const uint32_t *high, int by, int low_bits, int high_bits, uint8_t *to)
 {
     uint32_t fours[LANES];
@@ -48,7 +48,7 @@ INLINE void spread_lanes(
 
 /* `fours` times four columns of LANES rows of W, from row `row` on; the last row stands for those
  * beyond. */
-INLINE void unpack_vector(
+TEMPLATE void unpack_vector(
     const Stored *w, int64_t row, int64_t column, int64_t fours, int low_bits, int high_bits,
     uint8_t *to)
 {
@@ -127,7 +127,7 @@ static void unpack_panel(
 }
 
 /* The integer sums of one group: `fours` times four columns, of some vectors and TILE rows of x. */
-INLINE void sum_group(
+TEMPLATE void sum_group(
     Ints dots[VECTORS_TOGETHER][TILE], const uint8_t *codes, int64_t stride, const int8_t *x,
     int64_t fours, int is_bytes)
 {
@@ -149,7 +149,7 @@ INLINE void sum_group(
 }
 
 /* What sums begin with. */
-INLINE void begin(Ints dots[VECTORS_TOGETHER][TILE], const int32_t *starts, int64_t stride)
+TEMPLATE void begin(Ints dots[VECTORS_TOGETHER][TILE], const int32_t *starts, int64_t stride)
 {
     UNROLL for (int m = 0; m < TILE; m++)
         UNROLL for (int v = 0; v < VECTORS_TOGETHER; v++)
@@ -157,7 +157,7 @@ INLINE void begin(Ints dots[VECTORS_TOGETHER][TILE], const int32_t *starts, int6
 }
 
 /* The second bytes' sums join 256 times the first's. */
-INLINE void raise(Ints dots[VECTORS_TOGETHER][TILE], const int32_t *starts, int64_t stride)
+TEMPLATE void raise(Ints dots[VECTORS_TOGETHER][TILE], const int32_t *starts, int64_t stride)
 {
     UNROLL for (int m = 0; m < TILE; m++)
         UNROLL for (int v = 0; v < VECTORS_TOGETHER; v++)
@@ -165,7 +165,7 @@ INLINE void raise(Ints dots[VECTORS_TOGETHER][TILE], const int32_t *starts, int6
 }
 
 /* Two vectors of a panel, from `v` on, by the rows of x from `first` on: a tile of sums. */
-INLINE void multiply_tile(
+TEMPLATE void multiply_tile(
     const Panel *panel, const Rounded *x, int v, int64_t first, int64_t group, int64_t end,
     int64_t block, int is_bytes)
 {
