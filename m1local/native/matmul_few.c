@@ -129,10 +129,8 @@ TEMPLATE void multiply_groups(
         multiply_vectors(w, x, first, x_rows, low_bits, high_bits, 1, totals);
     else if (x->size == BYTES)
         multiply_vectors(w, x, first, x_rows, low_bits, high_bits, 2, totals);
-    else if (x->size < BYTES)
-        multiply_vectors(w, x, first, x_rows, low_bits, high_bits, 4, totals);
-    else
-        multiply_vectors(w, x, first, x_rows, low_bits, high_bits, -2, totals);
+    else /* of 32, 64 and 128, whichever is left */
+        multiply_vectors(w, x, first, x_rows, low_bits, high_bits, BYTES == 32 ? -2 : 4, totals);
 }
 
 TEMPLATE void multiply_bits(
