@@ -29,8 +29,11 @@ from m1local.generate import (
 from m1local.generation_config import GenerationConfig
 from m1local.home import DEMO
 from m1local.lookup import LookAhead, Pace
+from m1local.native import library
 from m1local.sampling import SamplingParams
 from m1local.tokenizer import M1Tokenizer
+from m1local_quantize.pipeline import quantize_checkpoint
+from m1local_quantize.recipe import Recipe
 
 PROMPT = "The heart pumps blood. The heart pumps blood through the body. The heart pumps"
 GREEDY = SamplingParams(temperature=0)
@@ -333,3 +336,17 @@ def test_the_demo_says_the_same_and_repeats_what_it_was_told() -> None:
         said.append(ids_of(events))
     assert said[0] == said[1]
     assert end_of(events).looked_up_tokens > 0
+
+
+@pytest.mark.skipif(library.library() is None, reason=library.status().text)
+def test_a_quantized_model_reads_a_proposal_to_the_same_bits(tmp_path: Path) -> None:
+    for _ in quantize_checkpoint(DEMO, tmp_path / "int4", Recipe.find("int4")):
+        pass
+    contexts = [Engine.load(tmp_path / "int4", context_tokens=256).context for _ in range(2)]
+    token_ids = random.Random(0).choices(range(300, 1000), k=120)
+    for context in contexts:
+        context.feed(token_ids[:60])
+    for at in range(60, 120, 1 + lookup.MOST):
+        chunk = token_ids[at : at + 1 + lookup.MOST]
+        alone = torch.stack([contexts[0].feed([token_id]) for token_id in chunk])
+        assert torch.equal(contexts[1].feed_all(chunk), alone)
