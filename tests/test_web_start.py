@@ -77,10 +77,9 @@ def test_a_kill_in_mid_answer_loses_nothing_that_was_stored(
         process.send_signal(signal.SIGKILL)
         process.wait()
         kept = stored(m1_home)
-    opened.browser.get("about:blank")
-    opened.browser.get_log("browser")  # of the connection that broke
     with started(folder, m1_home, "-n", "8") as (address, _):
         opened.open(address)
+        opened.browser.get_log("browser")  # of the connection that broke
         opened.click("#list button")
         opened.until(lambda: opened.questions == ["before the kill"], "it was forgotten")
         assert len(opened.answers) == 1
