@@ -77,21 +77,20 @@ def test_a_kill_in_mid_answer_loses_nothing_that_was_stored(
         process.send_signal(signal.SIGKILL)
         process.wait()
         kept = stored(m1_home)
-    opened.browser.get("about:blank")
-    opened.browser.get_log("browser")  # of the connection that broke
     with started(folder, m1_home, "-n", "8") as (address, _):
         opened.open(address)
+        opened.browser.get_log("browser")  # of the connection that broke
         opened.click("#list button")
         opened.until(lambda: opened.questions == ["before the kill"], "it was forgotten")
         assert len(opened.answers) == 1
         opened.send("after it", answers=2)
+        opened.assert_private_and_quiet()
     messages = path(m1_home)
     assert [content for role, content in messages if role == "user"] == [
         "before the kill",
         "after it",
     ]
     assert messages[1][1] == kept
-    opened.assert_private_and_quiet()
 
 
 def path(m1_home: Path) -> list[tuple[str, str]]:

@@ -185,9 +185,9 @@ def _finished() -> list[Path]:
 def _bar(share: float, text: str) -> str:
     label = escape(tr("Quantizing"))
     bar = f'<progress class="m1-progress" max="1" value="{share:.3f}" aria-label="{label}">'
-    return f'<div class="m1-notice">{bar}</progress><p>{escape(text)}</p></div>'
+    return f'<div class="m1-info">{bar}</progress><p>{escape(text)}</p></div>'
 
 
 def _line(text: str, *, error: bool = False) -> str:
-    kind, role = ("m1-error", "alert") if error else ("m1-notice", "status")
+    kind, role = ("m1-error", "alert") if error else ("m1-info", "status")
     return f'<p class="{kind}" role="{role}">{escape(text)}</p>'

@@ -4,6 +4,10 @@
   const wide = () => window.matchMedia("(min-width: 900px)").matches;
   const one = selector => document.querySelector(selector);
 
+  function set(element, name, value) {
+    if (element?.getAttribute(name) !== String(value)) element?.setAttribute(name, String(value));
+  }
+
   function kept(name, value) {
     try {
       if (value === undefined) return localStorage.getItem(name);
@@ -28,11 +32,11 @@
   // On the panels themselves: they come into the page later than this script.
   function draw() {
     for (const fold of document.querySelectorAll("button.label-wrap")) {
-      fold.setAttribute("aria-expanded", String(fold.classList.contains("open")));
+      set(fold, "aria-expanded", fold.classList.contains("open"));
     }
     for (const [name, open] of Object.entries(panels)) {
       one(`#${name}`)?.toggleAttribute("data-open", open);
-      one(`[data-do="${name}"]`)?.setAttribute("aria-expanded", String(open));
+      set(one(`[data-do="${name}"]`), "aria-expanded", open);
     }
   }
 
@@ -132,11 +136,13 @@
     });
   }
 
+  const answering = () => Boolean(one("#stop")?.checkVisibility());
+
   // What a screen reader says: notices as they come, and an answer once it is whole.
   let live = null;
   function announce() {
-    const busy = Boolean(one("#stop")?.offsetParent);
-    one("#chat [role=log]")?.setAttribute("aria-busy", String(busy));
+    const busy = answering();
+    set(one("#chat [role=log]"), "aria-busy", busy);
     const notes = [...document.querySelectorAll("#status .m1-notes p")];
     const text = notes.map(note => note.textContent).join("\n");
     if (live && live.textContent !== text) live.textContent = text;
@@ -146,20 +152,22 @@
   let busy = false;
   function focus() {
     const was = busy;
-    busy = Boolean(one("#stop")?.offsetParent);
+    busy = answering();
     if (was && !busy && wide() && document.activeElement === document.body) {
       one("#box textarea")?.focus();
     }
   }
 
-  let planned = false;
+  // An answer changes the page 25 times a second; this follows at a slower pace.
+  const PAUSE = 150;
+  let planned = 0, done = -PAUSE;
   function changed() {
     if (planned) return;
-    planned = true;
-    requestAnimationFrame(() => {
-      planned = false;
+    planned = setTimeout(() => {
+      planned = 0;
+      done = performance.now();
       for (const step of [draw, versions, announce, focus]) step();
-    });
+    }, Math.max(0, PAUSE - (performance.now() - done)));
   }
 
   // Nobody means the character that keeps a tag from being one (views.py) when copying.
