@@ -59,7 +59,7 @@ def quality(result: dict[str, Any]) -> str:
     )
     return (
         f"{table(header, rows)}\n\nOn {result['text']} ({reference['tokens']:,} tokens), held out "
-        "from training. Reading a prompt and answering use different operators, hence the last "
+        "from training. Reading a prompt and answering add in different orders, hence the last "
         f"column (its first {result['decoded_rows']} answers). {machine_line(result)}"
     )
 

@@ -23,8 +23,8 @@ from m1local.errors import MemoryLimitError
 from m1local.formats import LinearSpec
 from m1local.formats.base import ROWS_PER_SLICE, Stored
 from m1local.kv_store import FLOAT, KV_BYTES
-from m1local.native import library as native
 from m1local.native import matmul
+from m1local.native.stream import read_through
 
 FLOAT32_BYTES = 4
 MASK_BYTES = 8 + 1 + 1 + 1  # a query and a key: distance, visible, within the window, both
@@ -66,7 +66,7 @@ def bandwidth(device: torch.device, nbytes: int = MEASURED_BYTES) -> float:
             target.copy_(source)
             torch.cuda.synchronize(device)
             read = 2 * nbytes
-        elif not native.read_through(source):
+        elif not read_through(source):
             source.sum()
         rates.append(read / (time.perf_counter() - begun))
     return statistics.median(rates[1:])

@@ -34,7 +34,7 @@ RUNTIME_ORDER = (
     ("errors",),
     ("folder", "home", "formats", "sums", "kv_store"),
     ("native.library", "native"),
-    ("native.quantize", "native.matmul", "native.attention", "native.neighbours"),
+    ("native.quantize", "native.matmul", "native.attention", "native.neighbours", "native.stream"),
     ("config", "rope", "cuda", "cuda.card", "cuda.matrix", "cuda.transfer"),
     ("cuda.words", "cuda.support", "cuda.int4pack"),
     ("cuda.products",),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Output = Literal["table", "json", "csv"]
 LONGEST = 1 << 20
+LEAST_CONTEXT = 16
 
 
 def numbers(text: str, option: str, *, least: int = 1) -> list[int]:
@@ -55,9 +56,12 @@ def run(
 ) -> None:
     """Measure and print; a line to stderr for every case as it is done."""
     from m1local import benchmark
+    from m1local.checkpoint import CONFIG
+    from m1local.config import M1Config
     from m1local.engine import Engine
     from m1local_app.conversing import gpu_layers as parsed_layers
 
+    layers = parsed_layers(gpu_layers)
     wanted = benchmark.cases(
         numbers(prompts, "--prompt-tokens"),
         numbers(answers, "--new-tokens"),
@@ -65,10 +69,20 @@ def run(
     )
     if not wanted:
         raise usage_error(tr("Nothing is to be measured; give --prompt-tokens or --new-tokens."))
+    room = max(benchmark.room_for(wanted), LEAST_CONTEXT)
+    longest = M1Config.from_file(folder / CONFIG).max_position_embeddings
+    if room > longest:
+        said = tr(
+            "{room} tokens of context are wanted, this model takes {longest}; choose shorter "
+            "prompts or answers, or less --depth.",
+            room=room,
+            longest=longest,
+        )
+        raise usage_error(said)
     engine = Engine.load(
         folder,
-        context_tokens=max(benchmark.room_for(wanted), 16),
-        gpu_layers=parsed_layers(gpu_layers),
+        context_tokens=room,
+        gpu_layers=layers,
         kv_type=kv_type,
     )
     found = []

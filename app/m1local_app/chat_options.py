@@ -15,6 +15,7 @@ import typer
 
 from m1local.errors import SamplingError
 from m1local_app.language import tr
+from m1local_app.options import Threads
 
 SAMPLING, CONVERSATION = "Sampling", "Conversation"
 
@@ -201,12 +202,7 @@ class EngineOptions:
     seed: Annotated[
         int | None, sampling_option("--seed", "-s", text="Draw the same tokens again.")
     ] = None
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads", "-t", min=1, metavar="N", help="CPU threads. (default: all cores)"
-        ),
-    ] = None
+    threads: Threads = None
 
     def changes(self) -> dict[str, object]:
         """What differs from the checkpoint's settings, by the names of `Engine.settings`."""

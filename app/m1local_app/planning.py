@@ -16,7 +16,7 @@ from m1local.checkpoint import CONFIG, compute_dtype, is_quantized, matrix_names
 from m1local.config import M1Config
 from m1local.errors import RecipeError
 from m1local.formats import LinearSpec
-from m1local.kv_store import KV_BYTES
+from m1local.kv_store import FLOAT, KV_BYTES
 from m1local.manifest import CheckpointManifest
 from m1local.memory import (
     Demand,
@@ -69,7 +69,10 @@ class Row:
 
 
 def plan(folder: Path, machine: Machine, context_tokens: int | None) -> list[Row]:
-    """All rows for the model in `folder`; its config.json is enough."""
+    """All rows for the model in `folder`; its config.json is enough.
+
+    On a card keys and values are in 16 bits: that is what its kernels read.
+    """
     config = M1Config.from_file(folder / CONFIG)
     longest = config.max_position_embeddings
     contexts = [context_tokens] if context_tokens else [n for n in CONTEXTS if n <= longest]
@@ -78,7 +81,7 @@ def plan(folder: Path, machine: Machine, context_tokens: int | None) -> list[Row
         _row(recipe, Model(config, specs, dtype), Setting(context, kv_type), machine)
         for recipe, specs in _recipes(folder, config)
         for context in contexts or [longest]
-        for kv_type in KV_BYTES
+        for kv_type in (KV_BYTES if machine.device.type == "cpu" else (FLOAT,))
     ]
 
 

@@ -230,15 +230,6 @@ def _said_by(found: ctypes.CDLL, function: str) -> str:
     return said.decode()
 
 
-def read_through(words: Tensor) -> bool:
-    """Read all of `words` (n,) int64 once, on as many threads as torch has; whether it was done."""
-    compiled = library()
-    if compiled is not None:
-        count = ctypes.c_int64(words.numel())
-        compiled.m1_read(address(words), count, torch.get_num_threads())
-    return compiled is not None
-
-
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
     """Where a tensor's values begin; NULL for none."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
