@@ -2,13 +2,13 @@
 
 What it is: the affine formats of this project; with groups of 64 they take half a bit more than
 their name says. The zero is a float, the group's value at the middle code, so bfloat16 keeps it
-precise where |w| is small. On the CPU int4 is multiplied as it is stored, by the compiled library
-(m1local/native/matmul.py). Without that, and for other widths, the codes are rearranged once, at
-load, for torch's packed 4-bit operator (m1local/formats/int4pack.py): three bits in the place of
-four, five and six as a low and a high half, each of four, that are multiplied one after the other.
-On a card Triton's kernels read all of them as stored (m1local/cuda); where there is no Triton,
-torch's operator multiplies int4, and other widths are dequantized in slices. What it is not: as
-small in memory as on the disk, on the CPU, except for int4.
+precise where |w| is small. On the CPU they are multiplied as stored, by the compiled library
+(m1local/native/matmul.py). Without it the codes are rearranged once, at load, for torch's packed
+4-bit operator (m1local/formats/int4pack.py): three bits in the place of four, five and six as a low
+and a high half, each of four, that are multiplied one after the other. On a card Triton's kernels
+read all of them as stored (m1local/cuda); where there is no Triton, torch's operator multiplies
+int4, and other widths are dequantized in slices. What it is not: as small in memory as on the disk
+where the codes are rearranged.
 
 Stored: codes in planes of 1, 2 or 4 bits, the even columns in the low bits of a byte: weight
 (N, K * width / 8) uint8 with the lowest bits, weight_high with the others; scales and zeros
