@@ -136,7 +136,8 @@ def _kernels() -> Iterator[Fact]:
             yield Fact("kernels", name, format_class(name).kernel(device))
         except (M1Error, ImportError, OSError) as error:  # a broken install must not end the tour
             yield Fact("kernels", name, tr("none: {reason}", reason=error))
-    yield Fact("kernels", "decode", decoding(device))
+    if device.type == "cuda":
+        yield Fact("kernels", "decode", decoding(device))
 
 
 def _memory() -> Iterator[Fact]:
