@@ -21,7 +21,7 @@ SPECS = [
     *(LinearSpec(name, size) for name in ("int3", "int5", "int6") for size in (32, 64, 128)),
 ]
 FEW = 4  # rows up to which matmul_few.c serves
-GROUP_OF_X = 64  # columns that share a scale where the format has no groups
+GROUP_OF_X = 128  # columns that share a scale where the format has no groups
 # (N, K): fewer than a vector, tails, blocks and more, a single row of W.
 SHAPES = [(1, 128), (3, 384), (33, 640), (70, 256), (130, 1280)]
 ROWS = [1, 2, 3, 4, 5, 8, 9, 31, 70]

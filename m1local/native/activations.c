@@ -44,11 +44,10 @@ static int make_room(Rounded *x)
     const size_t vectors = rows * columns / (size_t)(x->apart * BYTES);
     if (x->layout == FOR_FEW) {
         x->codes = whole(vectors * 2 * BYTES);
-        x->starts = whole(vectors * 2 * LANES * sizeof(int32_t));
     } else {
         x->codes = whole(rows * columns * (size_t)x->parts);
-        x->starts = whole(groups * (size_t)x->parts * sizeof(int32_t));
     }
+    x->starts = whole(groups * (size_t)x->parts * sizeof(int32_t));
     x->scales = whole(groups * sizeof(float));
     x->sums = whole(groups * sizeof(float));
     return x->codes && x->starts && x->scales && x->sums;
@@ -82,39 +81,35 @@ static float round_group(
     return scale;
 }
 
-/* Bytes of a row where W's vectors want them, and what their sums begin with. */
+/* Bytes of a row where W's vectors want them. */
 static void lay_out_for_few(const Rounded *x, const int8_t *line, int64_t row, int part)
 {
-    const int columns = x->apart * BYTES, per_lane = columns / LANES, step = x->apart;
+    const int columns = x->apart * BYTES, step = x->apart;
     const int64_t vectors = x->padded_columns / columns;
     for (int64_t v = 0; v < vectors; v++) {
-        const int64_t at = row * vectors + v;
         const int8_t *from = line + v * columns;
-        int8_t *to = x->codes + (at * 2 + part) * BYTES;
-        int32_t *start = x->starts + (at * 2 + part) * LANES;
+        int8_t *to = x->codes + ((row * vectors + v) * 2 + part) * BYTES;
         for (int p = 0; p < step; p++)
             for (int i = 0; i < BYTES; i++)
                 to[p * BYTES + i] = from[i * step + p];
-        for (int lane = 0; lane < LANES; lane++) {
-            int32_t sum = 0;
-            for (int i = 0; i < per_lane; i++)
-                sum += from[lane * per_lane + i];
-            start[lane] = -x->middle * sum;
-        }
     }
 }
 
 static void lay_out_for_many(const Rounded *x, const int8_t *line, int64_t row, int part)
 {
-    const int64_t at = row * x->parts + part;
     int8_t *to = x->codes + (row / TILE * x->parts + part) * x->padded_columns * TILE;
     for (int64_t k = 0; k < x->padded_columns / FOUR; k++)
         memcpy(to + (k * TILE + row % TILE) * FOUR, line + k * FOUR, FOUR);
-    for (int64_t group = 0; group < x->groups; group++) {
+}
+
+/* What the integer sums of a row begin with. */
+static void begin_sums(const Rounded *x, const int8_t *line, int64_t row, int part)
+{
+    for (int64_t group = 0; group * x->size < x->columns; group++) {
         int32_t sum = 0;
         for (int i = 0; i < x->size; i++)
             sum += line[group * x->size + i];
-        x->starts[at * x->groups + group] = -x->middle * sum;
+        x->starts[(row * x->parts + part) * x->groups + group] = -x->middle * sum;
     }
 }
 
@@ -122,7 +117,7 @@ static void lay_out_for_many(const Rounded *x, const int8_t *line, int64_t row, 
 static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, int8_t *line)
 {
     float *scales = x->scales + row * x->groups, *sums = x->sums + row * x->groups;
-    int8_t *lost = line + x->padded_columns;
+    int8_t *lost = line + x->groups * x->size;
     for (int64_t group = 0; group * x->size < x->columns; group++) {
         const int64_t first = group * x->size, left = x->columns - first;
         const int count = left < x->size ? (int)left : x->size;
@@ -134,14 +129,16 @@ static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, 
         sums[group] = scale * (float)sum;
         scales[group] = x->parts == 2 ? scale / 256 : scale;
     }
-    for (int part = 0; part < x->parts; part++)
+    for (int part = 0; part < x->parts; part++) {
         (x->layout == FOR_FEW ? lay_out_for_few : lay_out_for_many)(
             x, part ? lost : line, row, part);
+        begin_sums(x, part ? lost : line, row, part);
+    }
 }
 
 int round_rows(Rounded *x, const void *source, int is_wide, int threads)
 {
-    const size_t line = (size_t)x->padded_columns * 2;
+    const size_t line = (size_t)(x->groups * x->size) * 2; /* padded_columns may be fewer */
     const int64_t wanted = x->rows * x->columns < LEAST_ROUNDED ? 1 : threads;
     const int64_t used = wanted < x->rows ? wanted : x->rows;
     int8_t *lines = whole((size_t)used * line);

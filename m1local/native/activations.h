@@ -28,8 +28,7 @@ typedef struct {
     int middle;      /* the code of W that means zero */
     int parts;       /* of a value: 2 with the second byte */
     int8_t *codes;   /* FOR_FEW [row][vector][2][BYTES]; FOR_MANY [tile][part][fours][TILE][FOUR] */
-    int32_t *starts; /* what an integer sum begins with: FOR_FEW [row][vector][2][LANES];
-                        FOR_MANY [row][part][group] */
+    int32_t *starts; /* [row][part][group]: what an integer sum begins with */
     float *scales;   /* [row][group] */
     float *sums;     /* [row][group]: of the rounded x */
 } Rounded;

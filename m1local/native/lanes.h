@@ -106,17 +106,17 @@ INLINE void four_totals(const Floats f[4], float *to)
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(upper));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
-/* The scales of one, two or four groups, each in the lanes of its group. */
-INLINE Floats spread_over_lanes(const float *scales, int groups)
+/* bfloat16 as floats: `count` of them, where there are fewer than LANES, and zeros. */
+INLINE Floats load_widened(const uint16_t *at, int64_t count)
 {
-    if (groups == 1)
-        return all_of(scales[0]);
-    if (groups == 2)
-        return _mm512_mask_broadcastss_ps(all_of(scales[0]), 0xff00, _mm_load_ss(scales + 1));
-    return _mm512_permutexvar_ps(
-        _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0),
-        _mm512_castps128_ps512(_mm_loadu_ps(scales)));
+    const __mmask16 there = count < LANES ? (__mmask16)((1u << count) - 1) : 0xffff;
+    const __m256i halves = _mm256_maskz_loadu_epi16(there, at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
+/* Of each lane's number in `lanes` the value. */
+INLINE Floats from_lanes(Floats f, Ints lanes) { return _mm512_permutexvar_ps(lanes, f); }
+/* A number in the first lane, zeros in the others. */
+INLINE Ints first_lane(int32_t value) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(value)); }
 
 #elif defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
@@ -181,12 +181,18 @@ INLINE void four_totals(const Floats f[4], float *to)
         _mm256_hadd_ps(_mm256_hadd_ps(f[0], f[1]), _mm256_hadd_ps(f[2], f[3]));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
-INLINE Floats spread_over_lanes(const float *scales, int groups)
+INLINE Floats load_widened(const uint16_t *at, int64_t count)
 {
-    if (groups == 1)
-        return all_of(scales[0]);
-    return _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
+    uint16_t some[8] = {0};
+    if (count < LANES) {
+        memcpy(some, at, (size_t)count * sizeof *at);
+        at = some;
+    }
+    const __m256i halves = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(halves, 16));
 }
+INLINE Floats from_lanes(Floats f, Ints lanes) { return _mm256_permutevar8x32_ps(f, lanes); }
+INLINE Ints first_lane(int32_t value) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(value)); }
 
 #else
 #define LANES_NAME "plain C"
@@ -286,10 +292,17 @@ INLINE void four_totals(const Floats f[4], float *to)
     for (int i = 0; i < 4; i++)
         to[i] = total_of(f[i]);
 }
-INLINE Floats spread_over_lanes(const float *scales, int groups)
+INLINE Floats load_widened(const uint16_t *at, int64_t count)
 {
-    MAKE(Floats, f, LANES, scales[i * groups / LANES]);
+    uint32_t words[LANES] = {0};
+    Floats f;
+    for (int i = 0; i < LANES && i < count; i++)
+        words[i] = (uint32_t)at[i] << 16;
+    memcpy(&f, words, sizeof f);
+    return f;
 }
+INLINE Floats from_lanes(Floats f, Ints lanes) { MAKE(Floats, r, LANES, f.of[lanes.of[i]]); }
+INLINE Ints first_lane(int32_t value) { MAKE(Ints, v, LANES, i ? 0 : value); }
 #endif
 
 #endif

@@ -22,13 +22,15 @@ static int multiply_stored(
         .rows = rows,
         .padded_rows = few && rows < 3 ? rows : up_to_multiple(rows, few ? 4 : TILE),
         .columns = w->columns,
-        .padded_columns = up_to_multiple(w->columns, few ? apart * BYTES : w->size),
+        .padded_columns = up_to_multiple(w->columns, few && !is_bytes ? 2 * BYTES : w->size),
         .size = w->size,
         .apart = apart,
         .middle = is_bytes ? (SHIFTED ? 128 : 0) : w->middle,
         .parts = is_bytes ? 2 : 1,
     };
     x.groups = up_to_multiple(x.padded_columns, w->size) / w->size;
+    if (few) /* read a vector at a time */
+        x.groups = up_to_multiple(x.groups, LANES);
     const int done = round_rows(&x, source, is_wide, threads)
                      && (few ? multiply_few : multiply_many)(w, &x, &output, threads);
     forget(&x);
