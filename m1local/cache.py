@@ -102,6 +102,18 @@ class LayerCache:
         self.raw_v[:, :, slots] = v[:, :, -kept:]
         return before
 
+    def expect(self, position: int, tokens: int) -> None:
+        """Note what `exchange_raw` and `append` note, for who writes the same tensors himself.
+
+        The raw key and value of the token before `position` then lie in their slot.
+        """
+        raw, slot = self.raw_before(position), (position - 1) % RAW_TOKENS
+        if position == 0 or position in self.boundaries:
+            self.raw_k[:, :, slot : slot + 1], self.raw_v[:, :, slot : slot + 1] = raw
+        end = position + tokens
+        self.written = max(self.written, end)
+        self.raw_start = max(self.raw_start, end - RAW_TOKENS)
+
     def append(self, position: int, k: Tensor, v: Tensor) -> Visible:
         """Store one chunk, k and v (B, Hkv, T, D), from `position` on.
 

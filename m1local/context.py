@@ -35,6 +35,16 @@ class Decoder(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """A few tokens at a time, as m1local/native/step.py reads them."""
+
+    most: int  # tokens
+
+    def read(self, token_ids: list[int], *, last_only: bool) -> Tensor | None:
+        """Append tokens; returns logits (1 or T, V), or None where the model is to read them."""
+        ...
+
+
 class Context:
     """A cache together with the ids it holds."""
 
@@ -44,12 +54,14 @@ class Context:
         cache: KVCache,
         decoder_of: Callable[[KVCache], Decoder] | None = None,
         setting: Setting | None = None,
+        reader_of: Callable[[KVCache], Reader | None] = lambda cache: None,
     ) -> None:
         """Feed `model` through `cache`, from wherever it stands empty.
 
-        `decoder_of` makes what single tokens are fed through, if not the model itself; `setting`
-        is what an error about memory gives advice on.
+        `decoder_of` makes what single tokens are fed through, `reader_of` what a few together are,
+        if not the model itself; `setting` is what an error about memory gives advice on.
         """
+        self._reader_of = reader_of
         self._setting = setting or Setting(cache.capacity)
         self.model = model
         self._decoder_of = decoder_of
@@ -61,12 +73,17 @@ class Context:
 
     def another(self) -> "Context":
         """An empty context of the same size for the same model."""
-        return Context(self.model, self.cache.another(), self._decoder_of, self._setting)
+        cache = self.cache.another()
+        return Context(self.model, cache, self._decoder_of, self._setting, self._reader_of)
 
     @cached_property
     def decoder(self) -> Decoder | None:
         """What single tokens are fed through; None where that is the model."""
         return self._decoder_of(self.cache) if self._decoder_of else None
+
+    @cached_property
+    def _reader(self) -> Reader | None:
+        return self._reader_of(self.cache)
 
     @property
     def capacity(self) -> int:
@@ -141,6 +158,11 @@ class Context:
 
     def _read(self, token_ids: Sequence[int], *, last_only: bool) -> Tensor:
         self._forget_ahead()
+        reader = self._reader
+        if reader is not None and len(token_ids) <= reader.most:
+            read = reader.read(list(token_ids), last_only=last_only)
+            if read is not None:
+                return read
         batch = torch.tensor([token_ids], device=self._ids_device)
         logits: Tensor = self.model(batch, self.cache, last_only=last_only)[0]
         return logits

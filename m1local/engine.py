@@ -19,7 +19,7 @@ from m1local.generation_config import GenerationConfig
 from m1local.kv_store import FLOAT
 from m1local.memory import Setting, telling
 from m1local.model import M1Model
-from m1local.placement import GpuLayers, Placement, decoder_of, load, place
+from m1local.placement import GpuLayers, Placement, decoder_of, load, place, reader_of
 from m1local.tokenizer import M1Tokenizer
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -78,7 +78,8 @@ class Engine:
         with telling(placement.setting):
             cache = placement.allocate(config)
             model, loaded = load(folder, placement)
-        context = Context(model, cache, decoder_of(model, placement), placement.setting)
+        decoder, reader = decoder_of(model, placement), reader_of(model, placement)
+        context = Context(model, cache, decoder, placement.setting, reader)
         engine = cls(model, tokenizer, generation, context)
         engine.placement, engine.loaded = placement, loaded
         return engine

@@ -16,7 +16,7 @@ import torch
 from m1local.cache import KVCache, LayerCache
 from m1local.checkpoint import CONFIG, EMBEDDING, HEAD, compute_dtype, is_quantized, load_model
 from m1local.config import M1Config
-from m1local.context import Decoder
+from m1local.context import Decoder, Reader
 from m1local.cuda import support
 from m1local.cuda.transfer import Moved, Transfer
 from m1local.errors import DependencyError
@@ -24,6 +24,7 @@ from m1local.kv_store import FLOAT
 from m1local.manifest import CheckpointManifest
 from m1local.memory import LAYERS, Model, Setting, check, free_bytes, settle, used_device
 from m1local.model import M1Model
+from m1local.native.step import CompiledStep
 
 CPU = torch.device("cpu")
 NORM = "model.norm"
@@ -141,6 +142,13 @@ def decoder_of(model: M1Model, placement: Placement) -> Callable[[KVCache], Deco
     from m1local.cuda.drawing import DrawingDecoder  # Triton, which is only there with a card
 
     return lambda cache: DrawingDecoder(model, cache, placement.first)
+
+
+def reader_of(model: M1Model, placement: Placement) -> Callable[[KVCache], Reader | None]:
+    """What makes the reader of a few tokens for a cache; it makes None where none serves."""
+    if placement.card.type != "cpu":
+        return lambda cache: None
+    return lambda cache: CompiledStep.of(model, cache)
 
 
 def why_plain(card: torch.device) -> str:

@@ -147,7 +147,8 @@ static void run_heads(int64_t rows, int64_t heads, int64_t kv_heads, int64_t wid
     void *k = room_for(kv_heads * rows * width, is_wide);
     void *v = room_for(kv_heads * rows * width, is_wide);
     const Heads asked = {
-        packed, taps, taps, before, before, cos, sin, q, k, v, rows, heads, kv_heads, width, is_wide,
+        packed, taps, taps, before, before, cos, sin, q, k, v, rows, heads, kv_heads, width, width,
+        is_wide,
     };
     m1_turn_heads(&asked);
     free(packed), free(taps), free(before), free(cos), free(sin), free(q), free(k), free(v);
@@ -160,6 +161,76 @@ static void run_neighbours(int64_t rows, int64_t width, int is_wide)
     m1_norm(x, by, is_wide, rows, width, 1e-6f, out);
     m1_gate(x, x, is_wide, rows * width, out, 2);
     free(x), free(by), free(out);
+}
+
+static Stored stored_of(int64_t rows, int64_t columns)
+{
+    const size_t weights = (size_t)(rows * columns), groups = weights / 32;
+    bfloat16 *scales = exactly(groups * sizeof *scales), *zeros = exactly(groups * sizeof *zeros);
+    uint8_t *low = exactly(weights / 2);
+    memset(low, 0x7a, weights / 2);
+    for (size_t i = 0; i < groups; i++)
+        scales[i] = zeros[i] = rounded(weight(i) * 0.01f);
+    return (Stored){low, NULL, scales, zeros, NULL, rows, columns, 4, 0, 8, 32};
+}
+
+static void forget_stored(Stored w)
+{
+    free((void *)w.low), free((void *)w.scales), free((void *)w.zeros);
+}
+
+/* Two kinds of layer, a global one and a ring, some tokens further than the ring has slots. */
+static void run_step(int kind, int is_wide)
+{
+    enum { HIDDEN = 64, INNER = 96, VOCABULARY = 37, ROWS = 4, RAW = 16, TOKENS = 40 };
+    const int kept = kind == KV_BYTES ? KV_BYTES : is_wide ? KV_FLOAT : KV_BFLOAT16;
+    Layer layers[2];
+    for (int i = 0; i < 2; i++) {
+        const int64_t kv_heads = 1, width = i ? 32 : 64, slots = i ? 11 : TOKENS;
+        const int64_t values = kv_heads * slots * width;
+        float *turns = exactly((size_t)(ROWS * width / 2) * sizeof *turns);
+        memset(turns, 0, (size_t)(ROWS * width / 2) * sizeof *turns);
+        layers[i] = (Layer){
+            stored_of(HIDDEN + 2 * kv_heads * width, HIDDEN), stored_of(HIDDEN, HIDDEN),
+            stored_of(INNER, HIDDEN), stored_of(INNER, HIDDEN), stored_of(HIDDEN, INNER),
+            source_of(HIDDEN, is_wide), source_of(HIDDEN, is_wide), source_of(2, is_wide),
+            source_of(2, is_wide), room_for(values, 1), room_for(values, 1),
+            source_of((size_t)(kv_heads * RAW * width), is_wide),
+            source_of((size_t)(kv_heads * RAW * width), is_wide),
+            exactly((size_t)values / 32 * 2), exactly((size_t)values / 32 * 2), turns, turns,
+            exactly((size_t)slots * sizeof(int64_t)), HIDDEN / width, kv_heads, width, slots,
+            i ? 5 : 0,
+        };
+    }
+    const Step step = {
+        layers, stored_of(VOCABULARY, HIDDEN), source_of(HIDDEN, is_wide),
+        source_of(ROWS * HIDDEN, is_wide), room_for(ROWS * HIDDEN, is_wide),
+        room_for(ROWS * (HIDDEN + 128), is_wide), room_for(ROWS * HIDDEN, is_wide),
+        room_for(ROWS * 64, is_wide), room_for(ROWS * 64, is_wide),
+        room_for(ROWS * HIDDEN, is_wide), room_for(ROWS * INNER, is_wide),
+        room_for(ROWS * INNER, is_wide), exactly(ROWS * sizeof(int64_t)), 2, HIDDEN, RAW, is_wide,
+        kept, 1e-6f,
+    };
+    void *logits = room_for(ROWS * VOCABULARY, is_wide);
+    for (int64_t position = 0, rows = 1; position + rows <= TOKENS; position += rows) {
+        rows = 1 + position % ROWS;
+        if (!m1_step(&step, position, rows, rows > 2 ? rows - 1 : 0, logits, 2))
+            exit(7);
+    }
+    if (m1_step(&step, 0, 9, 0, logits, 1) || m1_step(&step, 0, 2, 2, logits, 1))
+        exit(8); /* refused */
+    for (int i = 0; i < 2; i++) {
+        const Layer *l = layers + i;
+        forget_stored(l->packed), forget_stored(l->out), forget_stored(l->gate);
+        forget_stored(l->up), forget_stored(l->down);
+        free((void *)l->norm), free((void *)l->post_norm), free((void *)l->taps_k);
+        free((void *)l->taps_v), free(l->k), free(l->v), free(l->raw_k), free(l->raw_v);
+        free(l->k_scales), free(l->v_scales), free((void *)l->cos), free(l->key_positions);
+    }
+    forget_stored(step.head);
+    free((void *)step.norm), free(step.x), free(step.normed), free(step.packed), free(step.q);
+    free(step.k), free(step.v), free(step.product), free(step.gate), free(step.up);
+    free(step.positions), free(logits);
 }
 
 static void run_all_of_attention(int is_wide)
@@ -180,6 +251,8 @@ static void run_all_of_attention(int is_wide)
         run_attention(1, 2, 2, 96, 2000, kind, is_wide, 5);
     run_heads(2, 1, 1, 2, is_wide);
     run_neighbours(1, 1, is_wide);
+    run_step(KV_FLOAT, is_wide);
+    run_step(KV_BYTES, is_wide);
 }
 
 int main(void)

@@ -44,7 +44,7 @@ RUNTIME_ORDER = (
     ("cuda.fused", "cuda.embedding"),
     ("cuda.attention", "cuda.prefill"),
     ("model",),
-    ("checkpoint", "tokenizer", "penalties", "loop_guard", "cuda.decode"),
+    ("checkpoint", "tokenizer", "penalties", "loop_guard", "cuda.decode", "native.step"),
     ("sampling", "json_schema", "memory"),
     ("cuda.drawing",),
     ("generation_config", "text_stream", "context"),

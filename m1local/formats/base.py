@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from m1local.cuda import support
 from m1local.cuda.matrix import Matrix
 from m1local.formats import LinearSpec
+from m1local.native.matmul import Matrix as CompiledMatrix
 
 ROWS_PER_SLICE = 256  # of W: slices that stay in the cache are five times faster than the whole
 SLICES = "slices dequantized to float"
@@ -161,6 +162,10 @@ class QuantizedLinear(nn.Module):
     def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Single rows, as an embedding needs them: (...) ids -> (..., K)."""
         raise NotImplementedError
+
+    def compiled_matrix(self) -> CompiledMatrix | None:
+        """The stored tensors as the compiled library reads them; None where it does not."""
+        return None
 
     def cuda_matrix(self) -> Matrix | None:
         """What the kernels of m1local/cuda read; None where they do not know the format."""

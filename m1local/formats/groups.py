@@ -240,6 +240,16 @@ class GroupLinear(QuantizedLinear):
         rows = self._restore(self.unpack(planes).float() - self.middle, scales, zeros, dtype)
         return rows.view(*token_ids.shape, self.in_features)
 
+    def compiled_matrix(self) -> matmul.Matrix | None:
+        """The stored planes."""
+        if self.packed:
+            return None
+        planes, size = self._planes(), group_size_of(self.spec)
+        return matmul.groups_matrix(planes, self.scales, self.zeros, size, self.middle)
+
+    def _planes(self) -> list[Tensor]:
+        return [self.codes] if self.high is None else [self.codes, self.high]
+
     def cuda_matrix(self) -> Matrix | None:
         """The stored tensors, where a row is whole blocks of columns."""
         shape, size = (self.out_features, self.in_features), group_size_of(self.spec)
@@ -254,8 +264,8 @@ class GroupLinear(QuantizedLinear):
         """(..., K) -> (..., N) in x's dtype."""
         flat, size = x.reshape(-1, self.in_features), group_size_of(self.spec)
         if not self.packed and self._is_compiled():
-            planes = [self.codes] if self.high is None else [self.codes, self.high]
-            found = matmul.multiply_groups(flat, planes, self.scales, self.zeros, size, self.middle)
+            stored = self._planes(), self.scales, self.zeros
+            found = matmul.multiply_groups(flat, *stored, size, self.middle)
             if found is not None:
                 return found.view(*x.shape[:-1], self.out_features)
         if (on_card := self.multiply_on_card(x)) is not None:

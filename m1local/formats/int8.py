@@ -84,6 +84,10 @@ class Int8Linear(QuantizedLinear):
         """Rows of an embedding: (...) ids -> (..., K)."""
         return (self.weight[token_ids].float() * self.scales[token_ids][..., None]).to(dtype)
 
+    def compiled_matrix(self) -> matmul.Matrix | None:
+        """The stored rows."""
+        return matmul.int8_matrix(self.weight, self.scales)
+
     def cuda_matrix(self) -> Matrix | None:
         """The stored tensors, where a row is whole blocks of columns."""
         shape = (self.out_features, self.in_features)

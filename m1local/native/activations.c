@@ -61,8 +61,11 @@ static float round_group(
     for (int i = 0; i < count; i++)
         values[i] = is_wide ? ((const float *)source)[at + i]
                             : widened(((const bfloat16 *)source)[at + i]);
-    for (int i = 0; i < count; i++)
-        greatest = fabsf(values[i]) > greatest ? fabsf(values[i]) : greatest;
+#pragma omp simd reduction(max : greatest)
+    for (int i = 0; i < count; i++) {
+        const float size = fabsf(values[i]);
+        greatest = size > greatest ? size : greatest;
+    }
 #pragma omp simd reduction(+ : zero)
     for (int i = 0; i < count; i++)
         zero += values[i] * 0.0f;
@@ -132,7 +135,8 @@ static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, 
     for (int part = 0; part < x->parts; part++) {
         (x->layout == FOR_FEW ? lay_out_for_few : lay_out_for_many)(
             x, part ? lost : line, row, part);
-        begin_sums(x, part ? lost : line, row, part);
+        if (x->middle) /* else they begin with zero */
+            begin_sums(x, part ? lost : line, row, part);
     }
 }
 

@@ -60,6 +60,17 @@ M1_EXPORT int m1_multiply_int8(
     const void *x, int is_wide, int64_t rows, const int8_t *codes, const float *scales, int64_t n,
     int64_t columns, void *target, int threads);
 
+/* A matrix as it is stored: groups of a few bits, or rows of bytes. */
+typedef struct {
+    const uint8_t *low, *high;      /* planes [row][byte]; of rows of bytes `low` alone */
+    const bfloat16 *scales, *zeros; /* [row][group]; of rows of bytes there are none */
+    const float *row_scales;        /* of rows of bytes */
+    int64_t rows, columns;
+    int32_t low_bits, high_bits; /* of a plane: 8 for rows of bytes; 0 for none */
+    int32_t middle;              /* the code that means exactly the zero */
+    int32_t size;                /* of a group */
+} Stored;
+
 /* How keys and values are kept. */
 enum { KV_FLOAT, KV_BFLOAT16, KV_BYTES };
 
@@ -82,6 +93,7 @@ typedef struct {
     const float *cos, *sin; /* (rows, width / 2) */
     void *q, *k, *v;        /* (heads, rows, width), of which k and v have kv_heads */
     int64_t rows, heads, kv_heads, width;
+    int64_t before_stride; /* values from one head of `before` to the next */
     int32_t is_wide;
 } Heads;
 
@@ -90,6 +102,32 @@ M1_EXPORT void m1_norm(const void *x, const void *weight, int is_wide, int64_t r
                        float eps, void *out);
 M1_EXPORT void m1_gate(
     const void *gate, const void *up, int is_wide, int64_t count, void *out, int threads);
+
+/* A layer, and what is kept of it (step.c); m1local/native/step.py fills these. */
+typedef struct {
+    Stored packed, out, gate, up, down;
+    const void *norm, *post_norm, *taps_k, *taps_v;
+    void *k, *v, *raw_k, *raw_v;   /* (kv_heads, slots, width); (kv_heads, raw_slots, width) */
+    bfloat16 *k_scales, *v_scales; /* of bytes */
+    const float *cos, *sin;        /* (rows, width / 2) */
+    int64_t *key_positions;        /* (slots): shared by layers that have as many */
+    int64_t heads, kv_heads, width, slots, window;
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    Stored head;
+    const void *norm;
+    void *x;                                            /* (rows, hidden): in */
+    void *normed, *packed, *q, *k, *v, *product, *gate, *up; /* room for as many rows */
+    int64_t *positions;
+    int64_t layer_count, hidden, raw_slots;
+    int32_t is_wide, kind; /* of x and the weights; of keys and values */
+    float eps;
+} Step;
+
+M1_EXPORT int m1_step(const Step *step, int64_t position, int64_t rows, int64_t first_wanted,
+                      void *logits, int threads);
 
 M1_EXPORT uint64_t m1_read(const uint64_t *words, int64_t count, int threads);
 

@@ -11,12 +11,10 @@ enum { FEW_ROWS = 4 /* more are faster by panels */ };
 
 static int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 1) / of * of; }
 
-static int multiply_stored(
-    const void *source, int is_wide, int64_t rows, const Stored *w, void *target, int threads)
+/* How x is to be rounded for W. */
+static Rounded layout_for(const Stored *w, int64_t rows)
 {
     const int is_bytes = w->low_bits == 8, few = rows <= FEW_ROWS;
-    const int apart = is_bytes ? 1 : 2;
-    const Output output = {target, is_wide};
     Rounded x = {
         .layout = few ? FOR_FEW : FOR_MANY,
         .rows = rows,
@@ -24,17 +22,46 @@ static int multiply_stored(
         .columns = w->columns,
         .padded_columns = up_to_multiple(w->columns, few && !is_bytes ? 2 * BYTES : w->size),
         .size = w->size,
-        .apart = apart,
+        .apart = is_bytes ? 1 : 2,
         .middle = is_bytes ? (SHIFTED ? 128 : 0) : w->middle,
         .parts = is_bytes ? 2 : 1,
     };
     x.groups = up_to_multiple(x.padded_columns, w->size) / w->size;
     if (few) /* read a vector at a time */
         x.groups = up_to_multiple(x.groups, LANES);
-    const int done = round_rows(&x, source, is_wide, threads)
-                     && (few ? multiply_few : multiply_many)(w, &x, &output, threads);
-    forget(&x);
+    return x;
+}
+
+static int alike(const Stored *a, const Stored *b)
+{
+    return a->columns == b->columns && a->size == b->size && a->middle == b->middle
+           && (a->low_bits == 8) == (b->low_bits == 8);
+}
+
+int multiply_each(const void *x, int is_wide, int64_t rows, const Stored *const *w,
+                  void *const *targets, int count, int threads)
+{
+    Rounded rounded_x = {0};
+    int done = 1;
+    for (int i = 0; i < count && done; i++) {
+        const Output output = {targets[i], is_wide};
+        if (i == 0 || !alike(w[i - 1], w[i])) {
+            forget(&rounded_x);
+            rounded_x = layout_for(w[i], rows);
+            done = round_rows(&rounded_x, x, is_wide, threads);
+        }
+        if (done)
+            done = (rounded_x.layout == FOR_FEW ? multiply_few : multiply_many)(
+                w[i], &rounded_x, &output, threads);
+    }
+    forget(&rounded_x);
     return done;
+}
+
+static int multiply_stored(
+    const void *x, int is_wide, int64_t rows, const Stored *w, void *target, int threads)
+{
+    return multiply_each(x, is_wide, rows, &w, &target, 1, threads);
 }
 
 /* x (rows, columns) in groups of a few bits, as `planes` says. */
@@ -62,5 +89,8 @@ M1_EXPORT int m1_multiply_int8(
     };
     return multiply_stored(x, is_wide, rows, &w, target, threads);
 }
+
+/* The `size` of rows of bytes. */
+M1_EXPORT int m1_group_of_x(void) { return GROUP_OF_X; }
 
 M1_EXPORT const char *m1_lanes(void) { return LANES_NAME; }

@@ -23,6 +23,11 @@ static inline void put(const Output *output, int64_t index, float value)
 
 static inline int64_t bytes_in_row(int64_t columns, int bits) { return columns * bits / 8; }
 
+/* x (rows, columns) by each of `count` matrices; those that want x rounded alike share that. 0 where
+ * there is no memory. */
+int multiply_each(const void *x, int is_wide, int64_t rows, const Stored *const *w,
+                  void *const *targets, int count, int threads);
+
 /* x @ W.T; 0 where there is no memory. */
 int multiply_few(const Stored *w, const Rounded *x, const Output *output, int threads);
 int multiply_many(const Stored *w, const Rounded *x, const Output *output, int threads);

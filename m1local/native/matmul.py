@@ -29,6 +29,16 @@ class _Planes(ctypes.Structure):
     )
 
 
+class Matrix(ctypes.Structure):
+    """`Stored` of common.h: a matrix as it is stored; whoever holds it holds its tensors."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("low", "high", "scales", "zeros", "row_scales")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        *((name, ctypes.c_int32) for name in ("low_bits", "high_bits", "middle", "size")),
+    )
+
+
 def usable() -> bool:
     """Whether the library is there."""
     return library() is not None
@@ -56,6 +66,30 @@ def multiply_groups(
 def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor | None:
     """x (M, K) @ W.T -> (M, N) in x's dtype, for `codes` (N, K) int8 and `scales` (N,) float32."""
     return _multiply("m1_multiply_int8", x, (codes, scales))
+
+
+def groups_matrix(
+    planes: Sequence[Tensor], scales: Tensor, zeros: Tensor, group_size: int, middle: int
+) -> Matrix | None:
+    """The matrix of `multiply_groups` for the functions in C; None where they cannot read it."""
+    low, high = planes[0], planes[1] if len(planes) > 1 else None
+    if not usable() or not _lie_well((low, high, scales, zeros)):
+        return None
+    columns = scales.shape[1] * group_size
+    bits = [plane.shape[1] * 8 // columns for plane in planes]
+    return Matrix(
+        address(low), address(high), address(scales), address(zeros), None,
+        low.shape[0], columns, bits[0], bits[1] if high is not None else 0, middle, group_size,
+    )  # fmt: skip
+
+
+def int8_matrix(codes: Tensor, scales: Tensor) -> Matrix | None:
+    """The same for that of `multiply_int8`."""
+    compiled = library()
+    if compiled is None or not _lie_well((codes, scales)):
+        return None
+    size = compiled.m1_group_of_x()
+    return Matrix(address(codes), None, None, None, address(scales), *codes.shape, 8, 0, 0, size)
 
 
 def instructions() -> str:

@@ -8,7 +8,7 @@
 
 enum {
     X_TOGETHER = 4,
-    AHEAD = 2048,         /* bytes */
+    AHEAD = 4096,         /* bytes */
     BLOCK = 32,           /* rows of W */
     BLOCKS_TAKEN = 16,    /* by a thread at a time, at most */
     LEAST_WORK = 1 << 20, /* weights: fewer are not worth a second thread */
@@ -76,7 +76,8 @@ TEMPLATE void add_groups(
         uint8_t low[BYTES] = {0}, high[BYTES] = {0};
         const Place copied = {low, high};
         memcpy(low, w->low, (size_t)(left * low_bits / 8));
-        memcpy(high, w->high, (size_t)(left * high_bits / 8));
+        if (high_bits)
+            memcpy(high, w->high, (size_t)(left * high_bits / 8));
         add_vector(sums, &copied, x, first + vectors, scales, load_ints(lanes + vectors * LANES),
                    x_rows, low_bits, high_bits);
     }
@@ -90,7 +91,7 @@ TEMPLATE void multiply_groups(
     const int64_t columns = stored->columns, whole = columns / size / LANES * LANES;
     const int64_t rest = columns - whole * size;
     Place w = {stored->low + row * bytes_in_row(columns, low_bits),
-               stored->high + row * bytes_in_row(columns, high_bits)};
+               high_bits ? stored->high + row * bytes_in_row(columns, high_bits) : NULL};
     Floats sums[X_TOGETHER];
     UNROLL for (int m = 0; m < x_rows; m++) sums[m] = all_of(0);
     for (int64_t group = 0; group < whole; group += LANES)
@@ -209,7 +210,7 @@ int multiply_few(const Stored *w, const Rounded *x, const Output *output, int th
     int32_t lanes[MOST_VECTORS * LANES]; /* which of LANES scales each lane of a vector takes */
     for (int i = 0; i < w->size / 8 * LANES; i++)
         lanes[i] = i / (w->size / 8);
-#pragma omp parallel for num_threads(used) schedule(dynamic, taken) if (used > 1)
+#pragma omp parallel for num_threads(used) schedule(guided, 1) if (used > 1)
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t row = block * BLOCK; row < (block + 1) * BLOCK && row < w->rows; row++)
             multiply_whole_row(w, x, row, lanes, output);

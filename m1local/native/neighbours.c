@@ -62,7 +62,7 @@ static void mix_and_turn(const Heads *h, int64_t first_column, const void *befor
     for (int64_t row = 0; row < h->rows; row++) {
         const int64_t at = row * in_row + first_column + head * h->width;
         const void *previous = row ? h->packed : before;
-        const int64_t previous_at = row ? at - in_row : head * h->width;
+        const int64_t previous_at = row ? at - in_row : head * h->before_stride;
         const int64_t to = (head * h->rows + row) * h->width;
         for (int64_t j = 0; j < half; j++) {
             float low = new * value_at(h->packed, wide, at + j);

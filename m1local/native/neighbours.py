@@ -24,6 +24,7 @@ class _Heads(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("before_k", "before_v", "cos", "sin")),
         *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
         *((name, ctypes.c_int64) for name in ("rows", "heads", "kv_heads", "width")),
+        ("before_stride", ctypes.c_int64),
         ("is_wide", ctypes.c_int32),
     )
 
@@ -78,7 +79,7 @@ def turn_heads(
     held = [tensor.contiguous() for tensor in (*taps, *before, *turn)]
     asked = _Heads(
         address(packed), *map(address, held), address(q), address(k), address(v),
-        rows, heads, kv_heads, width, packed.dtype != torch.bfloat16,
+        rows, heads, kv_heads, width, width, packed.dtype != torch.bfloat16,
     )  # fmt: skip
     compiled.m1_turn_heads(ctypes.byref(asked))
     return q, k, v

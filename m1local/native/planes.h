@@ -9,17 +9,6 @@
 #include "common.h"
 #include "lanes.h"
 
-/* A matrix as it is stored: groups of a few bits, or rows of bytes. */
-typedef struct {
-    const uint8_t *low, *high;      /* planes [row][byte]; of rows of bytes `low` alone */
-    const bfloat16 *scales, *zeros; /* [row][group]; of rows of bytes there are none */
-    const float *row_scales;        /* of rows of bytes */
-    int64_t rows, columns;
-    int low_bits, high_bits;        /* of a plane: 8 for rows of bytes; 0 for none */
-    int middle;                     /* the code that means exactly the zero */
-    int size;                       /* of a group */
-} Stored;
-
 /* Four codes of `bits` each, from the lowest bits of `from`, a byte for each. */
 INLINE uint32_t spread(uint32_t from, int bits)
 {
