@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from m1local.engine import Engine
+from m1local.formats import FORMATS
+from m1local.manifest import CheckpointManifest
 from m1local_app.history import History
 from m1local_app.kept import size_text
 from tests.conftest import write_checkpoint
@@ -59,6 +61,17 @@ def test_a_local_folder_is_quantized_and_then_talked_to(panel: Any, tmp_path: Pa
     assert tab.conversation.id == kept
     assert list(tab.conversation.send("more"))
     assert "int8" in panel.show()[panel._parts.model]
+
+
+def test_the_kernels_are_those_of_the_checkpoint_s_formats(panel: Any, tmp_path: Path) -> None:
+    assert "int4" not in panel.show()[panel._parts.model]
+    assert said(panel.quantize(str(tmp_path / "tiny"), "int4", Request()), panel)
+    (made,) = (tmp_path / "home" / "models").iterdir()
+    said(panel.switch(made.name), panel)
+    shown = panel.show()[panel._parts.model]
+    named = {name for name in FORMATS if f"<dt>{name}</dt>" in shown}
+    assert named == {spec.format for spec in CheckpointManifest.read(made).linears.values()}
+    assert named == {"int4", "int8"}
 
 
 @pytest.mark.parametrize(("source", "recipe"), [("", "int8"), ("nowhere", "int8"), (".", "int8")])

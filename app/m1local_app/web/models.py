@@ -24,7 +24,6 @@ from m1local_app.web.handlers import Shown
 from m1local_app.web.keeping import Keeping
 from m1local_app.web.tabs import Tab
 
-SHOWN_GROUPS = ("device", "kernels", "memory")
 WAIT_SECONDS = 0.25
 
 
@@ -40,17 +39,17 @@ class Models(Keeping):
     def show(self) -> Shown:
         """Facts about the model and this machine, and what else is kept."""
         desk = self._desk
+        facts, licence, formats = [(tr("name"), desk.label)], "", frozenset[str]()
         try:
-            facts = [(tr("name"), desk.label), *describe.facts(desk.folder)]
-            licence = describe.licence(desk.folder)
+            facts += describe.facts(desk.folder)
+            licence, formats = describe.licence(desk.folder), describe.formats(desk.folder)
         except (M1Error, OSError) as error:
-            facts, licence = [(tr("name"), desk.label), (tr("error"), str(error))], ""
+            facts.append((tr("error"), str(error)))
         facts += [
             (tr("memory used"), size_text(psutil.Process().memory_info().rss)),
             (tr("memory planned"), self._planned()),
-            *((doctor.label(fact.name), fact.value) for fact in doctor.examine(offline=True)
-              if fact.group in SHOWN_GROUPS),
-        ]  # fmt: skip
+            *((doctor.label(fact.name), fact.value) for fact in doctor.of_machine(formats)),
+        ]
         rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
         text = (
             f'<dl class="m1-facts-list">{rows}</dl><details><summary>{escape(tr("Licence"))}'
