@@ -1,11 +1,14 @@
 """The model panel's work, without a browser: quantizing a local folder, and changing the model."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from m1local import placement
 from m1local.engine import Engine
 from m1local.formats import FORMATS
 from m1local.manifest import CheckpointManifest
@@ -100,6 +103,22 @@ def test_memory_is_planned_by_the_loaded_tensors(panel: Any) -> None:
     planned = panel._planned()
     assert f"weights {size_text(weights)}" in planned
     assert f"one context {size_text(engine.context.cache.nbytes)}" in planned
+    needed = placement.demand(panel._desk.folder, engine.placement)
+    rest = needed.workspace + needed.graphs + needed.runtime
+    assert f"program and workspace {size_text(rest)}" in planned
+
+
+def test_the_workspace_follows_context_and_device(panel: Any) -> None:
+    folder, placed = panel._desk.folder, panel._desk.engine.placement
+    half = replace(placed.setting, context_tokens=placed.setting.context_tokens // 2)
+    shorter = placement.demand(folder, replace(placed, setting=half))
+    assert shorter.workspace < placement.demand(folder, placed).workspace
+    card = placement.settled(placed.setting, 4, torch.device("cuda"))
+    on_card = placement.demand(folder, card)
+    assert on_card.graphs > 0
+    assert on_card.runtime > placement.demand(folder, placed).runtime
+    without_layers = replace(placed, setting=replace(placed.setting, gpu_layers=0))
+    assert placement.demand(folder, without_layers) == placement.demand(folder, placed)
 
 
 def test_a_model_that_is_gone_leaves_the_old_one(panel: Any) -> None:

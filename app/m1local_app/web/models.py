@@ -15,6 +15,7 @@ import gradio as gr
 import psutil
 
 from m1local.errors import CheckpointError, M1Error
+from m1local.placement import demand
 from m1local_app import describe, doctor, kept, library
 from m1local_app.kept import size_text
 from m1local_app.language import tr
@@ -42,12 +43,12 @@ class Models(Keeping):
         facts, licence, formats = [(tr("name"), desk.label)], "", frozenset[str]()
         try:
             facts += describe.facts(desk.folder)
+            facts.append((tr("memory planned"), self._planned()))
             licence, formats = describe.licence(desk.folder), describe.formats(desk.folder)
         except (M1Error, OSError) as error:
             facts.append((tr("error"), str(error)))
         facts += [
             (tr("memory used"), size_text(psutil.Process().memory_info().rss)),
-            (tr("memory planned"), self._planned()),
             *((doctor.label(fact.name), fact.value) for fact in doctor.of_machine(formats)),
         ]
         rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
@@ -62,18 +63,20 @@ class Models(Keeping):
         }
 
     def _planned(self) -> str:
-        """What the model, one context and the program take, by the loaded tensors' sizes."""
-        from m1local_quantize.fit import WORKSPACE_BYTES
-
+        """What the loaded weights, one context, and by the plan program and workspace take."""
         engine = self._desk.engine
+        placement = engine.placement
+        assert placement is not None, "an engine that was not loaded"
         tensors = itertools.chain(engine.model.parameters(), engine.model.buffers())
         weights, context = sum(each.nbytes for each in tensors), engine.context.cache.nbytes
+        needed = demand(self._desk.folder, placement)
+        rest = needed.workspace + needed.graphs + needed.runtime
         return tr(
             "{total}: weights {weights}, one context {context}, program and workspace {rest}",
-            total=size_text(weights + context + WORKSPACE_BYTES),
+            total=size_text(weights + context + rest),
             weights=size_text(weights),
             context=size_text(context),
-            rest=size_text(WORKSPACE_BYTES),
+            rest=size_text(rest),
         )
 
     def switch(self, name: str | None) -> Iterator[Shown]:
