@@ -20,6 +20,7 @@ from m1local_app import describe, doctor, kept, library
 from m1local_app.kept import size_text
 from m1local_app.language import tr
 from m1local_app.options import Chosen
+from m1local_app.progress import Course
 from m1local_app.web import views
 from m1local_app.web.handlers import Shown
 from m1local_app.web.keeping import Keeping
@@ -153,41 +154,32 @@ class Models(Keeping):
 
 def _drawn(events: Iterator[object], recipe: str, tab: Tab) -> Iterator[str]:
     """The pipeline's events in words and a bar, a few times a second, until `tab` cancels."""
-    from m1local_quantize.certificate import StageMeasured
-    from m1local_quantize.passage import TensorWritten
-    from m1local_quantize.pipeline import Planned
-
-    total, share, measured, drawn_at = 1, 0.0, "0", 0.0
+    course, drawn_at = Course.unseen(recipe), 0.0
     with contextlib.closing(events):  # type: ignore[type-var]  # a generator, typed as an iterator
         for event in events:
             if tab.cancelled.is_set():
                 return
-            if isinstance(event, Planned):
-                total = event.plan.source_bytes
-            elif isinstance(event, TensorWritten):
-                share = event.done_bytes / total
-            elif isinstance(event, StageMeasured):
-                measured = f"{event.done}/{event.total}"
+            course.draw(event)
             if time.monotonic() - drawn_at >= WAIT_SECONDS:
                 drawn_at = time.monotonic()
                 text = tr(
                     "Quantizing to {recipe}: {share:.0%} written, measured {measured}. Nobody is "
                     "answered meanwhile; keep this page open.",
                     recipe=recipe,
-                    share=share,
-                    measured=measured,
+                    share=course.share,
+                    measured=course.measured,
                 )
-                yield _bar(share, text)
+                yield _bar(course.share, text, course.pace)
 
 
 def _finished() -> list[Path]:
     return [folder for folder in kept.folders() if (folder / "m1local.json").is_file()]
 
 
-def _bar(share: float, text: str) -> str:
-    label = escape(tr("Quantizing"))
+def _bar(share: float, text: str, pace: str) -> str:
+    label, said = escape(tr("Quantizing")), f"<p>{escape(pace)}</p>" if pace else ""
     bar = f'<progress class="m1-progress" max="1" value="{share:.3f}" aria-label="{label}">'
-    return f'<div class="m1-info">{bar}</progress><p>{escape(text)}</p></div>'
+    return f'<div class="m1-info">{bar}</progress>{said}<p>{escape(text)}</p></div>'
 
 
 def _line(text: str, *, error: bool = False) -> str:
