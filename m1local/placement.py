@@ -22,7 +22,16 @@ from m1local.cuda.transfer import Moved, Transfer
 from m1local.errors import DependencyError
 from m1local.kv_store import FLOAT
 from m1local.manifest import CheckpointManifest
-from m1local.memory import LAYERS, Model, Setting, check, free_bytes, settle, used_device
+from m1local.memory import (
+    LAYERS,
+    Demand,
+    Model,
+    Setting,
+    check,
+    free_bytes,
+    settle,
+    used_device,
+)
 from m1local.model import M1Model
 from m1local.native.step import CompiledStep
 
@@ -97,14 +106,28 @@ def place(folder: Path, wanted: Setting, gpu_layers: GpuLayers) -> Placement:
             f"--gpu-layers {gpu_layers} needs an NVIDIA card and a torch with CUDA; torch finds "
             "none here (m1 doctor). Leave the option out to use the CPU."
         )
-    specs = CheckpointManifest.read(folder).linears if is_quantized(folder) else {}
-    model = Model(config, specs, compute_dtype(card))
+    model = planned_model(folder, card)
     if gpu_layers == "auto":
         return settled(settle(model, wanted, card, free_bytes(card)), layers, card)
     if gpu_layers != "all" and gpu_layers < layers:
         wanted = replace(wanted, gpu_layers=gpu_layers, embedding_on_host=True)
     check(model, wanted, card, free_bytes(card))
     return settled(wanted, layers, card)
+
+
+def planned_model(folder: Path, device: torch.device) -> Model:
+    """What the plan must know of the checkpoint in `folder`, if it computes on `device`."""
+    config = M1Config.from_file(folder / CONFIG)
+    specs = CheckpointManifest.read(folder).linears if is_quantized(folder) else {}
+    return Model(config, specs, compute_dtype(device))
+
+
+def demand(folder: Path, placement: Placement) -> Demand:
+    """What the checkpoint in `folder` takes where `placement` puts it."""
+    card, setting = placement.card, placement.setting
+    if card.type == "cpu":  # all of it is there, whatever a card was asked for
+        setting = replace(setting, gpu_layers=None)
+    return planned_model(folder, card).demand(setting, card)
 
 
 def settled(setting: Setting, layers: int, card: torch.device) -> Placement:

@@ -1,14 +1,24 @@
 """The model panel's work, without a browser: quantizing a local folder, and changing the model."""
 
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import rich.progress
+import torch
 
+from m1local import placement
 from m1local.engine import Engine
+from m1local.formats import FORMATS
+from m1local.manifest import CheckpointManifest
+from m1local_app import progress
 from m1local_app.history import History
 from m1local_app.kept import size_text
+from m1local_quantize.pipeline import Planned
 from tests.conftest import write_checkpoint
 from tests.web_page import MARKS
 
@@ -61,6 +71,46 @@ def test_a_local_folder_is_quantized_and_then_talked_to(panel: Any, tmp_path: Pa
     assert "int8" in panel.show()[panel._parts.model]
 
 
+def test_the_kernels_are_those_of_the_checkpoint_s_formats(panel: Any, tmp_path: Path) -> None:
+    assert "int4" not in panel.show()[panel._parts.model]
+    assert said(panel.quantize(str(tmp_path / "tiny"), "int4", Request()), panel)
+    (made,) = (tmp_path / "home" / "models").iterdir()
+    said(panel.switch(made.name), panel)
+    shown = panel.show()[panel._parts.model]
+    named = {name for name in FORMATS if f"<dt>{name}</dt>" in shown}
+    assert named == {spec.format for spec in CheckpointManifest.read(made).linears.values()}
+    assert named == {"int4", "int8"}
+
+
+def test_rate_and_time_left_are_the_terminal_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from m1local_app.web import models
+    from m1local_app.web.tabs import Tab
+    from m1local_quantize.passage import TensorWritten
+    from m1local_quantize.plan import Plan
+
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "Progress", lambda **_: rich.progress.Progress(
+        disable=True, get_time=lambda: clock[0]))  # fmt: skip
+
+    def events() -> Iterator[object]:
+        clock[0] = 1.0
+        plan = cast(Plan, SimpleNamespace(source_bytes=400 << 20))
+        # An unfinished run goes on: what lay there already counts for no speed.
+        yield Planned(plan, tmp_path, resumed_bytes=100 << 20, started_over=False)
+        for second, done in enumerate((150, 200, 250)):
+            clock[0] = second + 2.0
+            yield TensorWritten(str(second), done << 20, 400 << 20)
+
+    tab = cast(Tab, SimpleNamespace(cancelled=threading.Event()))
+    drawn = list(models._drawn(events(), "int4", tab))
+    assert "left" not in drawn[0]
+    assert 'value="0.625"' in drawn[-1]
+    assert "50.0 MiB/s, 0:00:03 left" in drawn[-1]
+
+
 @pytest.mark.parametrize(("source", "recipe"), [("", "int8"), ("nowhere", "int8"), (".", "int8")])
 def test_what_is_no_checkpoint_is_one_line(
     panel: Any, source: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,6 +137,25 @@ def test_memory_is_planned_by_the_loaded_tensors(panel: Any) -> None:
     planned = panel._planned()
     assert f"weights {size_text(weights)}" in planned
     assert f"one context {size_text(engine.context.cache.nbytes)}" in planned
+    needed = placement.demand(panel._desk.folder, engine.placement)
+    rest = needed.workspace + needed.graphs + needed.runtime
+    assert f"program and workspace {size_text(rest)}" in planned
+
+
+def test_the_workspace_follows_context_and_device(
+    panel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "compute_dtype", lambda device: torch.bfloat16)
+    folder, placed = panel._desk.folder, panel._desk.engine.placement
+    half = replace(placed.setting, context_tokens=placed.setting.context_tokens // 2)
+    shorter = placement.demand(folder, replace(placed, setting=half))
+    assert shorter.workspace < placement.demand(folder, placed).workspace
+    card = placement.settled(placed.setting, 4, torch.device("cuda"))
+    on_card = placement.demand(folder, card)
+    assert on_card.graphs > 0
+    assert on_card.runtime > placement.demand(folder, placed).runtime
+    without_layers = replace(placed, setting=replace(placed.setting, gpu_layers=0))
+    assert placement.demand(folder, without_layers) == placement.demand(folder, placed)
 
 
 def test_a_model_that_is_gone_leaves_the_old_one(panel: Any) -> None:

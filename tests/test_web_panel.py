@@ -85,9 +85,14 @@ def test_settings_and_presets_make_the_answer_and_are_reset(
     page: Served, store: History, window: Window
 ) -> None:
     window.click("[data-do=drawer]")
-    window.type("#preset input", "Explain\n")
+    role = "return document.querySelector('#preset input').value"
+    assert window.js(role) == "General"
+    window.type("#preset input", "\ue009a\ue000Explain\n")
     value = "return document.querySelector('#system textarea').value"
     window.until(lambda: "patient" in window.js(value), "the preset wrote nothing")
+    assert window.js(role) == "Explain to a patient"
+    window.type("#system textarea", " And rhyme.")
+    window.until(lambda: "Own text" in window.js(role), "the role is still the preset's")
     window.fill("#seed input", "7")
     window.send("hello", answers=1)
     latest = store.latest()
@@ -97,6 +102,7 @@ def test_settings_and_presets_make_the_answer_and_are_reset(
     assert "length limit" in window.texts(".m1-notice")[0]
     window.click("#reset")
     window.until(lambda: window.js(value) == "", "nothing was reset")
+    window.until(lambda: window.js(role) == "General", "the role was not reset")
     window.fill("#length input", "0")
     window.type("#box textarea", "and now?\n")
     window.until(lambda: window.texts(".m1-error"), "a wrong value was taken")

@@ -16,7 +16,7 @@ from m1local_app.history import History, StoredConversation
 from m1local_app.language import speaking, tr
 from m1local_app.web import answers, views
 from m1local_app.web.attachments import Attachment
-from m1local_app.web.forms import PRESETS, Form, preset
+from m1local_app.web.forms import OWN, PRESETS, Form, preset, role, roles
 from m1local_app.web.page import spoken
 from m1local_app.web.tabs import MOST_TABS, Tab, Tabs
 from m1local_app.web.turnstile import Turnstile
@@ -132,13 +132,28 @@ def test_wrong_values_are_one_error(
 
 def test_presets_come_in_the_page_s_language() -> None:
     assert preset(PRESETS[0][0]) == ""
-    assert preset("nonsense") == ""
+    assert preset("nonsense") is preset(OWN) is None
     for name, text in PRESETS[1:]:
         assert preset(name) == text
         with speaking("zh"):
             chinese = preset(tr(name))
             assert chinese
             assert chinese != text
+
+
+def test_a_system_prompt_is_shown_as_its_role_in_either_language() -> None:
+    assert role("") == PRESETS[0][0]
+    assert role("You are a parrot.") == OWN == roles()[-1]
+    english = {text: name for name, text in PRESETS if text}
+    with speaking("zh"):
+        chinese = {tr(text): name for text, name in english.items()}
+        assert role("You are a parrot.") == tr(OWN) == roles()[-1] != OWN
+        assert {role(text): name for text, name in english.items()} == {
+            tr(name): name for name in english.values()
+        }
+    assert {role(text): name for text, name in (english | chinese).items()} == {
+        name: name for name in english.values()
+    }
 
 
 def test_what_was_written_by_others_is_escaped_everywhere(tab: Tab) -> None:

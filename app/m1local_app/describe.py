@@ -56,6 +56,13 @@ def facts(folder: Path) -> list[tuple[str, str]]:
     return [*rows, (tr("licence"), found)]
 
 
+def formats(folder: Path) -> frozenset[str]:
+    """The formats of the matrices of the checkpoint in `folder`; none of an original's."""
+    if not is_quantized(folder):
+        return frozenset()
+    return frozenset(spec.format for spec in CheckpointManifest.read(folder).linears.values())
+
+
 def licence(folder: Path) -> str:
     """The licence texts that came with the checkpoint in `folder`, and the medical notice."""
     texts = [

@@ -13,7 +13,7 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,13 @@ class Fact:
 
 def examine(*, offline: bool) -> list[Fact]:
     """Everything, in the order it is shown."""
-    return [*_versions(), *_device(), *_kernels(), *_memory(), *_storage(), *_hub(offline)]
+    kernels = _kernels(FORMATS)
+    return [*_versions(), *_device(), *kernels, *_memory(), *_storage(), *_hub(offline)]
+
+
+def of_machine(formats: Collection[str]) -> list[Fact]:
+    """Devices, the kernels of `formats`, and memory: what a loaded model runs on."""
+    return [*_device(), *_kernels(formats), *_memory()]
 
 
 def as_text(facts: list[Fact]) -> str:
@@ -126,12 +132,12 @@ def _device() -> Iterator[Fact]:
         yield Fact("device", "used", "cpu")
 
 
-def _kernels() -> Iterator[Fact]:
+def _kernels(formats: Collection[str]) -> Iterator[Fact]:
     compiled = library.status()
     advice = "" if compiled.active else tr("quantizing and answering are slower without it")
     yield Fact("kernels", "C library", compiled.text, advice)
     device = used_device()
-    for name in FORMATS:
+    for name in (known for known in FORMATS if known in formats):
         try:
             yield Fact("kernels", name, format_class(name).kernel(device))
         except (M1Error, ImportError, OSError) as error:  # a broken install must not end the tour

@@ -6,6 +6,7 @@ What it is: the pipeline's events drawn for a person. What it is not: the pipeli
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ def quantize_with_progress(
     console = Console(stderr=True, highlight=False)
     begun, peak, manifest = time.monotonic(), 0, None
     with _bar(console) as bar:
-        drawn = _Drawn(bar, recipe.name, source.files.passing)
+        drawn = Course(bar, recipe.name, source.files.passing)
         for event in quantize_checkpoint(
             source,
             target,
@@ -180,18 +181,40 @@ def _bar(console: Console) -> Progress:
     )
 
 
-class _Drawn:
+class Course:
     """The bars of one quantization: what is done, and, where it comes over the network, what came.
 
     The bar of what is done counts bytes of the source; its rate and its end include measuring.
     """
 
     def __init__(self, bar: Progress, recipe: str, arriving: bool) -> None:
+        """Draw into `bar`, which need not be shown."""
         self._bar, self._recipe = bar, recipe
         self._done = bar.add_task(tr("quantizing to {recipe}", recipe=recipe), total=None)
         self._came = bar.add_task(tr("fetching"), total=None) if arriving else None
+        self.measured = "0"
+
+    @classmethod
+    def unseen(cls, recipe: str) -> "Course":
+        """One whose figures are shown elsewhere."""
+        return cls(Progress(disable=True), recipe, arriving=False)
+
+    @property
+    def share(self) -> float:
+        """What is done of the whole, 0 to 1."""
+        return self._bar.tasks[self._done].percentage / 100
+
+    @property
+    def pace(self) -> str:
+        """Bytes a second and the time left, in words; "" where nothing can be said yet."""
+        task = self._bar.tasks[self._done]
+        if task.speed is None or task.time_remaining is None:
+            return ""
+        left = timedelta(seconds=task.time_remaining)
+        return tr("{speed}/s, {left} left", speed=size_text(int(task.speed)), left=left)
 
     def draw(self, event: object) -> None:
+        """Take in one event of the pipeline."""
         from m1local_quantize.certificate import StageMeasured
         from m1local_quantize.passage import TensorWritten
         from m1local_quantize.pipeline import Planned
@@ -204,6 +227,7 @@ class _Drawn:
             text = tr("quantizing to {recipe} ({held})", recipe=self._recipe, held=held)
             bar.update(self._done, completed=event.done_bytes, description=text)
         elif isinstance(event, StageMeasured):
+            self.measured = f"{event.done}/{event.total}"
             text = tr(
                 "quantizing to {recipe} ({held}), measured {done}/{total}",
                 recipe=self._recipe,

@@ -11,7 +11,7 @@ from typing import Any, Self
 from m1local.chat import Overflow
 from m1local.errors import M1Error
 from m1local.generate import GenerationSettings
-from m1local_app.language import marked, tr
+from m1local_app.language import LANGUAGES, marked, speaking, tr
 
 # Name and system prompt; the first is none.
 PRESETS = (
@@ -41,6 +41,7 @@ PRESETS = (
         ),
     ),
 )
+OWN = marked("Own text, or none of these")  # in the list of roles, where no preset is meant
 OVERFLOWS = (
     (marked("Stop and say so"), "stop"),
     (marked("Leave out the oldest turns"), "rolling"),
@@ -122,7 +123,23 @@ class Form:
 NAMES = tuple(each.name for each in fields(Form))
 
 
-def preset(name: str) -> str:
-    """The system prompt of the preset that is called `name` in the chosen language."""
-    found = {tr(known): prompt for known, prompt in PRESETS}.get(name, "")
-    return tr(found) if found else ""
+def roles() -> list[str]:
+    """The presets' names in the chosen language, and at the end the entry for none of them."""
+    return [*(tr(name) for name, _ in PRESETS), tr(OWN)]
+
+
+def preset(name: str) -> str | None:
+    """The system prompt of the preset called `name` in the chosen language; None for no preset."""
+    found = {tr(known): prompt for known, prompt in PRESETS}.get(name)
+    return tr(found) if found else found
+
+
+def role(system: str) -> str:
+    """The entry of `roles` that the system prompt `system` is of, whichever its language."""
+    for name, prompt in PRESETS:
+        for spoken in LANGUAGES:
+            with speaking(spoken):
+                same = system.strip() == (tr(prompt) if prompt else "")
+            if same:
+                return tr(name)
+    return tr(OWN)

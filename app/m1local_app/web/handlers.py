@@ -21,7 +21,7 @@ from m1local_app.red_flags import advice
 from m1local_app.web import answers, attachments, views
 from m1local_app.web.attachments import Attachment
 from m1local_app.web.desk import Desk
-from m1local_app.web.forms import Form, preset
+from m1local_app.web.forms import Form, preset, role
 from m1local_app.web.parts import Parts
 from m1local_app.web.tabs import SHOWN_TURNS, Progress, Tab
 
@@ -183,17 +183,21 @@ class Handlers:
     def reset(self) -> Shown:
         """Go back to the model's own settings, and those of the command line."""
         self._desk.choose(self._desk.defaults())
-        return self._form() | {self._parts.preset: None}
+        return self._form()
 
-    def preset(self, name: str | None) -> str:
-        """The system prompt of a preset."""
+    def preset(self, name: str | None) -> Shown:
+        """The system prompt of a preset; where none is meant, what is written stays."""
         text = preset(name or "")
+        if text is None:
+            return {}
         self.choose_system(text)
-        return text
+        return {self._parts.form[0]: text}
 
-    def choose_system(self, text: str | None) -> None:
-        """Begin conversations with this system prompt from now on."""
-        self._desk.choose_system((text or "").strip())
+    def choose_system(self, text: str | None) -> Shown:
+        """Begin conversations with this system prompt from now on; show which role it is."""
+        text = (text or "").strip()
+        self._desk.choose_system(text)
+        return {self._parts.preset: role(text)}
 
     def choose(self, *form: Any) -> None:
         """Answer by these settings from now on; what cannot be is said when it is used.
@@ -312,11 +316,14 @@ class Handlers:
 
     def _system(self, tab: Tab) -> Shown:
         """The system prompt of the open conversation, in the form."""
-        return {self._parts.form[0]: tab.conversation.session.system}
+        system = tab.conversation.session.system
+        return {self._parts.form[0]: system, self._parts.preset: role(system)}
 
     def _form(self) -> Shown:
         """The settings as chosen last."""
-        return dict(zip(self._parts.form, self._desk.form.values, strict=True))
+        form = self._desk.form
+        shown = dict(zip(self._parts.form, form.values, strict=True))
+        return shown | {self._parts.preset: role(form.system)}
 
     def _notices(self) -> Shown:
         """The page, or what must be accepted before it is shown."""

@@ -15,16 +15,17 @@ import gradio as gr
 import psutil
 
 from m1local.errors import CheckpointError, M1Error
+from m1local.placement import demand
 from m1local_app import describe, doctor, kept, library
 from m1local_app.kept import size_text
 from m1local_app.language import tr
 from m1local_app.options import Chosen
+from m1local_app.progress import Course
 from m1local_app.web import views
 from m1local_app.web.handlers import Shown
 from m1local_app.web.keeping import Keeping
 from m1local_app.web.tabs import Tab
 
-SHOWN_GROUPS = ("device", "kernels", "memory")
 WAIT_SECONDS = 0.25
 
 
@@ -40,17 +41,17 @@ class Models(Keeping):
     def show(self) -> Shown:
         """Facts about the model and this machine, and what else is kept."""
         desk = self._desk
+        facts, licence, formats = [(tr("name"), desk.label)], "", frozenset[str]()
         try:
-            facts = [(tr("name"), desk.label), *describe.facts(desk.folder)]
-            licence = describe.licence(desk.folder)
+            facts += describe.facts(desk.folder)
+            facts.append((tr("memory planned"), self._planned()))
+            licence, formats = describe.licence(desk.folder), describe.formats(desk.folder)
         except (M1Error, OSError) as error:
-            facts, licence = [(tr("name"), desk.label), (tr("error"), str(error))], ""
+            facts.append((tr("error"), str(error)))
         facts += [
             (tr("memory used"), size_text(psutil.Process().memory_info().rss)),
-            (tr("memory planned"), self._planned()),
-            *((doctor.label(fact.name), fact.value) for fact in doctor.examine(offline=True)
-              if fact.group in SHOWN_GROUPS),
-        ]  # fmt: skip
+            *((doctor.label(fact.name), fact.value) for fact in doctor.of_machine(formats)),
+        ]
         rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
         text = (
             f'<dl class="m1-facts-list">{rows}</dl><details><summary>{escape(tr("Licence"))}'
@@ -63,18 +64,20 @@ class Models(Keeping):
         }
 
     def _planned(self) -> str:
-        """What the model, one context and the program take, by the loaded tensors' sizes."""
-        from m1local_quantize.fit import WORKSPACE_BYTES
-
+        """What the loaded weights, one context, and by the plan program and workspace take."""
         engine = self._desk.engine
+        placement = engine.placement
+        assert placement is not None, "an engine that was not loaded"
         tensors = itertools.chain(engine.model.parameters(), engine.model.buffers())
         weights, context = sum(each.nbytes for each in tensors), engine.context.cache.nbytes
+        needed = demand(self._desk.folder, placement)
+        rest = needed.workspace + needed.graphs + needed.runtime
         return tr(
             "{total}: weights {weights}, one context {context}, program and workspace {rest}",
-            total=size_text(weights + context + WORKSPACE_BYTES),
+            total=size_text(weights + context + rest),
             weights=size_text(weights),
             context=size_text(context),
-            rest=size_text(WORKSPACE_BYTES),
+            rest=size_text(rest),
         )
 
     def switch(self, name: str | None) -> Iterator[Shown]:
@@ -151,41 +154,32 @@ class Models(Keeping):
 
 def _drawn(events: Iterator[object], recipe: str, tab: Tab) -> Iterator[str]:
     """The pipeline's events in words and a bar, a few times a second, until `tab` cancels."""
-    from m1local_quantize.certificate import StageMeasured
-    from m1local_quantize.passage import TensorWritten
-    from m1local_quantize.pipeline import Planned
-
-    total, share, measured, drawn_at = 1, 0.0, "0", 0.0
+    course, drawn_at = Course.unseen(recipe), 0.0
     with contextlib.closing(events):  # type: ignore[type-var]  # a generator, typed as an iterator
         for event in events:
             if tab.cancelled.is_set():
                 return
-            if isinstance(event, Planned):
-                total = event.plan.source_bytes
-            elif isinstance(event, TensorWritten):
-                share = event.done_bytes / total
-            elif isinstance(event, StageMeasured):
-                measured = f"{event.done}/{event.total}"
+            course.draw(event)
             if time.monotonic() - drawn_at >= WAIT_SECONDS:
                 drawn_at = time.monotonic()
                 text = tr(
                     "Quantizing to {recipe}: {share:.0%} written, measured {measured}. Nobody is "
                     "answered meanwhile; keep this page open.",
                     recipe=recipe,
-                    share=share,
-                    measured=measured,
+                    share=course.share,
+                    measured=course.measured,
                 )
-                yield _bar(share, text)
+                yield _bar(course.share, text, course.pace)
 
 
 def _finished() -> list[Path]:
     return [folder for folder in kept.folders() if (folder / "m1local.json").is_file()]
 
 
-def _bar(share: float, text: str) -> str:
-    label = escape(tr("Quantizing"))
+def _bar(share: float, text: str, pace: str) -> str:
+    label, said = escape(tr("Quantizing")), f"<p>{escape(pace)}</p>" if pace else ""
     bar = f'<progress class="m1-progress" max="1" value="{share:.3f}" aria-label="{label}">'
-    return f'<div class="m1-info">{bar}</progress><p>{escape(text)}</p></div>'
+    return f'<div class="m1-info">{bar}</progress>{said}<p>{escape(text)}</p></div>'
 
 
 def _line(text: str, *, error: bool = False) -> str:

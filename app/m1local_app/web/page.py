@@ -108,7 +108,8 @@ def _chat_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
     slow = {"concurrency_limit": MOST_ANSWERS, "concurrency_id": "answers"}
     form = [p.current, *p.form]
     first = [p.notices, p.welcome, p.shell]
-    on(context.load, handlers.load, p.current, [*shown, *p.form, p.bin, *first], js=ADDRESS)
+    on(context.load, handlers.load, p.current, [*shown, *p.form, p.preset, p.bin, *first],
+       js=ADDRESS)  # fmt: skip
     context.unload(handlers.leave)
     asked = functools.partial(gr.on, [p.box.submit, p.send.click])
     on(asked, handlers.send, [p.box, *form], shown, **slow)
@@ -125,7 +126,7 @@ def _chat_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
 
 def _panel_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
     shown = _conversation(p)
-    every = [*shown, p.form[0], p.deleted, p.bin, p.purge_sure]
+    every = [*shown, p.form[0], p.preset, p.deleted, p.bin, p.purge_sure]
     on(p.new.click, handlers.new, p.current, every)
     on(p.list.select, handlers.open, p.current, every)
     on(p.search.input, handlers.search, [p.search, p.current], p.list, trigger_mode="always_last")
@@ -144,12 +145,12 @@ def _drawer_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
     on(p.accept.click, handlers.accept, None, first)
     chosen = functools.partial(gr.on, [field.input for field in others])
     on(chosen, handlers.choose, p.form, None, trigger_mode="always_last")
-    on(system.input, handlers.choose_system, system, None, trigger_mode="always_last")
+    on(system.input, handlers.choose_system, system, p.preset, trigger_mode="always_last")
     on(p.reset.click, handlers.reset, None, [*p.form, p.preset])
     on(p.preset.input, handlers.preset, p.preset, p.form[0])
     model = [p.model, p.kept]
     on(p.model_panel.expand, handlers.look, None, model)
-    on(p.switch.click, handlers.switch, p.kept, [*model, p.work, *p.form, p.bar, *first])
+    on(p.switch.click, handlers.switch, p.kept, [*model, p.work, *p.form, p.preset, p.bar, *first])
     begun = [p.work, p.kept, p.quantize, p.cancel]
     on(p.quantize.click, handlers.quantize, [p.source, p.recipe], begun)
     on(p.cancel.click, handlers.cancel, None, None, queue=False)

@@ -14,7 +14,7 @@ from m1local_app.language import tr
 from m1local_app.transcript import notice
 from m1local_app.web import views
 from m1local_app.web.desk import Desk
-from m1local_app.web.forms import OVERFLOWS, PRESETS
+from m1local_app.web.forms import OVERFLOWS, role, roles
 
 LATEX: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
@@ -186,9 +186,7 @@ def _placeholder() -> str:
 def _settings(desk: Desk) -> dict[str, Any]:
     form = desk.form
     with gr.Accordion(tr("Settings"), elem_id="settings"):
-        preset = gr.Dropdown(
-            [tr(name) for name, _ in PRESETS], label=tr("Role"), value=None, elem_id="preset"
-        )
+        preset = gr.Dropdown(roles(), label=tr("Role"), value=role(form.system), elem_id="preset")
         fields = [
             gr.Textbox(form.system, label=tr("System prompt"), lines=3, max_lines=8,
                        elem_id="system"),
