@@ -22,7 +22,7 @@ FLOAT32_BYTES = 4
 ROUNDS = 3
 SLICES = 4  # for each thread
 COPIES = 6  # of a slice in float32 that a method works with, about
-HESSIANS = 3  # matrices of its size that gptq holds
+HESSIANS = 2  # matrices of its size that gptq holds
 
 
 @dataclass(frozen=True, slots=True)
