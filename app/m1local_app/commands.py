@@ -182,7 +182,7 @@ def push(
 
 @checkpoints.command("list")
 def list_kept() -> None:
-    """List the checkpoints that `m1 run` has made and kept."""
+    """List the checkpoints that are kept: made here by `m1 run`, or pulled from the hub."""
     from m1local_app import kept
 
     typer.echo(kept.table())
@@ -193,17 +193,16 @@ def remove(
     name: Annotated[str, typer.Argument(help="A name that `m1 list` shows.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a kept checkpoint; its source stays.
+    """Delete a kept checkpoint, made here or pulled; what it was made of stays.
 
-    Example:  m1 rm m1-tiny-int4-1a2b3c4d
+    Examples:  m1 rm m1-tiny-int4-1a2b3c4d  ·  m1 rm OWNER/NAME
     """
     from m1local_app import kept
-    from m1local_quantize.target import remove_checkpoint
 
-    folder = kept.find(name)
-    if not yes and not typer.confirm(tr("Delete {folder}?", folder=folder), err=True):
+    found = kept.find(name)
+    if not yes and not typer.confirm(tr("Delete {folder}?", folder=found.folder), err=True):
         raise typer.Exit(1)
-    freed = kept.size_text(remove_checkpoint(folder))
+    freed = kept.size_text(found.remove())
     typer.echo(tr("Deleted {name}: {size} freed.", name=name, size=freed), err=True)
 
 
