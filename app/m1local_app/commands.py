@@ -61,7 +61,7 @@ def quantize(
     m1 quantize ./Baichuan-M1-14B-Instruct ./m1-8gb --recipe fit --for 8GB --ctx-size 8192
     """
     from m1local_app.fetching import fetched, open_source
-    from m1local_app.fitting import fitted_recipe
+    from m1local_app.fitting import Size, fitted_recipe
     from m1local_app.progress import dry_run, quantize_with_progress
     from m1local_quantize.recipe import Recipe
     from m1local_quantize.target import check_contents
@@ -71,14 +71,8 @@ def quantize(
     original = open_source(found, offline=offline)
     if chosen.candidates or budget is not None or device is not None:
         check_contents(target, overwrite=overwrite or only_say)  # before an hour is spent
-        chosen = fitted_recipe(
-            chosen,
-            original,
-            budget=budget,
-            device=device,
-            context_tokens=ctx_size,
-            calibration=calibration,
-        )
+        size = Size(budget, device, ctx_size)
+        chosen = fitted_recipe(chosen, original, size, calibration=calibration)
     if only_say:
         typer.echo(dry_run(original, chosen))
         return
