@@ -74,7 +74,7 @@ def quantize(
         size = Size(budget, device, ctx_size)
         chosen = fitted_recipe(chosen, original, size, calibration=calibration)
     if only_say:
-        typer.echo(dry_run(original, chosen))
+        typer.echo(dry_run(original, chosen, calibration))
         return
     try:
         quantize_with_progress(
