@@ -94,6 +94,43 @@ def memory(result: dict[str, Any]) -> str:
     )
 
 
+def memory_calibrated(result: dict[str, Any]) -> str:
+    """Peak memory of the recipes that read a text, and what more of it takes."""
+    header = ("recipe", "text", "measuring: memory held", "quantizing: memory held", "mapped files")
+    rows: list[tuple[object, ...]] = [
+        (
+            f"`{row['recipe']}`",
+            f"{row['calibration_tokens']:,} tokens",
+            *(
+                f"{row[part]['anonymous_and_shared_gib']} GiB" if part in row else ""
+                for part in ("measure", "quantize")
+            ),
+            f"{max(row[p]['mapped_files_gib'] for p in ('measure', 'quantize') if p in row)} GiB",
+        )
+        for row in result["rows"]
+    ]
+    gptq = per_thousand_tokens(result, "int4-gptq", "quantize")
+    fit = per_thousand_tokens(result, "fit", "measure")
+    layer = 4000 * result["hidden_size"] / 2**30  # hidden states in 32 bits, of 1,000 tokens
+    return (
+        f"{table(header, rows)}\n\nSource: {result['source']}. Another 1,000 tokens of text take "
+        f"{gptq:.2f} GiB with `int4-gptq`, for any number of layers, and {fit:.2f} GiB while `fit` "
+        f"measures, of which {layer:.3f} GiB are kept for each layer: with the 14B's 40 layers it "
+        f"is {fit + (40 - result['layers']) * layer:.2f} GiB by that. It reads 2,048 tokens at "
+        f"most. "
+        f"{machine_line(result)}"
+    )
+
+
+def per_thousand_tokens(result: dict[str, Any], recipe: str, part: str) -> float:
+    """GiB that 1,000 more tokens of text take, from the shortest and the longest text."""
+    rows = [row for row in result["rows"] if row["recipe"] == recipe and part in row]
+    few, many = rows[0], rows[-1]
+    held = (row[part]["anonymous_and_shared_gib"] for row in (many, few))
+    more = float(next(held) - next(held))
+    return 1000 * more / int(many["calibration_tokens"] - few["calibration_tokens"])
+
+
 def speed(result: dict[str, Any]) -> str:
     """Rates of quantizing beside llama-quantize's."""
     peers = [row["name"] for row in result["rows"] if row["name"] not in result["ratios"]]
@@ -192,6 +229,7 @@ def render(text: str) -> str:
         "prefix_reuse": prefix_reuse,
         "quality": quality,
         "memory": memory,
+        "memory_calibrated": memory_calibrated,
         "quantize_speed": speed,
         "memory_full": full,
         "decode_speed": decode_speed,

@@ -128,7 +128,7 @@ def test_list_is_in_chinese_and_aligned_as_the_terminal_counts(
     heads, *rows = said.splitlines()
     assert all(CHINESE.search(cell) for cell in CELL.findall(heads))
     assert len(rows) == 2
-    assert len(starts(heads)) == 5
+    assert len(starts(heads)) == 6
     for row in rows:
         assert starts(row) == starts(heads)[: len(starts(row))], said
     choose("en")

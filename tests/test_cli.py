@@ -3,6 +3,7 @@
 Runs on the tiny random checkpoint, so answers are nonsense; what is tested is the way they take.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     assert result.exit_code == 0
     assert f"recipe     {recipe}" in result.stdout
     assert "writes     0.1 MiB" in result.stdout
-    assert ("not estimated" in result.stdout) == (recipe == "int4-gptq")
+    assert re.search(r"computing  about [\d,]+ s", result.stdout)
     assert not (tmp_path / "out").exists()
 
 

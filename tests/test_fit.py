@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -317,10 +318,38 @@ def test_an_occupied_target_is_refused_before_anything_is_measured(
     assert "holds other files ('mine.txt')" in result.stderr
 
 
-def test_run_says_where_fit_is_to_be_had(tiny_checkpoint: Path, m1_home: Path) -> None:
+def test_run_wants_a_size_for_fit(tiny_checkpoint: Path, m1_home: Path) -> None:
     result = m1("run", str(tiny_checkpoint), "-r", "fit", "-p", "hello")
     assert result.exit_code == 1
-    assert "give `m1 quantize` one with --budget" in result.stderr
+    assert "needs a size: --budget 7GiB" in result.stderr
+    other = m1("run", str(tiny_checkpoint), "--budget", "1GB", "-p", "hello")
+    assert other.exit_code == 1
+    assert "go with the recipe fit" in other.stderr
+    page = m1("ui", str(tiny_checkpoint), "-r", "fit")
+    assert page.exit_code == 1
+    assert "give `m1 run` or `m1 quantize` one with --budget" in page.stderr
+
+
+def test_run_makes_a_checkpoint_of_a_size_once(
+    tiny_checkpoint: Path, m1_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ("run", str(tiny_checkpoint), "-r", "fit", "-p", "hello", "-n", "2", "-c", "64")
+    made: set[Path] = set()
+    for size in (("--budget", "110kB"), ("--budget", "110500"), ("--for", "700MB")):
+        first = m1(*run, *size)
+        assert first.exit_code == 0, first.output
+        (new,) = set((m1_home / "models").iterdir()) - made
+        made.add(new)
+        assert re.search(r"-fit-\d+\.\d\dGiB-[0-9a-f]{8}$", new.name)
+        manifest = CheckpointManifest.read(new)
+        assert manifest.recipe == "fit"
+        monkeypatch.setattr(sensitivity, "measure_sensitivity", None)  # measured once for all
+    with monkeypatch.context() as patch:
+        patch.setattr("m1local_quantize.pipeline.quantize_checkpoint", None)  # and made once
+        assert m1(*run, "--budget", "110kB").exit_code == 0
+    chosen = m1("run", str(new), "-r", "fit", "--budget", "1GB", "-p", "hello")
+    assert chosen.exit_code == 2
+    assert "was quantized by the recipe fit" in chosen.stderr
 
 
 def test_a_source_that_is_dropped_cannot_be_read_twice(
@@ -329,9 +358,7 @@ def test_a_source_that_is_dropped_cannot_be_read_twice(
     source = Source.open(tiny_checkpoint)
     monkeypatch.setattr(type(source.files), "passing", True)
     with refused(RecipeError, "reads the original twice, so it must stay: add --keep-source"):
-        fitting.fitted_recipe(
-            Recipe.find("fit"), source, budget=1, device=None, context_tokens=None, calibration=None
-        )
+        fitting.fitted_recipe(Recipe.find("fit"), source, fitting.Size(budget=1))
 
 
 @pytest.mark.slow

@@ -138,6 +138,21 @@ def test_a_hessian_that_is_hard_to_invert_is_damped_more() -> None:
     assert torch.isfinite(factor).all()
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 24, 45])  # about a tile, and several
+def test_the_factor_is_that_of_the_inverse(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "TILE", 8)
+    x = correlated(4 * size, size)
+    hessian = x.T @ x
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean().double() * torch.eye(size)
+    factor = gptq.inverse_factor(hessian)
+    assert torch.equal(factor, factor.triu())
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert float((factor - expected).norm() / expected.norm()) < 1e-3
+    turned = torch.arange(size * size).reshape(size, size)
+    gptq.reverse_(turned)
+    assert torch.equal(turned.flatten(), torch.arange(size * size).flip(0))
+
+
 @pytest.fixture(scope="module")
 def calibrated(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gptq") / "q"

@@ -216,6 +216,23 @@ def test_a_kept_source_is_there_for_the_next_recipe(
     assert "original, not quantized" in shown.stdout
 
 
+def test_fit_keeps_the_source_and_says_so(
+    m1: Callable[..., Result], served: Hub, m1_home: Path
+) -> None:
+    run = ("run", NAME, "-r", "fit", "--budget", "110kB", "-p", "hello", "-n", "2")
+    refused_offline = m1(*run, "--offline")
+    assert refused_offline.exit_code == 1
+    first = m1(*run)
+    assert first.exit_code == 0, first.stderr
+    assert "is fetched first and kept; `m1 rm someone/tiny-m1` deletes it" in first.stderr
+    assert list((m1_home / "sources").rglob("*.safetensors"))
+    (kept,) = (m1_home / "models").iterdir()
+    assert CheckpointManifest.read(kept).source_revision == served.commit
+    again = m1(*run, "--offline")
+    assert again.exit_code == 0, again.stderr
+    assert "is fetched first" not in again.stderr
+
+
 def test_pull_goes_on_where_it_was_cut(
     m1: Callable[..., Result], served: Hub, m1_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,10 +8,15 @@ from filelock import FileLock
 from typer.testing import CliRunner, Result
 
 from m1local_app.cli import cli
+from m1local_app.web.models import _names
+from m1local_quantize.hub import RECORD, Record, alone, pull
 from m1local_quantize.journal import LOCK
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.recipe import Recipe
+from tests.hub_server import Hub
 from tests.test_pipeline import bytes_of
+
+REPOSITORY = "someone/tiny-int8"
 
 
 def m1(*arguments: str, typed: str | None = None) -> Result:
@@ -43,7 +48,8 @@ def test_list_shows_size_recipe_and_quality_of_each(
     damaged.mkdir()
     (damaged / "m1local.json").write_text("{")
     head, first, second, third = m1("list").stdout.splitlines()
-    assert head.split()[:3] == ["NAME", "SIZE", "RECIPE"]
+    assert head.split()[:4] == ["NAME", "ORIGIN", "SIZE", "RECIPE"]
+    assert "made here" in third
     assert first.split()[0] == "a-half-done"
     assert "unfinished" in first
     assert second.split()[0] == "odd"
@@ -51,7 +57,7 @@ def test_list_shows_size_recipe_and_quality_of_each(
     assert third.split()[0] == "tiny-int8"
     assert "MiB  int8" in third
     assert third.endswith("%")
-    assert head.index("RECIPE") == third.index("int8", 20) == first.index("unfinished")
+    assert head.index("RECIPE") == third.index("int8", 30) == first.index("unfinished")
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -112,3 +118,103 @@ def test_rm_of_a_folder_that_is_no_checkpoint_is_refused(m1_home: Path) -> None:
     assert result.exit_code == 1
     assert "holds no checkpoint" in result.stderr
     assert (folder / "me.jpg").exists()
+
+
+@pytest.fixture
+def pulled(kept: Path, m1_home: Path) -> Path:
+    """The checkpoint as another machine would pull it."""
+    folder = m1_home / "sources" / "someone--tiny-int8"
+    server = Hub(kept, REPOSITORY)
+    list(pull(REPOSITORY, folder, endpoint=server.url))
+    server.close()
+    return folder
+
+
+def test_a_pulled_checkpoint_is_listed_and_can_be_chosen(pulled: Path, kept: Path) -> None:
+    _, made, line = m1("list").stdout.splitlines()
+    assert made.startswith(kept.name)
+    assert line.startswith(f"{REPOSITORY}  pulled")
+    assert "MiB  int8" in line
+    assert line.endswith("%")
+    assert _names() == ["m1-tiny", kept.name, REPOSITORY]
+    assert m1("show", REPOSITORY).exit_code == 0
+
+
+def test_a_pulled_original_is_listed_but_not_offered(tiny_checkpoint: Path, m1_home: Path) -> None:
+    server, folder = Hub(tiny_checkpoint, "someone/tiny"), m1_home / "sources" / "someone--tiny"
+    list(pull("someone/tiny", folder, endpoint=server.url, weights=False))
+    assert "Nothing is kept" in m1("list").stdout  # a description, and nothing of size
+    events = pull("someone/tiny", folder, endpoint=server.url)
+    while not list(folder.glob("*.safetensors")):
+        next(events)
+    events.close()  # type: ignore[attr-defined]  # a generator
+    assert "unfinished" in m1("list").stdout
+    list(pull("someone/tiny", folder, endpoint=server.url))
+    server.close()
+    assert "original" in m1("list").stdout
+    assert _names() == ["m1-tiny"]
+    assert m1("rm", "someone/tiny", "--yes").exit_code == 0
+    assert list((m1_home / "sources").iterdir()) == []
+
+
+def test_rm_of_a_pulled_one_asks_and_deletes_all_of_it(pulled: Path, kept: Path) -> None:
+    assert m1("rm", REPOSITORY, typed="n\n").exit_code == 1
+    assert (pulled / RECORD).is_file()
+    result = m1("rm", REPOSITORY, typed="y\n")
+    assert result.exit_code == 0
+    assert "freed" in result.stderr
+    assert list(pulled.parent.iterdir()) == []
+    assert kept.exists()
+    assert REPOSITORY not in m1("list").stdout
+
+
+def test_rm_of_a_pulled_one_keeps_what_is_not_ours(pulled: Path) -> None:
+    (pulled / "notes.txt").write_text("mine")
+    before = bytes_of(pulled)
+    result = m1("rm", REPOSITORY, "--yes")
+    assert result.exit_code == 1
+    assert "notes.txt" in result.stderr
+    assert bytes_of(pulled) == before
+    (pulled / "notes.txt").unlink()
+    (pulled / "photos").mkdir()
+    assert m1("rm", REPOSITORY, "--yes").exit_code == 1
+    assert (pulled / "photos").is_dir()
+
+
+def test_rm_leaves_alone_what_is_being_fetched(pulled: Path) -> None:
+    before = bytes_of(pulled)
+    with alone(pulled):
+        result = m1("rm", REPOSITORY, "--yes")
+    assert result.exit_code == 1
+    assert "Another run is fetching" in result.stderr
+    assert bytes_of(pulled) == before
+
+
+def test_a_removal_that_was_cut_is_no_checkpoint_and_can_be_ended(
+    pulled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def upset(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "in use")
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", upset)
+        result = m1("rm", REPOSITORY, "--yes")
+    assert result.exit_code == 1
+    assert "close what uses it" in result.stderr
+    record = Record.read(pulled)
+    assert record is not None
+    assert not record.complete
+    assert "unfinished" in m1("list").stdout
+    assert m1("rm", REPOSITORY, "--yes").exit_code == 0
+    assert not pulled.exists()
+
+
+def test_a_record_of_another_folder_is_not_believed(pulled: Path) -> None:
+    moved = pulled.rename(pulled.with_name("elsewhere"))
+    assert REPOSITORY not in m1("list").stdout
+    assert m1("rm", REPOSITORY, "--yes").exit_code == 1
+    assert (moved / RECORD).is_file()

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,63 @@ def test_a_library_of_another_kind_with_the_right_hash_is_made_again(m1_home: Pa
     assert library._is_sound(path)
     assert library.load()[1].active
     assert path.read_bytes() != content
+
+
+def aged(home: Path, stem: str, days: float, *suffixes: str) -> None:
+    """A build that was used so many days ago."""
+    (home / "native").mkdir(parents=True, exist_ok=True)
+    for suffix in suffixes or (library.SUFFIX, ".sha256"):
+        path = home / "native" / f"{stem}{suffix}"
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - days * 86400,) * 2)
+
+
+@needs_compiler
+def test_builds_that_nobody_uses_are_removed_when_another_is_made(m1_home: Path) -> None:
+    aged(m1_home, "old", 31)
+    aged(m1_home, "elsewhere", 31, ".dll", ".sha256")
+    aged(m1_home, "orphan", 31, ".sha256")
+    aged(m1_home, "recent", 29)
+    aged(m1_home, "loaded-lately", 300, library.SUFFIX)
+    aged(m1_home, "loaded-lately", 3, ".sha256")
+    aged(m1_home, "notes", 300, ".txt")
+    library.load()
+    stems = {path.stem for path in (m1_home / "native").iterdir()}
+    assert {"recent", "loaded-lately", "notes"} <= stems
+    assert not stems & {"old", "elsewhere", "orphan"}
+    assert len(stems) == 4
+
+
+@needs_compiler
+def test_loading_says_that_a_build_is_used_and_removes_nothing(m1_home: Path) -> None:
+    path = made()
+    for each in (path, path.with_suffix(".sha256")):
+        os.utime(each, (1, 1))
+    aged(m1_home, "old", 31)
+    library.load()
+    assert (m1_home / "native" / "old.sha256").is_file()
+    assert path.stat().st_mtime == 1
+    assert path.with_suffix(".sha256").stat().st_mtime > time.time() - 3600
+    aged(m1_home, "new", 0)
+    library._remove_unused(path.parent)
+    assert path.is_file()
+    assert not (m1_home / "native" / "old.sha256").exists()
+
+
+def test_a_loaded_library_that_cannot_be_deleted_keeps_its_hash(
+    m1_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aged(m1_home, "old", 31)
+    unlink = Path.unlink
+
+    def windows(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == library.SUFFIX:
+            raise PermissionError(13, "in use")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", windows)
+    library._remove_unused(m1_home / "native")
+    assert kept(m1_home) == sorted([".sha256", library.SUFFIX])
 
 
 @needs_compiler

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m1local import __version__
+from m1local.manifest import NAME as MANIFEST
 from m1local_app import commands, history_commands, library, options
 from m1local_app.answer_view import note
 from m1local_app.boundary import M1Group, usage_error, use_utf8
@@ -19,6 +20,7 @@ from m1local_app.language import tr
 from m1local_app.options import DEFAULT_RECIPE, Chosen
 
 if TYPE_CHECKING:
+    from m1local_app.fitting import Size
     from m1local_quantize.recipe import Recipe
 
 DEFAULT_PORT = 7860
@@ -62,24 +64,30 @@ def run(
     ui: Annotated[bool, typer.Option("--ui", help="Chat in the browser instead.")] = False,
     offline: options.Offline = False,
     keep_source: options.KeepSource = False,
+    budget: options.Budget = None,
+    device: options.Device = None,
     *,
     wanted: ChatOptions,
 ) -> None:
     """Fetch and quantize a model if that was not done before, then chat with it.
 
     Examples:  m1 run  ·  m1 run baichuan-inc/Baichuan-M1-14B-Instruct  ·  m1 run ./FOLDER --ui
+    ·  m1 run ./FOLDER -r fit --for 8GB --ctx-size 8192
     """
     from m1local_app.conversing import check_options, checked, converse, serve_page
+    from m1local_app.fitting import Size
 
     if model is None or not library.is_repository(model):
         library.find(model)  # a wrong name is the first thing to be said
+    # The context is the conversation's, too; so it goes with a budget of weights alone.
+    size = Size(budget, device, wanted.context_tokens if device is not None else None)
     if ui:
         check_options(wanted)
-        chosen = _prepared(model, recipe, offline=offline, keep_source=keep_source)
+        chosen = _prepared(model, recipe, size, offline=offline, keep_source=keep_source)
         serve_page(chosen, wanted, port=DEFAULT_PORT, browser=True)
         return
     wish = checked(wanted)
-    converse(_prepared(model, recipe, offline=offline, keep_source=keep_source), wish)
+    converse(_prepared(model, recipe, size, offline=offline, keep_source=keep_source), wish)
 
 
 @cli.command()
@@ -137,14 +145,24 @@ cli.add_typer(history_commands.history)
 
 
 def _prepared(
-    model: str | None, recipe_name: str | None, *, offline: bool, keep_source: bool
+    model: str | None,
+    recipe_name: str | None,
+    size: "Size | None" = None,
+    *,
+    offline: bool,
+    keep_source: bool,
 ) -> Chosen:
     """What `model` names, quantized; fetched and made now if need be."""
     from m1local_app.fetching import fetched
     from m1local_quantize.recipe import Recipe
 
     recipe = Recipe.find(recipe_name or DEFAULT_RECIPE)
-    recipe.check_closed()  # before gigabytes are fetched
+    # Before gigabytes are fetched.
+    if size is None or not (recipe.candidates or size.budget or size.device):
+        recipe.check_closed()
+        size = None
+    else:
+        size.check(recipe)
     found = fetched(model, offline=offline, keep_source=keep_source)
     if model is None:
         note(
@@ -155,30 +173,65 @@ def _prepared(
                 original=library.ORIGINAL,
             )
         )
-    return _quantized(found, recipe, named=recipe_name is not None, offline=offline)
+    _check_named(found, recipe, size, named=recipe_name is not None)
+    return _quantized(found, recipe, size, offline=offline)
 
 
-def _quantized(chosen: Chosen, recipe: "Recipe", *, named: bool, offline: bool) -> Chosen:
-    """The quantized form of `chosen`, made or fetched now if need be; `named` by the user."""
+def _check_named(chosen: Chosen, recipe: "Recipe", size: "Size | None", *, named: bool) -> None:
+    """Leave with exit code 2 where a recipe is named for what was quantized by another."""
     from m1local.checkpoint import is_quantized
     from m1local.manifest import CheckpointManifest
+
+    if not named or not is_quantized(chosen.folder):
+        return
+    made_by = CheckpointManifest.read(chosen.folder).recipe
+    if recipe.name != made_by or size is not None:
+        raise usage_error(
+            tr(
+                "{folder} was quantized by the recipe {recipe}; leave --recipe out, or name "
+                "the original checkpoint.",
+                folder=chosen.folder,
+                recipe=made_by,
+            )
+        )
+
+
+def _quantized(chosen: Chosen, recipe: "Recipe", size: "Size | None", *, offline: bool) -> Chosen:
+    """The quantized form of `chosen`, made or fetched now if need be."""
+    from m1local.checkpoint import CONFIG, is_quantized
+    from m1local.config import M1Config
     from m1local_app.fetching import completed, open_source
+    from m1local_app.fitting import Size, fitted_recipe
+    from m1local_app.kept import size_text
     from m1local_app.progress import quantize_with_progress
 
     if is_quantized(chosen.folder):
-        made_by = CheckpointManifest.read(chosen.folder).recipe
-        if named and recipe.name != made_by:
-            raise usage_error(
-                tr(
-                    "{folder} was quantized by the recipe {recipe}; leave --recipe out, or name "
-                    "the original checkpoint.",
-                    folder=chosen.folder,
-                    recipe=made_by,
-                )
-            )
         return completed(chosen, offline=offline)
-    target = library.kept_folder(chosen, recipe)
-    if not (target / "m1local.json").is_file():
-        original = open_source(chosen, offline=offline)
+    budget, label = None, f"{chosen.label} ({recipe.name})"
+    if size is not None:
+        budget = size.weights(M1Config.from_file(chosen.folder / CONFIG))
+        label = f"{chosen.label} ({recipe.name}, {size_text(budget)})"
+    target = library.kept_folder(chosen, recipe, budget)
+    if not (target / MANIFEST).is_file():
+        source = chosen if budget is None else _whole(chosen, recipe, offline=offline)
+        original = open_source(source, offline=offline)
+        if budget is not None:
+            recipe = fitted_recipe(recipe, original, Size(budget))
         quantize_with_progress(original, target, recipe)
-    return Chosen(target, f"{chosen.label} ({recipe.name})")
+    return Chosen(target, label)
+
+
+def _whole(chosen: Chosen, recipe: "Recipe", *, offline: bool) -> Chosen:
+    """`chosen` with all its weights, for a recipe that reads them twice."""
+    from m1local_app.fetching import completed
+
+    if chosen.repository is not None and not offline:
+        note(
+            tr(
+                "The recipe {recipe} reads the original twice, so the whole of it is fetched first "
+                "and kept; `m1 rm {repository}` deletes it.",
+                recipe=recipe.name,
+                repository=chosen.repository,
+            )
+        )
+    return completed(chosen, offline=offline)

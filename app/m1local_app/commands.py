@@ -61,7 +61,7 @@ def quantize(
     m1 quantize ./Baichuan-M1-14B-Instruct ./m1-8gb --recipe fit --for 8GB --ctx-size 8192
     """
     from m1local_app.fetching import fetched, open_source
-    from m1local_app.fitting import fitted_recipe
+    from m1local_app.fitting import Size, fitted_recipe
     from m1local_app.progress import dry_run, quantize_with_progress
     from m1local_quantize.recipe import Recipe
     from m1local_quantize.target import check_contents
@@ -71,16 +71,10 @@ def quantize(
     original = open_source(found, offline=offline)
     if chosen.candidates or budget is not None or device is not None:
         check_contents(target, overwrite=overwrite or only_say)  # before an hour is spent
-        chosen = fitted_recipe(
-            chosen,
-            original,
-            budget=budget,
-            device=device,
-            context_tokens=ctx_size,
-            calibration=calibration,
-        )
+        size = Size(budget, device, ctx_size)
+        chosen = fitted_recipe(chosen, original, size, calibration=calibration)
     if only_say:
-        typer.echo(dry_run(original, chosen))
+        typer.echo(dry_run(original, chosen, calibration))
         return
     try:
         quantize_with_progress(
@@ -182,7 +176,7 @@ def push(
 
 @checkpoints.command("list")
 def list_kept() -> None:
-    """List the checkpoints that `m1 run` has made and kept."""
+    """List the checkpoints that are kept: made here by `m1 run`, or pulled from the hub."""
     from m1local_app import kept
 
     typer.echo(kept.table())
@@ -193,17 +187,16 @@ def remove(
     name: Annotated[str, typer.Argument(help="A name that `m1 list` shows.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a kept checkpoint; its source stays.
+    """Delete a kept checkpoint, made here or pulled; what it was made of stays.
 
-    Example:  m1 rm m1-tiny-int4-1a2b3c4d
+    Examples:  m1 rm m1-tiny-int4-1a2b3c4d  ·  m1 rm OWNER/NAME
     """
     from m1local_app import kept
-    from m1local_quantize.target import remove_checkpoint
 
-    folder = kept.find(name)
-    if not yes and not typer.confirm(tr("Delete {folder}?", folder=folder), err=True):
+    found = kept.find(name)
+    if not yes and not typer.confirm(tr("Delete {folder}?", folder=found.folder), err=True):
         raise typer.Exit(1)
-    freed = kept.size_text(remove_checkpoint(folder))
+    freed = kept.size_text(found.remove())
     typer.echo(tr("Deleted {name}: {size} freed.", name=name, size=freed), err=True)
 
 

@@ -27,7 +27,7 @@ from m1local.memory import free_bytes, used_device
 from m1local.native import library
 from m1local.placement import decoding
 from m1local_app.columns import padded, width
-from m1local_app.kept import folders, size_text
+from m1local_app.kept import checkpoints, size_text
 from m1local_app.language import language, marked, tr
 
 PACKAGES = (
@@ -162,7 +162,7 @@ def _storage() -> Iterator[Fact]:
     yield Fact("storage", "free", size_text(shutil.disk_usage(existing).free))
     if not os.access(existing, os.W_OK):
         yield Fact("storage", "writable", tr("no"), tr("set M1_HOME to a folder of your own"))
-    yield Fact("storage", "models", str(len(folders())))
+    yield Fact("storage", "models", str(len(checkpoints())))
 
 
 def _hub(offline: bool) -> Iterator[Fact]:

@@ -59,7 +59,7 @@ def fetched(model: str | None, *, offline: bool, keep_source: bool) -> Chosen:
 
 
 def completed(chosen: Chosen, *, offline: bool) -> Chosen:
-    """A quantized checkpoint that is used as it is: of a repository, its weights come too.
+    """A checkpoint that is needed as a whole: of a repository, its weights come too.
 
     Raises HubError where they would have to and `offline` is set.
     """
@@ -67,7 +67,9 @@ def completed(chosen: Chosen, *, offline: bool) -> Chosen:
         return chosen
     if offline:
         raise HubError(_not_here(chosen.repository))
-    pull_with_progress(chosen.repository, chosen.folder)
+    record = Record.read(chosen.folder)
+    asked = None if record is None else record.asked
+    pull_with_progress(chosen.repository, chosen.folder, revision=asked)
     return library.find(chosen.repository)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,27 +25,45 @@ from m1local_app.language import series, tr
 from m1local_quantize.recipe import Recipe
 
 if TYPE_CHECKING:
+    from m1local.config import M1Config
     from m1local_quantize.fit import Sensitivities
     from m1local_quantize.source import Source
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What the options say of a checkpoint's size: its weights, or the device that it shall fit."""
+
+    budget: int | None = None
+    device: int | None = None
+    context_tokens: int | None = None  # beside the weights on the device
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise RecipeError, or leave with exit code 2, where it does not go with `recipe`."""
+        _check_size(recipe, self.budget, self.device, self.context_tokens)
+
+    def weights(self, config: "M1Config") -> int:
+        """Bytes that the weights may take."""
+        from m1local.engine import DEFAULT_CONTEXT_TOKENS
+        from m1local_quantize.fit import weights_within
+
+        if self.budget is not None:
+            return self.budget
+        assert self.device is not None, self
+        longest = min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings)
+        return weights_within(self.device, config, self.context_tokens or longest)
+
+
 def fitted_recipe(
-    recipe: Recipe,
-    source: "Source",
-    *,
-    budget: int | None,
-    device: int | None,
-    context_tokens: int | None,
-    calibration: Path | None,
+    recipe: Recipe, source: "Source", size: Size, *, calibration: Path | None = None
 ) -> Recipe:
-    """`recipe` for `budget` bytes of weights, or for a device of `device` bytes.
+    """`recipe` for weights, or a device, of `size`.
 
     Raises RecipeError where nothing of that size can be had, or the source will not stay.
     """
-    from m1local.engine import DEFAULT_CONTEXT_TOKENS  # torch: not for `m1 --help`
-    from m1local_quantize.fit import Choices, fitted, weights_within
+    from m1local_quantize.fit import Choices, fitted  # torch: not for `m1 --help`
 
-    _check_size(recipe, budget, device, context_tokens)
+    size.check(recipe)
     if source.files.passing:
         raise RecipeError(
             tr(
@@ -54,10 +73,7 @@ def fitted_recipe(
                 source=source.name,
             )
         )
-    if budget is None and device is not None:
-        longest = min(DEFAULT_CONTEXT_TOKENS, source.config.max_position_embeddings)
-        budget = weights_within(device, source.config, context_tokens or longest)
-    assert budget is not None, (budget, device)
+    budget = size.weights(source.config)
     Choices.of(recipe, source).check(budget)  # before an hour is spent
     found = _sensitivities(recipe, source, calibration)
     chosen = fitted(recipe, source, found, budget)

@@ -87,8 +87,10 @@ def _folder(name: str) -> Path | None:
         return None
 
 
-def kept_folder(chosen: Chosen, recipe: Recipe) -> Path:
+def kept_folder(chosen: Chosen, recipe: Recipe, budget: int | None = None) -> Path:
     """Where the checkpoint made from `chosen` by `recipe` is kept under M1_HOME.
+
+    `budget` is how many bytes its weights may take, where the recipe chooses formats by that.
 
     The name ends in a fingerprint of the recipe's rules, the checkpoint format and the files that
     are read (their content where they are small, else size and time), so that a changed source or
@@ -96,6 +98,10 @@ def kept_folder(chosen: Chosen, recipe: Recipe) -> Path:
     weights, which need not be there any more.
     """
     digest = hashlib.sha256(f"{FORMAT_VERSION} {recipe.method} {recipe.rules}\n".encode())
+    name = f"{chosen.label}-{recipe.name}"
+    if budget is not None:
+        digest.update(f"{recipe.candidates} {budget}\n".encode())
+        name += f"-{budget / 2**30:.2f}GiB"
     record = Record.read(chosen.folder)
     if record is not None:
         digest.update(f"{record.repository} {record.revision}\n".encode())
@@ -107,4 +113,4 @@ def kept_folder(chosen: Chosen, recipe: Recipe) -> Path:
         digest.update(f"{path.name} {status.st_size}\n".encode())
         small = status.st_size <= SMALL_BYTES
         digest.update(path.read_bytes() if small else f"{status.st_mtime_ns}\n".encode())
-    return home.models() / f"{chosen.label}-{recipe.name}-{digest.hexdigest()[:8]}"
+    return home.models() / f"{name}-{digest.hexdigest()[:8]}"

@@ -101,12 +101,17 @@ def _say_what_was_made(
         )
 
 
-def dry_run(opened: "Source", recipe: "Recipe") -> str:
+def dry_run(opened: "Source", recipe: "Recipe", calibration: Path | None = None) -> str:
     """What quantizing a source would take, without writing anything."""
     from m1local_quantize.estimate import estimate
     from m1local_quantize.plan import Plan
+    from m1local_quantize.text import CALIBRATION
 
-    expected = estimate(opened, Plan.of(opened, recipe))
+    plan, tokens = Plan.of(opened, recipe), 0
+    if plan.needs_calibration:
+        text = opened.read_text(calibration or CALIBRATION)
+        tokens = sum(len(sample.token_ids) for sample in text.samples)
+    expected = estimate(opened, plan, tokens)
     seconds = expected.seconds
     time = tr("not estimated") if seconds is None else tr("about {n:,.0f} s", n=seconds)
     memory = size_text(expected.memory_bytes)

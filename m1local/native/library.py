@@ -1,7 +1,8 @@
 """Compiles the C files beside this one for the very processor they run on, and loads the result.
 
 What it is: one shared library, compiled once (some seconds), tried in a process of its own, and
-kept in the user's folder under the hash of everything it follows from. What it is not: required;
+kept in the user's folder under the hash of everything it follows from; what was not used for a
+month is removed when another is made. What it is not: required;
 whatever fails here leaves `library()` None, and torch does the work. Nothing is raised or printed;
 `status()` says what is used, or why not and what would help.
 """
@@ -14,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +31,7 @@ from m1local.errors import M1Error
 
 SOURCES = Path(__file__).parent
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+SUFFIXES = (".dll", ".dylib", ".so", ".sha256")  # of all systems, the hash last
 COMPILERS = {"win32": ("clang-cl", "cl", "gcc", "clang")}.get(sys.platform, ("cc", "gcc", "clang"))
 HINTS = {
     "win32": "install the Build Tools for Visual Studio and start from their command prompt",
@@ -47,6 +51,7 @@ FLAGS = (
 )
 MSVC_FLAGS = ("/nologo", "/std:c11", "/O2", "/fp:precise", "/LD")
 MSVC_WIDE = {"AVX512": ("/arch:AVX512",), "AVX2": ("/arch:AVX2",)}
+UNUSED_SECONDS = 30 * 24 * 3600
 SECONDS = 120  # a compiler may take; it needs one or two
 TRY = (
     "import ctypes, sys\n"
@@ -95,8 +100,12 @@ def load() -> tuple[ctypes.CDLL | None, Status]:
         if found is None:
             _make(compiler, path)
             found = _open(path)
+            with suppress(OSError):  # another process may be removing the same
+                _remove_unused(path.parent)
         if found is None:
             raise _UnusableError(f"What {compiler} made cannot be loaded; {HINT}.")
+        with suppress(OSError):  # a folder that cannot be written is read all the same
+            os.utime(_hash_path(path))  # says when it was used last
     except _UnusableError as error:
         return None, Status(False, str(error))
     except (M1Error, OSError) as error:
@@ -182,6 +191,18 @@ def _make(compiler: Path, path: Path) -> None:
         recorded.write_text(hashlib.sha256(built.read_bytes()).hexdigest(), encoding="ascii")
         os.replace(recorded, _hash_path(path))
         os.replace(built, path)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Delete builds that nothing has loaded for a month; one that is loaded now may resist."""
+    stems = {path.stem for path in folder.iterdir() if path.suffix in SUFFIXES}
+    for stem in stems:
+        parts = [folder / f"{stem}{suffix}" for suffix in SUFFIXES]
+        used = max((path.stat().st_mtime for path in parts if path.exists()), default=0.0)
+        if time.time() - used > UNUSED_SECONDS:
+            with suppress(OSError):  # Windows keeps a loaded library; its hash then stays, too
+                for path in parts:
+                    path.unlink(missing_ok=True)
 
 
 def _run(command: list[str], folder: str) -> str:

@@ -48,8 +48,8 @@ class Converter:
             return {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}
         quantize, rows_per_slice = quantizer(step.method, step.spec), ROWS_QUANTIZED
         if step.method == "gptq" and self._calibrator is not None and module.startswith(LAYER):
-            hessian = self._calibrator.hessian(module)
-            quantize = gptq.prepare(hessian, self._calibrator.inputs)
+            # Given away, not named here: two of the largest are held meanwhile, not three.
+            quantize = gptq.prepare(self._calibrator.hessian(module), self._calibrator.inputs)
             rows_per_slice = gptq.ROWS_PER_SLICE
         tensors = format_class(step.spec.format).quantize_matrix(
             lambda start, stop: source.narrow_rows(step.name, whole, start, stop),

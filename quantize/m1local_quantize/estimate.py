@@ -1,8 +1,8 @@
 """What a quantization will take, before it is begun: bytes, memory, seconds.
 
 What it is: sizes from the plan, which are exact; memory from the largest matrix; time from
-converting a few rows of one matrix of each kind on this machine. What it is not: a promise; the
-disk may be slower than the processor, and gptq is not timed.
+converting a few rows of one matrix of each kind on this machine (gptq: gptq_cost.py). What it is
+not: a promise; the disk may be slower than the processor, and optimum is not timed.
 """
 
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from m1local.formats.base import ROWS_QUANTIZED, for_slices
+from m1local_quantize.gptq_cost import is_gptq, measured_seconds
 from m1local_quantize.methods import gptq, optimum_gptq, quantizer
 from m1local_quantize.plan import Plan, Step
 from m1local_quantize.source import Source
@@ -22,7 +23,7 @@ FLOAT32_BYTES = 4
 ROUNDS = 3
 SLICES = 4  # for each thread
 COPIES = 6  # of a slice in float32 that a method works with, about
-HESSIANS = 3  # matrices of its size that gptq holds
+HESSIANS = 2  # matrices of its size that gptq holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,34 +36,41 @@ class Estimate:
     seconds: float | None  # None where a method is not timed
 
 
-def estimate(source: Source, plan: Plan) -> Estimate:
-    """Estimate `plan` for `source` on this machine; reads a few rows of some matrices."""
+def estimate(source: Source, plan: Plan, calibration_tokens: int = 0) -> Estimate:
+    """Estimate `plan` for `source` on this machine; reads a few rows of some matrices.
+
+    `calibration_tokens` are those of the text that gptq reads.
+    """
     largest = max((step.nbytes for step in plan.steps), default=0)
     widest = max((step.shape[-1] for step in plan.steps if step.is_quantized), default=0)
-    rows = (
-        gptq.ROWS_PER_SLICE if plan.needs_calibration else ROWS_QUANTIZED * torch.get_num_threads()
-    )
+    rows = ROWS_QUANTIZED * torch.get_num_threads()
     memory = 2 * largest + COPIES * rows * widest * FLOAT32_BYTES
-    if plan.needs_calibration:
-        memory += (HESSIANS * widest**2 + _layer_weights(plan)) * FLOAT32_BYTES
-    if whole := optimum_gptq.matrices(plan):
+    if plan.needs_calibration:  # the layer is let go before its matrices' rows are copied
+        layers = [step for step in plan.steps if step.name.startswith(LAYER)]
+        written = 2 * max((step.nbytes for step in layers), default=0)
+        floats = HESSIANS * widest**2 + max(
+            _layer_weights(plan), COPIES * gptq.ROWS_PER_SLICE * widest
+        )
+        memory = max(memory, written + floats * FLOAT32_BYTES)
+    whole = optimum_gptq.matrices(plan)
+    if whole:
         weights = sum(_weights(step) for step in plan.steps if _module(step) in whole)
         memory += weights * FLOAT32_BYTES  # the original, as a whole
-    timed = not plan.needs_calibration and not source.files.passing  # which would fetch them
+    timed = not whole and not source.files.passing  # which would fetch them
     return Estimate(
         source_bytes=plan.source_bytes,
         target_bytes=plan.target_bytes,
         memory_bytes=memory,
-        seconds=_seconds(source, plan) if timed else None,
+        seconds=_seconds(source, plan, calibration_tokens) if timed else None,
     )
 
 
-def _seconds(source: Source, plan: Plan) -> float:
+def _seconds(source: Source, plan: Plan, calibration_tokens: int) -> float:
     kinds: dict[tuple[object, str], list[Step]] = {}
     for step in plan.steps:
-        if step.is_quantized:
+        if step.is_quantized and not is_gptq(step):
             kinds.setdefault((step.spec, step.method), []).append(step)
-    return sum(
+    return measured_seconds(source, plan, calibration_tokens) + sum(
         _seconds_per_weight(source, max(steps, key=_weights)) * sum(map(_weights, steps))
         for steps in kinds.values()
     )

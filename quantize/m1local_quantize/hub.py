@@ -19,10 +19,10 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from m1local.errors import CheckpointError, HubError
+from m1local.errors import CheckpointError, HubError, StorageError
 from m1local.manifest import NAME as MANIFEST
 from m1local.manifest import CheckpointManifest
-from m1local_quantize.disk import disk_error
+from m1local_quantize.disk import SYSTEM_FILES, allocated, disk_error, removal_error
 from m1local_quantize.transfer import BytesFetched, Place, Published, Transfer, with_words
 
 RECORD = "m1local-source.json"  # which repository and revision the folder is, and what was checked
@@ -150,7 +150,7 @@ def alone(folder: Path) -> Iterator[None]:
     Raises HubError where another run does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = FileLock(_lock_path(folder))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -161,6 +161,10 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _pull(
@@ -199,6 +203,45 @@ def _check_manifest(folder: Path, name: str) -> None:
             f"{name} came as the hub has it, but is no whole checkpoint there: {error} Tell "
             "whoever publishes it, or take another."
         ) from error
+
+
+def remove_fetched(folder: Path) -> int:
+    """Delete what `pull` fetched into `folder`, and the folder; returns the bytes that were freed.
+
+    Raises StorageError where it holds anything else, and HubError where a run fetches into it;
+    then nothing is deleted. A cut leaves what is known to be incomplete, and can be removed again.
+    """
+    record = Record.read(folder)
+    if record is None:
+        raise StorageError(f"{folder} was not fetched by m1local; nothing was deleted.")
+    known = (RECORD, f"{RECORD}.part", *record.checked, *WANTED, *SYSTEM_FILES)
+    try:
+        with alone(folder):
+            own = sorted(folder.iterdir(), key=lambda path: (path.name != MANIFEST, path.name))
+            foreign = [path.name for path in own if not _is_ours(path, known)]
+            if foreign:
+                raise StorageError(
+                    f"{folder} holds other files ({foreign[0]!r}), which would be lost; move them, "
+                    "and try again."
+                )
+            freed = sum(allocated(path) for path in folder.rglob("*") if path.is_file())
+            replace(record, complete=False, described=False).write(folder)
+            forget_transfers(folder)
+            for path in own:
+                if path.name != RECORD and not path.is_dir():
+                    path.unlink()
+            (folder / RECORD).unlink()
+            folder.rmdir()
+        _lock_path(folder).unlink(missing_ok=True)
+    except OSError as error:
+        raise removal_error(error, folder) from error
+    return freed
+
+
+def _is_ours(path: Path, known: Iterable[str]) -> bool:
+    if path.is_dir():
+        return path.name == ".cache" and not path.is_symlink()
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in known)
 
 
 def is_licence(name: str) -> bool:

@@ -73,8 +73,8 @@ class Recipe:
         """Raise RecipeError where formats are still to be chosen for a size."""
         if self.candidates:
             raise RecipeError(
-                f"The recipe {self.name} chooses formats for a size: give `m1 quantize` one with "
-                "--budget 7GiB, or a device's with --for 8GB."
+                f"The recipe {self.name} chooses formats for a size: give `m1 run` or "
+                "`m1 quantize` one with --budget 7GiB, or a device's with --for 8GB."
             )
 
     @classmethod

@@ -19,11 +19,10 @@ from m1local.generation_config import NAME as GENERATION_CONFIG
 from m1local.manifest import NAME as MANIFEST
 from m1local.shards import INDEX
 from m1local.tokenizer import FILES as TOKENIZER_FILES
-from m1local_quantize.disk import disk_error
+from m1local_quantize.disk import SYSTEM_FILES, allocated, disk_error, removal_error
 from m1local_quantize.hub import LICENCES
 from m1local_quantize.journal import HIDDEN, LOCK, MARKER
 
-SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")  # dropped there by nobody
 # What a run writes, so what the next may delete; anything else is the user's.
 OWN_FILES = (
     *(
@@ -83,7 +82,7 @@ def remove_checkpoint(folder: Path) -> int:
     try:
         lock = FileLock(folder / LOCK)
         with lock.acquire(timeout=0):
-            freed = sum(_allocated(path) for path in folder.iterdir())
+            freed = sum(allocated(path) for path in folder.iterdir())
             # What says that the folder is whole goes first, what says that it is ours last.
             own = sorted(folder.iterdir(), key=lambda path: (path.name != MANIFEST, path.name))
             (folder / MARKER).touch()
@@ -96,10 +95,7 @@ def remove_checkpoint(folder: Path) -> int:
     except Timeout:
         raise StorageError(f"A run is writing {folder}; wait for it, or stop it.") from None
     except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be deleted ({error.strerror or error}); close what uses it and try "
-            "again."
-        ) from error
+        raise removal_error(error, folder) from error
     return freed
 
 
@@ -117,7 +113,7 @@ def _check_space(target: Path, nbytes: int) -> None:
         path for path in (target.absolute(), *target.absolute().parents) if path.exists()
     )
     replaced = (
-        sum(_allocated(path) for path in target.iterdir()) if existing == target.absolute() else 0
+        sum(allocated(path) for path in target.iterdir()) if existing == target.absolute() else 0
     )
     free = shutil.disk_usage(existing).free + replaced
     if free < nbytes + SPARE_BYTES:
@@ -125,13 +121,6 @@ def _check_space(target: Path, nbytes: int) -> None:
             f"The checkpoint takes {nbytes / 2**30:.2f} GiB, but the disk that holds {target} has "
             f"only {free / 2**30:.2f} GiB left. Free some space, or choose another folder."
         )
-
-
-def _allocated(path: Path) -> int:
-    """Bytes the file takes on the disk; one being written is laid out at its full size at once."""
-    status = path.stat()
-    blocks: int | None = getattr(status, "st_blocks", None)
-    return status.st_size if blocks is None else min(status.st_size, blocks * 512)
 
 
 def write_index(target: Path, weight_map: dict[str, str], total_bytes: int) -> None:

@@ -57,7 +57,7 @@ class Models(Keeping):
             f'<dl class="m1-facts-list">{rows}</dl><details><summary>{escape(tr("Licence"))}'
             f'</summary><pre class="m1-licence">{escape(licence)}</pre></details>'
         )
-        names = [library.DEMO_NAME, *(folder.name for folder in _finished())]
+        names = _names()
         return {
             self._parts.model: text,
             self._parts.kept: gr.update(choices=names, value=None),
@@ -147,7 +147,7 @@ class Models(Keeping):
                     yield {work: html}
         if tab.cancelled.is_set():
             return
-        names = [library.DEMO_NAME, *(each.name for each in _finished())]
+        names = _names()
         done = _line(tr("Done: {name}; it can be talked to now.", name=target.name))
         yield {work: done, self._parts.kept: gr.update(choices=names, value=target.name)}
 
@@ -172,8 +172,10 @@ def _drawn(events: Iterator[object], recipe: str, tab: Tab) -> Iterator[str]:
                 yield _bar(course.share, text, course.pace)
 
 
-def _finished() -> list[Path]:
-    return [folder for folder in kept.folders() if (folder / "m1local.json").is_file()]
+def _names() -> list[str]:
+    """What can be talked to: the demo, and what is kept and quantized."""
+    ready = [each.name for each in kept.checkpoints() if each.is_ready]
+    return [library.DEMO_NAME, *ready]
 
 
 def _bar(share: float, text: str, pace: str) -> str:
