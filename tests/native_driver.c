@@ -3,6 +3,7 @@
  * Compiled with the sanitizers by tests/test_native_library.py: whatever is read or written outside
  * of them, or undefined, ends the program.
  */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -37,14 +38,15 @@ static void *source_of(size_t count, int is_wide)
     return is_wide ? (void *)wide : narrow;
 }
 
-static void run_groups(int groups, Levels levels, int is_wide, int threads)
+static void run_groups(
+    int groups, Levels levels, const Shrinkage *shrinkage, int is_wide, int threads)
 {
     const size_t size = (size_t)levels.size, count = (size_t)groups;
     void *source = source_of(count * size, is_wide);
     uint8_t *low = exactly(count * size * (size_t)levels.low_bits / 8);
     uint8_t *high = levels.high_bits ? exactly(count * size * (size_t)levels.high_bits / 8) : NULL;
     bfloat16 *scales = exactly(count * sizeof *scales), *zeros = exactly(count * sizeof *zeros);
-    m1_quantize_groups(source, is_wide, groups, &levels, low, high, scales, zeros, threads);
+    m1_quantize_groups(source, is_wide, groups, &levels, shrinkage, low, high, scales, zeros, threads);
     free(source), free(low), free(high), free(scales), free(zeros);
 }
 
@@ -259,6 +261,9 @@ int main(void)
 {
     static const int counts[] = {1, 2, 15, 16, 17, 31, 33, 100}, columns[] = {1, 7, 33, 40, 129};
     static const int32_t formats[][4] = {{7, 4, 2, 1}, {15, 8, 4, 0}, {31, 8, 4, 1}, {63, 24, 4, 2}};
+    static Shrinkage shrinkage = {{0}, {0.9f, -0.2f}, {0.1f, 0.09f, 0.08f}, 1e-9f};
+    for (int i = 0; i < 256; i++)
+        shrinkage.powers[i] = powf(2, -0.3f * (float)(i - 127));
     for (int is_wide = 0; is_wide < 2; is_wide++) {
         run_all_of_attention(is_wide);
         for (int c = 0; c < 8; c++) {
@@ -267,7 +272,9 @@ int main(void)
                     for (int32_t rounds = 0; rounds < 4; rounds += 3) {
                         const int32_t *of = formats[f];
                         const Levels levels = {size, of[0], of[1], of[2], of[3], rounds, 0.06f};
-                        run_groups(counts[c], levels, is_wide, 1 + c % 3);
+                        run_groups(counts[c], levels, NULL, is_wide, 1 + c % 3);
+                        if (rounds)
+                            run_groups(counts[c], levels, &shrinkage, is_wide, 1 + c % 3);
                     }
             for (int k = 0; k < 5; k++)
                 run_rows(counts[c], columns[k], is_wide, 1 + c % 3);

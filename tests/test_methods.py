@@ -70,9 +70,25 @@ def test_hqq_is_the_textbooks(size: float) -> None:
             assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_power_is_one() -> None:
+    exponents = torch.empty(100_000).uniform_(-30, 127, generator=torch.Generator().manual_seed(0))
+    edges = torch.tensor([1e-9, 0.5, 1.0, 1.9999999, 2.0, 3.3e38])
+    x = torch.cat((edges, 2**exponents))
+    expected = x.double() ** (hqq.NORM - 1)
+    assert float((hqq.power(x) / expected - 1).abs().max()) < 3e-7
+
+
+@pytest.mark.parametrize("end", [3e38, 1e38, 1e-38])
+def test_groups_near_the_end_of_the_range_stay_finite(end: float) -> None:
+    weight, spec = (torch.linspace(-1, 1, 64) * end).to(torch.bfloat16).reshape(1, 64), INT4[0]
+    for method in ("hqq", "refit"):
+        restored = dequantized(dict(quantizer(method, spec)(weight, spec)), (1, 64), spec)
+        assert torch.isfinite(restored).all()
+
+
 def test_hqq_lets_outliers_be_wrong_only_where_errors_are_large() -> None:
     x = torch.tensor([0.0, 0.01, -0.01, 2.0, -2.0])
-    shrunk = hqq.shrink(x, beta=10.0)
+    shrunk = hqq.shrink(x, 0.1)
     assert shrunk[:3].tolist() == [0, 0, 0]
     assert float(shrunk[3]) == pytest.approx(2 - 2**-0.3 / 10)
     assert float(shrunk[4]) == -float(shrunk[3])

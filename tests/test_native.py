@@ -15,13 +15,13 @@ from m1local.formats.base import ROWS_QUANTIZED
 from m1local.formats.groups import Int4Linear
 from m1local.native import library
 from m1local.native import quantize as native
-from m1local_quantize.methods import quantizer, refit
+from m1local_quantize.methods import hqq, quantizer, refit
 from m1local_quantize.source import all_finite
 from tests.test_formats import assert_bit_equal
 
 INT8 = LinearSpec("int8")
 GROUPS = [LinearSpec(f"int{bits}", size) for bits in (3, 4, 5, 6) for size in (32, 64, 128)]
-CHOSEN = [("rtn", INT8), *((method, spec) for method in ("rtn", "refit") for spec in GROUPS)]
+CHOSEN = [("rtn", INT8), *((method, spec) for method in ("rtn", "refit", "hqq") for spec in GROUPS)]
 SHAPES = [(1, 128), (7, 384), (33, 640)]  # less than a block of lanes; an odd number; several
 BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 
@@ -107,15 +107,16 @@ def test_the_bits_are_torchs(
             assert_bit_equal(found, expected)
 
 
-def test_the_library_is_what_the_formats_and_refit_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_what_the_formats_and_methods_use(monkeypatch: pytest.MonkeyPatch) -> None:
     serving = Mock(wraps=native._serving)
     monkeypatch.setattr(native, "_serving", serving)
     monkeypatch.setattr(refit, "fit", None)
+    monkeypatch.setattr(hqq, "optimize", None)
     monkeypatch.setattr(Int4Linear, "encode", None)
     rows = torch.randn(3, 128).to(torch.bfloat16)
-    for method, spec in (("rtn", INT8), ("rtn", GROUPS[3]), ("refit", GROUPS[3])):
+    for method, spec in (("rtn", INT8), *((m, GROUPS[3]) for m in ("rtn", "refit", "hqq"))):
         quantizer(method, spec)(rows, spec)
-    assert serving.call_count == 3
+    assert serving.call_count == 4
 
 
 @every_choice

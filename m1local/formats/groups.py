@@ -110,10 +110,10 @@ class GroupLinear(QuantizedLinear):
 
     @classmethod
     def quantize_compiled(
-        cls, rows: Tensor, spec: LinearSpec, refit: native.Refit | None = None
+        cls, rows: Tensor, spec: LinearSpec, choice: native.Refit | native.Hqq | None = None
     ) -> dict[str, Tensor] | None:
         """The same bytes by the compiled library; None where it does not serve."""
-        found = native.quantize_groups(rows, group_size_of(spec), cls.planes, cls.middle, refit)
+        found = native.quantize_groups(rows, group_size_of(spec), cls.planes, cls.middle, choice)
         if found is None:
             return None
         packed, scales, zeros = found

@@ -46,7 +46,7 @@ M1_EXPORT int m1_has_openmp(void)
 enum { SIZE = 32, GROUPS = 17 /* a whole block of lanes and one more */ };
 
 /* The ramp -8 … 7, twice a group: of scale 1 and zero 0 by any method, and its codes are itself. */
-static int groups_are_right(int is_wide, int32_t rounds)
+static int groups_are_right(int is_wide, int32_t rounds, const Shrinkage *shrinkage)
 {
     static float wide[GROUPS * SIZE];
     static bfloat16 narrow[GROUPS * SIZE], scales[GROUPS], zeros[GROUPS];
@@ -58,7 +58,7 @@ static int groups_are_right(int is_wide, int32_t rounds)
     }
     memset(plane, 0, sizeof plane);
     m1_quantize_groups(is_wide ? (const void *)wide : narrow, is_wide, GROUPS, &levels,
-                       plane, plane, scales, zeros, 2);
+                       shrinkage, plane, plane, scales, zeros, 2);
     for (int group = 0; group < GROUPS; group++)
         if (widened(scales[group]) != 1.0f || widened(zeros[group]) != 0.0f)
             return 0;
@@ -134,8 +134,10 @@ static int products_are_right(int is_wide)
 /* 1 where everything above holds. */
 M1_EXPORT int m1_self_test(void)
 {
+    static const Shrinkage whole = {{0}, {1}, {0}, 1e-9f}; /* there are no errors to shrink */
     for (int is_wide = 0; is_wide < 2; is_wide++)
-        if (!groups_are_right(is_wide, 0) || !groups_are_right(is_wide, 3))
+        if (!groups_are_right(is_wide, 0, NULL) || !groups_are_right(is_wide, 3, NULL)
+            || !groups_are_right(is_wide, 3, &whole))
             return 0;
     return rows_are_right() && products_are_right(1) && products_are_right(0);
 }

@@ -35,13 +35,22 @@ typedef struct {
     int32_t middle;    /* the code that means exactly the zero */
     int32_t low_bits;  /* of a code, that lie in the first plane: 1, 2 or 4 */
     int32_t high_bits; /* those in the second plane, or 0 */
-    int32_t rounds;    /* of refit; 0 is rounding to nearest */
+    int32_t rounds;    /* of refit or hqq; 0 is rounding to nearest */
     float start;       /* of refit: the first scale as a share of the group's range */
 } Levels;
 
+/* What hqq needs of the power x^(p - 1), and of its rounds; see hqq.py. */
+typedef struct {
+    float powers[256]; /* of two, by the exponent as it stands in the bits of x */
+    float series[9];   /* of what is left of x, less its middle 1.5 */
+    float weights[8];  /* of the power in each round: 1 / beta */
+    float smallest;    /* size of an error, and of a scale, that counts */
+} Shrinkage;
+
 M1_EXPORT void m1_quantize_groups(
     const void *source, int is_wide, int64_t groups, const Levels *levels,
-    uint8_t *low_plane, uint8_t *high_plane, bfloat16 *scales, bfloat16 *zeros, int threads);
+    const Shrinkage *shrinkage /* of hqq, or NULL */, uint8_t *low_plane, uint8_t *high_plane,
+    bfloat16 *scales, bfloat16 *zeros, int threads);
 M1_EXPORT void m1_quantize_rows(
     const void *source, int is_wide, int64_t rows, int64_t columns, int8_t *codes, float *scales,
     int threads);

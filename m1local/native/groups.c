@@ -1,4 +1,4 @@
-/* Groups of a few bits: m1local/formats/groups.py and the method refit, to the same bytes.
+/* Groups of a few bits: m1local/formats/groups.py and the methods refit and hqq, to the same bytes.
  *
  * A matrix is contiguous and its rows are whole groups, so it is one long sequence of groups. They
  * are worked on sixteen at a time, one in each lane of a vector: every loop over lanes below is
@@ -116,12 +116,73 @@ static void refit(
     EACH_LANE zero->of[lane] += mean.of[lane];
 }
 
+/* x^(p - 1) of a number that is not negative: as torch computes it in hqq.py, step by step. */
+static inline float power_of(float x, const Shrinkage *shrinkage)
+{
+    uint32_t bits, of_rest;
+    float rest, found = shrinkage->series[8];
+    memcpy(&bits, &x, sizeof bits);
+    of_rest = (bits & 0x7fffff) | 0x3f800000;
+    memcpy(&rest, &of_rest, sizeof rest);
+    rest -= 1.5f;
+    for (int i = 7; i >= 0; i--)
+        found = found * rest + shrinkage->series[i];
+    return found * shrinkage->powers[bits >> 23 & 0xff];
+}
+
+/* One round of hqq: the nearest codes, what of their errors is kept, and the zero for the rest. A
+ * comparison with what is no number is false: it stays none, and `choose` notices. */
+static void hqq_once(
+    const Lanes *weights, const Levels *levels, const Shrinkage *shrinkage, float by,
+    const Lanes *scale, Lanes *zero)
+{
+    const int size = levels->size;
+    const float highest = (float)levels->highest, smallest = shrinkage->smallest;
+    Lanes terms[LONGEST];
+    for (int i = 0; i < size; i++)
+        EACH_LANE {
+            const float w = weights[i].of[lane], step = scale->of[lane];
+            float code = nearbyintf(w / step + zero->of[lane]);
+            code = code < 0 ? 0 : code > highest ? highest : code;
+            const float error = w - step * (code - zero->of[lane]), big = fabsf(error);
+            float kept = big - power_of(big > smallest ? big : smallest, shrinkage) * by;
+            kept = kept < 0 ? 0 : kept;
+            terms[i].of[lane] = code - (w - (error < 0 ? -kept : kept)) / step;
+        }
+    const Lanes total = sum_of(terms, size);
+    EACH_LANE zero->of[lane] = total.of[lane] / (float)size;
+}
+
+/* Scale and zero of each group by half-quadratic splitting; see hqq.py. */
+static void hqq(
+    const Lanes *weights, const Levels *levels, const Shrinkage *shrinkage, const Lanes *low,
+    const Lanes *high, Lanes *scale, Lanes *zero)
+{
+    EACH_LANE {
+        const float even = (high->of[lane] - low->of[lane]) / (float)levels->highest;
+        scale->of[lane] = even > shrinkage->smallest ? even : shrinkage->smallest;
+        zero->of[lane] = -low->of[lane] / scale->of[lane];
+    }
+    for (int round = 0; round < levels->rounds; round++)
+        hqq_once(weights, levels, shrinkage, shrinkage->weights[round], scale, zero);
+    EACH_LANE {
+        const int varies = high->of[lane] > low->of[lane];
+        const float middle = scale->of[lane] * ((float)levels->middle - zero->of[lane]);
+        zero->of[lane] = varies ? middle : low->of[lane];
+        scale->of[lane] = varies ? scale->of[lane] : 0;
+    }
+}
+
 /* Scale and zero of each group as they are stored. */
-static void choose(const Lanes *weights, const Levels *levels, bfloat16 *scales, bfloat16 *zeros)
+static void choose(
+    const Lanes *weights, const Levels *levels, const Shrinkage *shrinkage, bfloat16 *scales,
+    bfloat16 *zeros)
 {
     Lanes low, high, scale, zero;
     find_range(weights, levels->size, &low, &high);
-    if (levels->rounds)
+    if (shrinkage)
+        hqq(weights, levels, shrinkage, &low, &high, &scale, &zero);
+    else if (levels->rounds)
         refit(weights, levels, &low, &high, &scale, &zero);
     EACH_LANE {
         const int is_usable = levels->rounds && fabsf(scale.of[lane]) <= FLT_MAX
@@ -176,7 +237,8 @@ static void pack(
 /* Quantize `groups` groups from `source`; the planes, scales and zeros have room for all. */
 M1_EXPORT void m1_quantize_groups(
     const void *source, int is_wide, int64_t groups, const Levels *levels,
-    uint8_t *low_plane, uint8_t *high_plane, bfloat16 *scales, bfloat16 *zeros, int threads)
+    const Shrinkage *shrinkage, uint8_t *low_plane, uint8_t *high_plane, bfloat16 *scales,
+    bfloat16 *zeros, int threads)
 {
     const size_t size = (size_t)levels->size, width = is_wide ? sizeof(float) : sizeof(bfloat16);
     const size_t low_bytes = size * (size_t)levels->low_bits / 8;
@@ -197,7 +259,7 @@ M1_EXPORT void m1_quantize_groups(
             load(padded, is_wide, levels->size, weights);
         } else
             load(from, is_wide, levels->size, weights);
-        choose(weights, levels, scale, zero);
+        choose(weights, levels, shrinkage, scale, zero);
         encode(weights, levels, scale, zero, codes);
         pack(codes, levels->size, 0, levels->low_bits, count, low_plane + first * low_bytes);
         if (levels->high_bits)

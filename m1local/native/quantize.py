@@ -9,6 +9,7 @@ code which calls it, its oracle in the tests.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,6 +26,34 @@ class Refit:
 
     start: float  # the first scale, as a share of the group's range
     rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hqq:
+    """How the zero of a group is chosen by half-quadratic splitting (the method hqq)."""
+
+    powers: Sequence[float]  # x^(p - 1) of each power of two, by its exponent's bits: 256
+    series: Sequence[float]  # the same of 1 to 2, by powers of the distance from 1.5: 9
+    weights: Sequence[float]  # of x^(p - 1), one for each round: 8 at most
+    smallest: float
+
+
+class _Shrinkage(ctypes.Structure):
+    """`Shrinkage` of common.h."""
+
+    _fields_ = (
+        ("powers", ctypes.c_float * 256),
+        ("series", ctypes.c_float * 9),
+        ("weights", ctypes.c_float * 8),
+        ("smallest", ctypes.c_float),
+    )
+
+    @classmethod
+    def of(cls, chosen: Hqq) -> Self:
+        parts = (cls._fields_[i][1] for i in range(3))
+        values = (chosen.powers, chosen.series, chosen.weights)
+        filled = (kind(*each) for kind, each in zip(parts, values, strict=True))
+        return cls(*filled, chosen.smallest)
 
 
 class _Levels(ctypes.Structure):
@@ -46,11 +75,11 @@ def quantize_groups(
     size: int,
     planes: Sequence[int],
     middle: int,
-    refit: Refit | None,
+    choice: Refit | Hqq | None,
 ) -> tuple[list[Tensor], Tensor, Tensor] | None:
     """Quantize rows (n, K) in groups of `size`: planes of so many bits, scales and zeros.
 
-    Scale and zero span the group's range evenly, or are refitted.
+    Scale and zero span the group's range evenly, or are chosen by a method.
     """
     compiled = _serving(rows)
     count, columns = rows.shape
@@ -58,8 +87,11 @@ def quantize_groups(
         return None
     high_bits = planes[1] if len(planes) > 1 else 0
     levels = _Levels(size, (1 << sum(planes)) - 1, middle, planes[0], high_bits)
-    if refit is not None:
-        levels.rounds, levels.start = refit.rounds, refit.start
+    shrinkage = None
+    if isinstance(choice, Refit):
+        levels.rounds, levels.start = choice.rounds, choice.start
+    elif choice is not None:
+        levels.rounds, shrinkage = len(choice.weights), ctypes.byref(_Shrinkage.of(choice))
     packed = [torch.empty(count, columns * bits // 8, dtype=torch.uint8) for bits in planes]
     scales, zeros = torch.empty(2, count, columns // size, dtype=torch.bfloat16)
     compiled.m1_quantize_groups(
@@ -67,6 +99,7 @@ def quantize_groups(
         rows.dtype != NARROW,
         ctypes.c_int64(rows.numel() // size),
         ctypes.byref(levels),
+        shrinkage,
         address(packed[0]),
         address(packed[-1]),
         address(scales),
