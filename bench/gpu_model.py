@@ -83,8 +83,12 @@ def filled_cache(config: M1Config, placement: Placement, position: int) -> KVCac
     """A cache of random keys and values that ends at `position`."""
     cache = placement.allocate(config)
     for layer in cache.layers:
-        layer.k.values.normal_(std=0.5)
-        layer.v.values.normal_(std=0.5)
+        for kept in (layer.k, layer.v):
+            if kept.scales is None:
+                kept.values.normal_(std=0.5)
+                continue
+            kept.values.random_(-127, 128)
+            kept.scales.fill_(0.5 / 73)  # the standard deviation of such codes
         layer.written = layer.raw_start = position
     cache.position = position
     return cache

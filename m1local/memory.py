@@ -221,7 +221,8 @@ def read_bytes(layout: HeadLayout, setting: Setting) -> int:
 def workspace(config: M1Config, setting: Setting, itemsize: int, *, masked: bool = True) -> int:
     """Bytes that a chunk of the prompt takes at most, in m1local/model.py, and the logits.
 
-    `masked`: torch computes attention, with a mask of what each query sees; kernels need none.
+    `masked`: torch computes attention, with a mask of what each query sees, and on keys and values
+    restored from bytes; kernels need neither.
     """
     width, inner = config.hidden_size, config.intermediate_size
     chunk = min(setting.max_chunk, setting.context_tokens)
@@ -232,7 +233,7 @@ def workspace(config: M1Config, setting: Setting, itemsize: int, *, masked: bool
     if masked:
         attention += setting.context_tokens * (MASK_BYTES + itemsize)
     restored = 0
-    if setting.kv_type != FLOAT:  # keys and values of one layer, and on their way in float32
+    if setting.kv_type != FLOAT and masked:  # those of one layer, and on their way in float32
         heads = max(at.num_kv_heads * at.head_dim for at in layouts)
         restored = setting.context_tokens * heads * 2 * (itemsize + FLOAT32_BYTES)
     turning = packed + 3 * width * FLOAT32_BYTES

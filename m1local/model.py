@@ -102,7 +102,7 @@ def attend_kept(q: Tensor, cache: LayerCache, seen: Visible, chunk: Chunk) -> Te
     if q.device.type == "cpu":
         window = cache.layout.window
         return attention.attend(q, seen.k, seen.v, chunk.positions, seen.positions, window)
-    if q.shape[0] != 1 or seen.k.scales is not None or not support.usable(q.device):
+    if q.shape[0] != 1 or not support.usable(q.device):
         return None
     from m1local.cuda.prefill import attend_chunk  # Triton, which is only there with a card
 

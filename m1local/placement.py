@@ -20,7 +20,6 @@ from m1local.context import Decoder, Reader
 from m1local.cuda import support
 from m1local.cuda.transfer import Moved, Transfer
 from m1local.errors import DependencyError
-from m1local.kv_store import FLOAT
 from m1local.manifest import CheckpointManifest
 from m1local.memory import (
     LAYERS,
@@ -160,7 +159,7 @@ def _pin(model: M1Model) -> None:
 
 def decoder_of(model: M1Model, placement: Placement) -> Callable[[KVCache], Decoder] | None:
     """What makes the decoder of a cache; None where the model itself is to decode."""
-    if why_plain(placement.card) or placement.setting.kv_type != FLOAT:  # kernels read 16 bits
+    if why_plain(placement.card):
         return None
     from m1local.cuda.drawing import DrawingDecoder  # Triton, which is only there with a card
 

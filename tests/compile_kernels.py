@@ -4,6 +4,7 @@ Run as a program (`python -m tests.compile_kernels`): it prints a JSON line for 
 card. A process of its own, since kernels that were imported for the interpreter cannot be compiled.
 """
 
+import itertools
 import json
 import os
 import re
@@ -83,6 +84,7 @@ def _products(tiles: Any, half: str) -> Iterator[Case]:
 def _neighbours(half: str) -> Iterator[Case]:
     from m1local.cache import RAW_TOKENS
     from m1local.cuda import card, embedding, fused
+    from m1local.kv_store import BYTES, FLOAT
 
     yield Case(
         "norm", fused.norm_kernel,
@@ -96,15 +98,17 @@ def _neighbours(half: str) -> Iterator[Case]:
          "planes": half, "columns": "i32"},
         {"BLOCK": fused.BLOCK}, card.WARPS,
     )  # fmt: skip
-    for width in (128, 256):
-        tensors = dict.fromkeys(("q_out", "k_cache", "v_cache", "raw_k", "raw_v"), half)
+    for width, kept in itertools.product((128, 256), (FLOAT, BYTES)):
+        tensors = dict.fromkeys(("q_out", "raw_k", "raw_v"), half)
         yield Case(
-            f"place {width}", fused.place_kernel,
+            f"place {width} {kept}", fused.place_kernel,
             {"packed": "*fp32", "parts": "i32"} | tensors
+            | {f"{name}_cache": half if kept == FLOAT else "*i8" for name in "kv"}
+            | {f"{name}_scales": half if kept == FLOAT else "*bf16" for name in "kv"}
             | {"taps_k": half, "taps_v": half, "cos": "*fp32", "sin": "*fp32",
                "position_at": "*i64", "heads": "i32", "kv_heads": "i32", "width": "i32",
                "slots": "i32"},
-            {"RAW": RAW_TOKENS, "HALF": width // 2}, 1,
+            {"RAW": RAW_TOKENS, "WIDTH": width, "BYTES": kept == BYTES}, 1,
         )  # fmt: skip
     for kind, table in (("int8", "*i8"), ("int4", "*u8"), ("float", half)):
         value = {"int8": embedding.INT8, "int4": embedding.INT4, "float": embedding.FLOAT}[kind]
@@ -117,26 +121,33 @@ def _neighbours(half: str) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def _attention(tiles: Any, half: str) -> Iterator[Case]:
+def _attention(chosen: Any, half: str) -> Iterator[Case]:
     from m1local.cuda import attention, card, prefill
+    from m1local.kv_store import BYTES, FLOAT
 
-    for group, width in ((10, 256), (5, 128)):
+    for (group, width), kept in itertools.product(((10, 256), (5, 128)), (FLOAT, BYTES)):
+        tiles = chosen.over(in_bytes=kept == BYTES)
+        stored = dict.fromkeys(("k", "v"), half if kept == FLOAT else "*i8")
+        stored |= {f"{name}_scales": half if kept == FLOAT else "*bf16" for name in ("k", "v")}
         yield Case(
-            f"attend {width}", attention.attend_kernel,
-            {"q": half, "k": half, "v": half, "position_at": "*i64", "partial": "*fp32",
+            f"attend {width} {kept}", attention.attend_kernel,
+            {"q": half} | stored | {"position_at": "*i64", "partial": "*fp32",
              "greatest": "*fp32", "sums": "*fp32", "heads": "i32", "width": "i32", "slots": "i32",
              "window": "i32", "scale": "fp32"},
-            {"GROUP": group, "GROUP_ROWS": 16, "WIDTH": width, "KEYS": tiles.keys},
+            {"GROUP": group, "GROUP_ROWS": 16, "WIDTH": width, "KEYS": tiles.keys,
+             "BYTES": kept == BYTES},
             tiles.key_warps,
         )  # fmt: skip
         yield Case(
-            f"chunk {width}", prefill.chunk_kernel,
-            {"q": half, "k": half, "v": half, "out": half, "start": "i32", "length": "i32",
+            f"chunk {width} {kept}", prefill.chunk_kernel,
+            {"q": half} | stored | {"out": half, "start": "i32", "length": "i32",
              "heads": "i32", "width": "i32", "slots": "i32", "window": "i32", "scale": "fp32"},
             {"GROUP": group, "QUERIES": tiles.queries_of(width), "WIDTH": width,
-             "KEYS": tiles.keys},
+             "KEYS": tiles.keys, "BYTES": kept == BYTES},
             tiles.query_warps,
         )  # fmt: skip
+        if kept == BYTES:
+            continue
         yield Case(
             f"join {width}", attention.join_kernel,
             {"partial": "*fp32", "greatest": "*fp32", "sums": "*fp32", "natural": half,

@@ -36,7 +36,7 @@ RUNTIME_ORDER = (
     ("native.library", "native"),
     ("native.quantize", "native.matmul", "native.attention", "native.neighbours", "native.stream"),
     ("config", "rope", "cuda", "cuda.card", "cuda.matrix", "cuda.transfer"),
-    ("cuda.words", "cuda.support", "cuda.int4pack"),
+    ("cuda.words", "cuda.support", "cuda.int4pack", "cuda.kept"),
     ("cuda.products",),
     ("formats.base", "formats.int4pack"),
     ("formats.groups", "formats.int8", "formats.bnb"),

@@ -11,9 +11,13 @@ from m1local.context import Context
 from m1local.cuda import support
 from m1local.formats.groups import Int4Linear
 from m1local.formats.int8 import Int8Linear
+from m1local.kv_store import BYTES, FLOAT
+from m1local.memory import Setting
 from m1local.model import M1Model
+from m1local.placement import Placement, decoder_of
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD, TINY
+from tests.test_kv_store import WIDE
 from tests.test_memory import quantized, stored_as
 
 from m1local.cuda import decode  # isort: skip
@@ -39,10 +43,11 @@ def model_of(format_: str) -> M1Model:
     return quantized(CONFIG, specs).to(CARD)
 
 
-def new_cache() -> KVCache:
+def new_cache(config: M1Config = CONFIG, kv_type: str = FLOAT) -> KVCache:
     return KVCache.allocate(
-        CONFIG, 64, dtype=torch.float32, device=str(CARD), max_chunk=16, rewind_tokens=8
-    )
+        config, 64, dtype=torch.float32, device=str(CARD), max_chunk=16, rewind_tokens=8,
+        kv_type=kv_type,
+    )  # fmt: skip
 
 
 def ordinary(model: M1Model, cache: KVCache, token_ids: list[int]) -> torch.Tensor:
@@ -98,6 +103,28 @@ def test_a_sequence_is_cut_back_to_a_boundary_and_goes_on() -> None:
     assert not cache.can_rollback(5)
     cache.rollback(4)
     torch.testing.assert_close(decoder.feed(100), first, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_context_in_bytes_is_decoded_by_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = WIDE | {"num_hidden_layers": 2, "sliding_window_layers": [1], "vocab_size": 128}
+    config = M1Config.from_dict(wide | {"intermediate_size": 64})
+    model = quantized(config, stored_as(config, "int4", 32)).to(CARD)
+    expected_cache, cache = (new_cache(config, BYTES) for _ in range(2))
+    wanted = ordinary(model, expected_cache, PROMPT)
+    ordinary(model, cache, PROMPT)
+    placed = Placement(CARD, 0, False, Setting(64, BYTES))
+    made = decoder_of(model, placed)
+    assert made is not None
+    decoder = made(cache)
+    assert isinstance(decoder, Decoder)
+    for _ in range(24):  # the ring of the sliding layer wraps around
+        token = int(wanted.argmax())
+        wanted = ordinary(model, expected_cache, [token])
+        found = decoder.feed(token)
+        torch.testing.assert_close(found, wanted, atol=5e-3, rtol=5e-3)
+    assert cache.position > cache.layers[1].slots
+    same_books(cache, expected_cache)
 
 
 @torch.inference_mode()

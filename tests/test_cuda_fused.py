@@ -10,7 +10,7 @@ from torch.nn import functional
 from m1local.cache import LayerCache
 from m1local.config import HeadLayout, M1Config
 from m1local.cuda.matrix import planar
-from m1local.kv_store import KVStore
+from m1local.kv_store import BYTES, FLOAT, KVStore
 from m1local.model import Chunk, M1Attention, RMSNorm
 from m1local.rope import rotate, rotation
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
@@ -19,6 +19,12 @@ from tests.conftest import CARD, TINY
 from m1local.cuda import attention, fused, prefill  # isort: skip
 
 THETA = 10000.0
+IN_BYTES = {  # groups of 32 that both halves of a turned head share, and others; padded widths
+    "global 64/32": HeadLayout(6, 2, 32, None),
+    "global 10/96": HeadLayout(10, 2, 96, None),
+    "sliding 3/64": HeadLayout(3, 1, 64, 7),
+    "sliding 2/160": HeadLayout(2, 1, 160, 5),
+}
 LAYOUTS = {
     "global 40/8": HeadLayout(10, 2, 16, None),
     "sliding 20/2": HeadLayout(10, 1, 24, 7),  # a width that is no power of two
@@ -58,7 +64,7 @@ def test_silu_times_up() -> None:
 
 
 def held(layer: LayerCache, name: str) -> Tensor:
-    """A buffer of a cache, by its name."""
+    """A buffer of a cache, by its name; what lies in bytes as the codes."""
     found = getattr(layer, name)
     return found.values if isinstance(found, KVStore) else found
 
@@ -66,8 +72,8 @@ def held(layer: LayerCache, name: str) -> Tensor:
 class Both:
     """One layer's attention twice: as the model computes it, and by the kernels."""
 
-    def __init__(self, name: str, slots: int, dtype: torch.dtype) -> None:
-        self.layout = layout = LAYOUTS[name]
+    def __init__(self, name: str, slots: int, dtype: torch.dtype, kv_type: str = FLOAT) -> None:
+        self.layout = layout = (LAYOUTS if kv_type == FLOAT else IN_BYTES)[name]
         raw = TINY | {"hidden_size": layout.num_heads * layout.head_dim, "rope_theta": THETA}
         self.model = M1Attention(M1Config.from_dict(raw), layout)
         taps = (1, 1, layout.num_kv_heads, 1, 2)
@@ -78,7 +84,9 @@ class Both:
         self.model.o_proj = nn.Identity()  # type: ignore[assignment]
         self.model.to(CARD, dtype).requires_grad_(False)
         self.dtype = dtype
-        self.cache = LayerCache(layout, slots, batch_size=1, dtype=dtype, device=str(CARD))
+        self.cache = LayerCache(
+            layout, slots, batch_size=1, dtype=dtype, device=str(CARD), kv_type=kv_type
+        )
 
     def chunk(self, start: int, length: int) -> Chunk:
         positions = torch.arange(start, start + length, device=CARD)
@@ -97,6 +105,12 @@ class Both:
         expected_cache = copy.deepcopy(self.cache)
         x = packed.sum(0)[None, None].to(self.dtype)
         wanted = self.model(x, self.chunk(position, 1), expected_cache)[0]
+        out = self.by_kernels(packed, position)
+        self.same_cache(expected_cache, tolerance)
+        both(out, wanted, tolerance)
+
+    def by_kernels(self, packed: Tensor, position: int) -> fused.Activation:
+        """The token whose product is `packed` (parts, width), by the kernels."""
         q = torch.zeros(self.model.split_sizes[0], dtype=self.dtype, device=CARD)
         at = torch.tensor([position], device=CARD)
         taps, turn = (
@@ -104,12 +118,20 @@ class Both:
             rotation(at, self.layout.head_dim, THETA),
         )
         fused.place(packed, q, self.cache, taps, turn, at)
+        out = fused.Activation(self.model.split_sizes[0], dtype=self.dtype, device=CARD)
+        attention.attend(q, self.cache, at, attention.buffers(self.cache), out)
+        return out
+
+    def same_cache(self, expected_cache: LayerCache, tolerance: float) -> None:
+        """What was written is what the model writes."""
         for name in ("k", "v", "raw_k", "raw_v"):
             found, expected = held(self.cache, name), held(expected_cache, name)
             torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, msg=name)
-        out = fused.Activation(self.model.split_sizes[0], dtype=self.dtype, device=CARD)
-        attention.attend(q, self.cache, at, attention.buffers(self.cache), out)
-        both(out, wanted, tolerance)
+        pairs = (self.cache.k, expected_cache.k), (self.cache.v, expected_cache.v)
+        for kept, wanted in pairs:
+            if kept.scales is not None:
+                assert wanted.scales is not None
+                torch.testing.assert_close(kept.scales, wanted.scales, atol=0, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -119,6 +141,40 @@ def test_attention_of_one_token(name: str, position: int) -> None:
     one = Both(name, slots, torch.float32)
     one.read(position)
     one.compare(position, parts=2, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("name", IN_BYTES)
+@pytest.mark.parametrize("position", [0, 1, 6, 7, 21])
+def test_attention_of_one_token_over_bytes(name: str, position: int) -> None:
+    slots = 24 if IN_BYTES[name].window is None else 9
+    one = Both(name, slots, torch.float32, BYTES)
+    one.read(position)
+    one.compare(position, parts=2, tolerance=2e-5)
+
+
+def test_bytes_of_values_that_are_nearly_or_wholly_nothing() -> None:
+    one = Both("global 10/96", 8, torch.float32, BYTES)
+    one.model.conv_k.data *= 1e-35
+    one.model.conv_v.data *= 0
+    one.read(2)
+    one.compare(2, parts=1, tolerance=2e-5)
+    assert not one.cache.v.values.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_over_bytes_in_16_bits(dtype: torch.dtype) -> None:
+    one = Both("global 10/96", 40, dtype, BYTES)
+    one.read(34)
+    before = copy.deepcopy(one.cache)
+    packed = noise(1, one.width, seed=9)
+    wanted = one.model(packed[None].to(dtype), one.chunk(34, 1), before)[0]
+    found = one.by_kernels(packed, 34)
+    torch.testing.assert_close(found.natural, wanted, atol=4e-2, rtol=4e-2)
+    for name in ("k", "v"):  # the oracle rounds to 16 bits before, so a code may differ by one
+        kept, expected = getattr(one.cache, name), getattr(before, name)
+        step = expected.scales.float().repeat_interleave(32, -1)
+        off = (kept.read(35).float() - expected.read(35).float()).abs()
+        assert (off <= 1.6 * step[:, :, :35]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -138,8 +194,19 @@ def test_more_keys_than_one_part_reads_at_a_time() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 5), (3, 4), (11, 3), (9, 70)])
 def test_attention_of_a_chunk(name: str, start: int, length: int) -> None:
-    slots = 96 if LAYOUTS[name].window is None else 6 + max(length, 16)
-    one = Both(name, slots, torch.float32)
+    compare_chunk(name, start, length, FLOAT)
+
+
+@pytest.mark.parametrize("name", IN_BYTES)
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (3, 4), (9, 70)])
+def test_attention_of_a_chunk_over_bytes(name: str, start: int, length: int) -> None:
+    compare_chunk(name, start, length, BYTES)
+
+
+def compare_chunk(name: str, start: int, length: int, kv_type: str) -> None:
+    layout = (LAYOUTS if kv_type == FLOAT else IN_BYTES)[name]
+    slots = 96 if layout.window is None else 6 + max(length, 16)
+    one = Both(name, slots, torch.float32, kv_type)
     one.read(start)
     packed = noise(1, length, one.width, seed=7)
     chunk = one.chunk(start, length)

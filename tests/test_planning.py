@@ -33,6 +33,14 @@ def test_the_14b_on_a_card_that_is_not_there(config_only: Path) -> None:
     int4 = rows["int4", 8192]
     assert int4["fits"]
     assert int4["gpu_layers"] is None
+    halved = next(
+        row for row in said["rows"]
+        if (row["recipe"], row["context_tokens"], row["kv_type"]) == ("int4", 8192, "q8_0")
+    )  # fmt: skip
+    assert halved["bytes"]["workspace"] == int4["bytes"]["workspace"]
+    # But for the raw keys and values of the last tokens.
+    assert halved["bytes"]["cache"] == pytest.approx(int4["bytes"]["cache"] * 8.5 / 16, rel=0.02)
+    assert halved["tokens_per_second"] > int4["tokens_per_second"]
     spent = sum(int4["bytes"][name] for name in ("weights", "cache", "workspace", "graphs"))
     assert spent + int4["bytes"]["runtime"] < 10 << 30
     assert 30 < int4["tokens_per_second"] < 46

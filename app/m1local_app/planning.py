@@ -16,7 +16,7 @@ from m1local.checkpoint import CONFIG, compute_dtype, is_quantized, matrix_names
 from m1local.config import M1Config
 from m1local.errors import RecipeError
 from m1local.formats import LinearSpec
-from m1local.kv_store import FLOAT, KV_BYTES
+from m1local.kv_store import KV_BYTES, kind_fits
 from m1local.manifest import CheckpointManifest
 from m1local.memory import (
     Demand,
@@ -69,10 +69,7 @@ class Row:
 
 
 def plan(folder: Path, machine: Machine, context_tokens: int | None) -> list[Row]:
-    """All rows for the model in `folder`; its config.json is enough.
-
-    On a card keys and values are in 16 bits: that is what its kernels read.
-    """
+    """All rows for the model in `folder`; its config.json is enough."""
     config = M1Config.from_file(folder / CONFIG)
     longest = config.max_position_embeddings
     contexts = [context_tokens] if context_tokens else [n for n in CONTEXTS if n <= longest]
@@ -81,8 +78,14 @@ def plan(folder: Path, machine: Machine, context_tokens: int | None) -> list[Row
         _row(recipe, Model(config, specs, dtype), Setting(context, kv_type), machine)
         for recipe, specs in _recipes(folder, config)
         for context in contexts or [longest]
-        for kv_type in (KV_BYTES if machine.device.type == "cpu" else (FLOAT,))
+        for kv_type in kinds(config)
     ]
+
+
+def kinds(config: M1Config) -> list[str]:
+    """How the keys and values of this model can be kept."""
+    widths = {config.heads(layer).head_dim for layer in range(config.num_hidden_layers)}
+    return [kind for kind in KV_BYTES if all(kind_fits(kind, width) for width in widths)]
 
 
 def _dtype(device: torch.device) -> torch.dtype:

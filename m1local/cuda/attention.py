@@ -15,6 +15,7 @@ from torch import Tensor
 from m1local.cache import LayerCache
 from m1local.cuda.card import WARPS, card
 from m1local.cuda.fused import Activation, store_twice
+from m1local.cuda.kept import head_of, load_kept, pointers
 
 LEAST_DOT = 16  # rows that the tensor cores take
 EVERYTHING = 2**30  # a window that no position leaves
@@ -22,8 +23,10 @@ EVERYTHING = 2**30  # a window that no position leaves
 
 @triton.jit
 def attend_kernel(
-    q, k, v, position_at, partial, greatest, sums, heads, width, slots, window, scale,
+    q, k, k_scales, v, v_scales, position_at, partial, greatest, sums,
+    heads, width, slots, window, scale,
     GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    BYTES: tl.constexpr,
 ):  # fmt: skip
     """Part `program 1` of the keys of kv head `program 0`, for its GROUP query heads."""
     kv_head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -42,20 +45,20 @@ def attend_kernel(
     most = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_ROWS,), tl.float32)
     mixed = tl.zeros((GROUP_ROWS, WIDTH), tl.float32)
-    base = kv_head.to(tl.int64) * slots * width
+    k, k_scales = head_of(k, k_scales, kv_head, slots, width, BYTES)
+    v, v_scales = head_of(v, v_scales, kv_head, slots, width, BYTES)
     for key in range(begin, stop, KEYS):
         place = key + tl.arange(0, KEYS)
         here = place < stop
-        at = base + (place % slots)[:, None] * width + inside[None, :]
-        kv_here = here[:, None] & inside_here[None, :]
-        keys = tl.load(k + at, mask=kv_here, other=0.0)
+        slot = place % slots
+        keys = load_kept(k, k_scales, slot, here, width, q, KEYS, WIDTH, BYTES)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(here[None, :], scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
         shrunk = tl.exp(most - higher)
         total = total * shrunk + tl.sum(weights, 1)
-        values = tl.load(v + at, mask=kv_here, other=0.0)
+        values = load_kept(v, v_scales, slot, here, width, q, KEYS, WIDTH, BYTES)
         mixed = mixed * shrunk[:, None]
         mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
         most = higher
@@ -112,12 +115,14 @@ def attend(
     layout = layer.layout
     group, width = layout.num_heads // layout.num_kv_heads, layout.head_dim
     padded = max(LEAST_DOT, triton.next_power_of_2(width))
-    parts, tiles = kept.sums.shape[0], card(q.device).tiles
+    parts, in_bytes = kept.sums.shape[0], layer.k.scales is not None
+    tiles = card(q.device).tiles.over(in_bytes=in_bytes)
     attend_kernel[(layout.num_kv_heads, parts)](
-        q, layer.k.values, layer.v.values, position, kept.partial, kept.greatest, kept.sums,
+        q, *pointers(layer.k), *pointers(layer.v), position,
+        kept.partial, kept.greatest, kept.sums,
         layout.num_heads, width, layer.slots, layout.window or EVERYTHING, width**-0.5,
         GROUP=group, GROUP_ROWS=max(LEAST_DOT, triton.next_power_of_2(group)),
-        WIDTH=padded, KEYS=tiles.keys, num_warps=tiles.key_warps,
+        WIDTH=padded, KEYS=tiles.keys, BYTES=in_bytes, num_warps=tiles.key_warps,
     )  # fmt: skip
     join_kernel[(layout.num_heads,)](
         kept.partial, kept.greatest, kept.sums, out.natural, out.planes,

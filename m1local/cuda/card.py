@@ -25,7 +25,8 @@ class Tiles(NamedTuple):
     registers. `tile_rows`, `tile_words`: of W, in units of eight columns, for several rows of
     activations, up to `most_rows` of them; above, restoring W once costs less than decoding it for
     each tile. `keys` that one step of attention looks at, with `key_warps`;
-    `queries` of a prompt that look together, with `query_warps`.
+    `queries` of a prompt that look together, with `query_warps`. `byte_queries` and
+    `byte_query_warps` are the same where keys and values are in bytes.
     """
 
     vector_rows: int
@@ -37,6 +38,19 @@ class Tiles(NamedTuple):
     key_warps: int = WARPS
     queries: int = 64
     query_warps: int = 8
+    byte_queries: int = 32
+    byte_query_warps: int = WARPS
+
+    def over(self, *, in_bytes: bool) -> "Tiles":
+        """These, or those for keys and values in bytes, which take registers to restore."""
+        if not in_bytes:
+            return self
+        return self._replace(
+            keys=16,
+            key_warps=8,
+            queries=self.byte_queries,
+            query_warps=self.byte_query_warps,
+        )
 
     def queries_of(self, width: int) -> int:
         """How many queries of heads of `width` fit into shared memory with their keys."""
@@ -46,7 +60,16 @@ class Tiles(NamedTuple):
 TILES = {
     # Triton does not use the tensor cores of 7.5, and less fits into its shared memory.
     (7, 5): Tiles(
-        4, resident=8, tile_rows=32, tile_words=16, most_rows=16, keys=16, key_warps=8, queries=16
+        4,
+        resident=8,
+        tile_rows=32,
+        tile_words=16,
+        most_rows=16,
+        keys=16,
+        key_warps=8,
+        queries=16,
+        byte_queries=16,
+        byte_query_warps=8,
     ),
     (8, 0): Tiles(8, resident=7, tile_rows=64, tile_words=16),
     (8, 6): Tiles(4, resident=12, tile_rows=64, tile_words=16),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from m1local.cache import RAW_TOKENS, LayerCache
 from m1local.cuda.card import WARPS
+from m1local.cuda.kept import pointers, store_kept
 
 NORM_WARPS = 8
 BLOCK = 1024
@@ -78,34 +79,42 @@ def _raw_and_mixed(fresh, raw, taps, head, inside, here, position, width, RAW: t
 
 @triton.jit
 def place_kernel(
-    packed, parts, q_out, k_cache, v_cache, raw_k, raw_v, taps_k, taps_v, cos, sin, position_at,
-    heads, kv_heads, width, slots, RAW: tl.constexpr, HALF: tl.constexpr,
+    packed, parts, q_out, k_cache, k_scales, v_cache, v_scales, raw_k, raw_v, taps_k, taps_v,
+    cos, sin, position_at, heads, kv_heads, width, slots,
+    RAW: tl.constexpr, WIDTH: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """One head of q, k or v: (H + 2 * Hkv) programs; the new key and value go into their slot."""
     head = tl.program_id(0)
     position = tl.load(position_at).to(tl.int32)
     stride = (heads + 2 * kv_heads) * width
     half = width // 2
-    low = tl.arange(0, HALF)
-    here = low < half
-    first = sum_parts(packed, head * width + low, parts, stride, here)
-    second = sum_parts(packed, head * width + half + low, parts, stride, here)
-    turn_cos = tl.load(cos + low, mask=here, other=0.0)
-    turn_sin = tl.load(sin + low, mask=here, other=0.0)
-    target, at = q_out, head * width + low
-    if head >= heads:
+    inside = tl.arange(0, WIDTH)
+    here = inside < width
+    low = inside < half
+    partner = tl.where(low, inside + half, inside - half)  # what it is turned with
+    value = sum_parts(packed, head * width + inside, parts, stride, here)
+    other = sum_parts(packed, head * width + partner, parts, stride, here)
+    angle = tl.where(low, inside, inside - half)
+    turn_cos = tl.load(cos + angle, mask=here, other=0.0)
+    turn_sin = tl.load(sin + angle, mask=here, other=0.0)
+    turn_sin = tl.where(low, -turn_sin, turn_sin)
+    if head < heads:
+        turned = value * turn_cos + other * turn_sin
+        kind = q_out.dtype.element_ty
+        tl.store(q_out + head * width + inside, turned.to(kind), mask=here)
+    else:
         kv_head = head - heads
-        raw, taps, target = raw_k, taps_k, k_cache
+        raw, taps, target, scales = raw_k, taps_k, k_cache, k_scales
         if kv_head >= kv_heads:
             kv_head -= kv_heads
-            raw, taps, target = raw_v, taps_v, v_cache
+            raw, taps, target, scales = raw_v, taps_v, v_cache, v_scales
             turn_cos, turn_sin = turn_cos * 0.0 + 1.0, turn_sin * 0.0
-        first = _raw_and_mixed(first, raw, taps, kv_head, low, here, position, width, RAW)
-        second = _raw_and_mixed(second, raw, taps, kv_head, half + low, here, position, width, RAW)
-        at = (kv_head * slots + position % slots) * width + low
-    kind = target.dtype.element_ty
-    tl.store(target + at, (first * turn_cos - second * turn_sin).to(kind), mask=here)
-    tl.store(target + at + half, (second * turn_cos + first * turn_sin).to(kind), mask=here)
+        # Of a pair each is stored twice, as the same.
+        value = _raw_and_mixed(value, raw, taps, kv_head, inside, here, position, width, RAW)
+        other = _raw_and_mixed(other, raw, taps, kv_head, partner, here, position, width, RAW)
+        turned = tl.where(here, value * turn_cos + other * turn_sin, 0.0)
+        slot = kv_head * slots + position % slots
+        store_kept(target, scales, slot, turned, width, WIDTH, BYTES)
 
 
 class Activation:
@@ -153,8 +162,9 @@ def place(
     heads, kv_heads = layer.layout.num_heads, layer.layout.num_kv_heads
     width = layer.layout.head_dim
     place_kernel[(heads + 2 * kv_heads,)](
-        packed, packed.shape[0], q, layer.k.values, layer.v.values, layer.raw_k, layer.raw_v,
-        *taps, *turn,
+        packed, packed.shape[0], q, *pointers(layer.k), *pointers(layer.v),
+        layer.raw_k, layer.raw_v, *taps, *turn,
         position, heads, kv_heads, width, layer.slots,
-        RAW=RAW_TOKENS, HALF=triton.next_power_of_2(width // 2), num_warps=1,
+        RAW=RAW_TOKENS, WIDTH=triton.next_power_of_2(width),
+        BYTES=layer.k.scales is not None, num_warps=1,
     )  # fmt: skip

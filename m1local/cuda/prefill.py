@@ -13,6 +13,7 @@ from torch import Tensor
 
 from m1local.cache import LayerCache
 from m1local.cuda.card import card
+from m1local.cuda.kept import head_of, load_kept, pointers
 
 LEAST_DOT = 16  # rows that the tensor cores take
 EVERYTHING = 2**30  # a window that no position leaves
@@ -20,8 +21,9 @@ EVERYTHING = 2**30  # a window that no position leaves
 
 @triton.jit
 def chunk_kernel(
-    q, k, v, out, start, length, heads, width, slots, window, scale,
+    q, k, k_scales, v, v_scales, out, start, length, heads, width, slots, window, scale,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    BYTES: tl.constexpr,
 ):  # fmt: skip
     """QUERIES queries from `start` + program 0 * QUERIES on, of query head `program 1`."""
     first = tl.program_id(0) * QUERIES
@@ -35,15 +37,15 @@ def chunk_kernel(
     most = tl.full((QUERIES,), -1e30, tl.float32)  # finite: a row may see nothing of a tile
     total = tl.zeros((QUERIES,), tl.float32)
     mixed = tl.zeros((QUERIES, WIDTH), tl.float32)
-    base = (head // GROUP).to(tl.int64) * slots * width
+    k, k_scales = head_of(k, k_scales, head // GROUP, slots, width, BYTES)
+    v, v_scales = head_of(v, v_scales, head // GROUP, slots, width, BYTES)
     end = tl.minimum(start + first + QUERIES, start + length)
     begin = tl.maximum(start + first - window + 1, 0)
     for key in range(begin, end, KEYS):
         place = key + tl.arange(0, KEYS)
         key_here = place < end
-        kv_at = base + (place % slots)[:, None] * width + inside[None, :]
-        kv_here = key_here[:, None] & (inside < width)[None, :]
-        keys = tl.load(k + kv_at, mask=kv_here, other=0.0)
+        slot = place % slots
+        keys = load_kept(k, k_scales, slot, key_here, width, q, KEYS, WIDTH, BYTES)
         scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scale
         distance = position[:, None] - place[None, :]
         seen = (distance >= 0) & (distance < window) & key_here[None, :]
@@ -52,7 +54,7 @@ def chunk_kernel(
         weights = tl.exp(scores - higher[:, None])
         shrunk = tl.exp(most - higher)
         total = total * shrunk + tl.sum(weights, 1)
-        values = tl.load(v + kv_at, mask=kv_here, other=0.0)
+        values = load_kept(v, v_scales, slot, key_here, width, q, KEYS, WIDTH, BYTES)
         mixed = mixed * shrunk[:, None]
         mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
         most = higher
@@ -65,18 +67,18 @@ def attend_chunk(q: Tensor, layer: LayerCache, start: int) -> Tensor:
 
     The keys and values of the chunk must be in the cache already.
     """
-    layout, length = layer.layout, q.shape[2]
-    tiles = card(q.device).tiles
+    layout, length, in_bytes = layer.layout, q.shape[2], layer.k.scales is not None
+    tiles = card(q.device).tiles.over(in_bytes=in_bytes)
     queries = tiles.queries_of(layout.head_dim)
     asked = q.contiguous()
     out = torch.empty_like(asked)
     grid = (triton.cdiv(length, queries), layout.num_heads)
     chunk_kernel[grid](
-        asked, layer.k.values, layer.v.values, out, start, length,
+        asked, *pointers(layer.k), *pointers(layer.v), out, start, length,
         layout.num_heads, layout.head_dim,
         layer.slots, layout.window or EVERYTHING, layout.head_dim**-0.5,
         GROUP=layout.num_heads // layout.num_kv_heads, QUERIES=queries,
         WIDTH=max(LEAST_DOT, triton.next_power_of_2(layout.head_dim)), KEYS=tiles.keys,
-        num_warps=tiles.query_warps,
+        BYTES=in_bytes, num_warps=tiles.query_warps,
     )  # fmt: skip
     return out
