@@ -161,6 +161,21 @@ def test_no_number_stays_none_and_does_no_harm() -> None:
         assert found.isnan().all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kv_type", [FLOAT, BYTES])
+def test_one_value_that_is_none_is_kept_as_the_model_keeps_it(kv_type: str, value: float) -> None:
+    model = model_of("int4", 32, torch.float32)
+    packed = model.model.layers[0].get_submodule("self_attn.W_pack")
+    packed.get_buffer("zeros")[-5] = value  # a column of the last head's values, and no other
+    cache, expected = new_cache(torch.float32, kv_type), new_cache(torch.float32, kv_type)
+    assert CompiledStep(model, cache).read([5, 6], last_only=False) is not None
+    ordinary(model, expected, [5, 6])
+    kept, wanted = cache.layers[0].v, expected.layers[0].v
+    for found, theirs in zip(kept.tensors, wanted.tensors, strict=True):
+        torch.testing.assert_close(found, theirs, rtol=0, atol=0, equal_nan=True)
+    assert not wanted.read(2).isfinite().all()
+
+
 @pytest.mark.parametrize("why", ["format", "dtype", "batch", "library"])
 def test_what_it_cannot_read_is_left_to_the_model(
     why: str, monkeypatch: pytest.MonkeyPatch

@@ -224,5 +224,6 @@ def test_the_model_panel_says_what_one_talks_to(window: Window) -> None:
     window.until(lambda: window.texts("#model dd"), "no facts came")
     assert LABEL in window.texts("#model dd")
     text = window.texts("#model")[0]
-    for fact in ("parameters", "memory used", "memory planned", "processor", "int8", "licence"):
+    facts = "parameters", "memory used", "memory planned", "processor", "C library", "licence"
+    for fact in facts:
         assert fact in text

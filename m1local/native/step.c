@@ -38,9 +38,8 @@ static bfloat16 to_bytes(const Step *s, const void *from, int64_t at, int8_t *to
     for (int i = 0; i < SCALED; i++) {
         values[i] = s->is_wide ? ((const float *)from)[at + i]
                                : widened(((const bfloat16 *)from)[at + i]);
-        greatest = fabsf(values[i]) <= greatest ? greatest : fabsf(values[i]);
-        if (values[i] != values[i])
-            greatest = NAN;
+        if (greatest == greatest && !(fabsf(values[i]) <= greatest)) /* what is no number stays */
+            greatest = fabsf(values[i]);
     }
     const bfloat16 scale = narrowed(greatest / 127);
     const float inverse = inverse_of(widened(scale));
