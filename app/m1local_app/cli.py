@@ -6,7 +6,8 @@ torch, gradio and bitsandbytes are imported inside functions, since `m1 --help` 
 What it is not: where anything is decided.
 """
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -75,11 +76,12 @@ def run(
         library.find(model)  # a wrong name is the first thing to be said
     if ui:
         check_options(wanted)
-        chosen = _prepared(model, recipe, offline=offline, keep_source=keep_source)
+        chosen, wanted = _prepared(model, recipe, wanted, offline=offline, keep_source=keep_source)
         serve_page(chosen, wanted, port=DEFAULT_PORT, browser=True)
         return
     wish = checked(wanted)
-    converse(_prepared(model, recipe, offline=offline, keep_source=keep_source), wish)
+    chosen, wanted = _prepared(model, recipe, wanted, offline=offline, keep_source=keep_source)
+    converse(chosen, replace(wish, options=wanted))
 
 
 @cli.command()
@@ -128,7 +130,7 @@ def ui(
 
     check_options(wanted)
     check_host(host, auth)
-    chosen = _prepared(model, recipe, offline=offline, keep_source=keep_source)
+    chosen, wanted = _prepared(model, recipe, wanted, offline=offline, keep_source=keep_source)
     serve_page(chosen, wanted, host=host, auth=auth, port=port, browser=browser)
 
 
@@ -136,12 +138,23 @@ cli.add_typer(commands.checkpoints)
 cli.add_typer(history_commands.history)
 
 
+Options = TypeVar("Options", bound=EngineOptions)
+
+
 def _prepared(
-    model: str | None, recipe_name: str | None, *, offline: bool, keep_source: bool
-) -> Chosen:
-    """What `model` names, quantized; fetched and made now if need be."""
+    model: str | None,
+    recipe_name: str | None,
+    wanted: Options,
+    *,
+    offline: bool,
+    keep_source: bool,
+) -> tuple[Chosen, Options]:
+    """What `model` names, quantized; fetched and made now if need be, and how to load it.
+
+    On a card what `wanted` and `recipe_name` leave open follows from the memory that is free.
+    """
     from m1local_app.fetching import fetched
-    from m1local_quantize.recipe import Recipe
+    from m1local_quantize.recipe import Recipe, shipped_recipes
 
     recipe = Recipe.find(recipe_name or DEFAULT_RECIPE)
     recipe.check_closed()  # before gigabytes are fetched
@@ -155,7 +168,18 @@ def _prepared(
                 original=library.ORIGINAL,
             )
         )
-    return _quantized(found, recipe, named=recipe_name is not None, offline=offline)
+    named = recipe_name is not None
+    if not named and wanted.context_tokens is None and wanted.gpu_layers == "auto":
+        from m1local_app import choosing
+
+        if (choice := choosing.choose(found, wanted.kv_type)) is not None:
+            note(choosing.line(choice))
+            taken = choice.setting
+            kept: Any = taken.kv_type  # one of the option's
+            wanted = replace(wanted, context_tokens=taken.context_tokens, kv_type=kept)
+            if choice.recipe in shipped_recipes():
+                recipe = Recipe.find(choice.recipe)
+    return _quantized(found, recipe, named=named, offline=offline), wanted
 
 
 def _quantized(chosen: Chosen, recipe: "Recipe", *, named: bool, offline: bool) -> Chosen:
