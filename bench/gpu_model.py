@@ -26,7 +26,9 @@ ROWS = LinearSpec("int8")  # embedding and head, as in every recipe
 
 
 def specs(config: M1Config, name: str) -> dict[str, LinearSpec]:
-    """The format of every matrix, as the recipe `name` has them."""
+    """The format of every matrix, as the recipe `name` has them; of bf16 none."""
+    if name not in FORMATS:
+        return {}
     ends = (EMBEDDING, HEAD)
     return {module: ROWS if module in ends else FORMATS[name] for module in matrix_names(config)}
 
@@ -74,6 +76,8 @@ def random_model(config: M1Config, name: str, placement: Placement, dtype: torch
             if parameter.is_meta and parameter_name.startswith(prefix):
                 owner, _, attribute = parameter_name.rpartition(".")
                 value = torch.ones(parameter.shape, dtype=dtype, device=device)
+                if len(parameter.shape) == 2:  # a matrix that stays as it was
+                    value.normal_(std=parameter.shape[1] ** -0.5)
                 new = nn.Parameter(value, requires_grad=False)
                 setattr(model.get_submodule(owner), attribute, new)
     return model.eval()

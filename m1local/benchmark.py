@@ -7,8 +7,8 @@ context before a measured token is made up, since only its bytes cost time.
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,15 +75,33 @@ def room_for(wanted: Sequence[Case]) -> int:
 
 @torch.inference_mode()
 def measure(engine: Engine, wanted: Sequence[Case], repetitions: int) -> Iterator[Measured]:
-    """Measure every case, after a few tokens nobody counts; the bandwidth is read in between."""
-    device = engine.context.device
+    """Measure every case, after tokens nobody counts; the bandwidth is read in between.
+
+    Of a model on two devices the bandwidth is that of both, each by the bytes that lie there.
+    """
     for case in wanted:
-        seconds, rates = [], []
-        _run(engine, Case(min(case.tokens, WARMING), case.depth, case.is_answer))
+        seconds, rates, parts = [], [], bytes_by_device(engine, case)
+        _run(engine, warm_up(case, engine.context.device))
         for _ in range(repetitions):
-            rates.append(bandwidth(device))
+            rates.append(joint_bandwidth(parts, {device: bandwidth(device) for device in parts}))
             seconds.append(_run(engine, case))
-        yield Measured(case, tuple(seconds), bytes_of_token(engine, case), statistics.median(rates))
+        yield Measured(case, tuple(seconds), sum(parts.values()), statistics.median(rates))
+
+
+def warm_up(case: Case, device: torch.device) -> Case:
+    """What is run before the clock: on a card all of a prompt, whose kernels are compiled by size.
+
+    The first token of an answer captures the graph.
+    """
+    whole = device.type == "cuda" and not case.is_answer
+    return case if whole else replace(case, tokens=min(case.tokens, WARMING))
+
+
+def joint_bandwidth(
+    nbytes: Mapping[torch.device, int], speeds: Mapping[torch.device, float]
+) -> float:
+    """Bytes per second of what is read from several devices, one after the other."""
+    return sum(nbytes.values()) / sum(n / speeds[device] for device, n in nbytes.items())
 
 
 def _run(engine: Engine, case: Case) -> float:
@@ -93,11 +111,18 @@ def _run(engine: Engine, case: Case) -> float:
     vocabulary = min(engine.tokenizer.vocab_size, engine.model.config.vocab_size)
     drawn = torch.randint(vocabulary, (case.tokens,), generator=generator).tolist()
     step = 1 if case.is_answer else context.cache.max_chunk
+    _finish(context.device)
     begun = time.perf_counter()
     for start in range(0, len(drawn), step):
-        logits = context.feed(drawn[start : start + step])
-    float(logits[0])  # on a card this waits for it
+        context.feed(drawn[start : start + step])
+    _finish(context.device)
     return time.perf_counter() - begun
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what a card was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _begin_at(engine: Engine, depth: int) -> None:
@@ -112,14 +137,22 @@ def _begin_at(engine: Engine, depth: int) -> None:
 
 def bytes_of_token(engine: Engine, case: Case) -> int:
     """Bytes read for a token in the middle of the case: weights but the embedding, and keys."""
+    return sum(bytes_by_device(engine, case).values())
+
+
+def bytes_by_device(engine: Engine, case: Case) -> dict[torch.device, int]:
+    """The same by where they lie."""
     model = engine.model
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    weights = sum(t.nbytes for name, t in tensors if not name.startswith(EMBEDDING))
+    found: dict[torch.device, int] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not name.startswith(EMBEDDING):
+            found[tensor.device] = found.get(tensor.device, 0) + tensor.nbytes
     seen = case.depth + case.tokens // 2
-    return weights + sum(
-        _kept_bytes(layer.layout, layer.kv_type, layer.raw_k.dtype.itemsize, seen)
-        for layer in engine.context.cache.layers
-    )
+    for layer in engine.context.cache.layers:
+        raw = layer.raw_k
+        kept = _kept_bytes(layer.layout, layer.kv_type, raw.dtype.itemsize, seen)
+        found[raw.device] = found.get(raw.device, 0) + kept
+    return found
 
 
 def _kept_bytes(layout: HeadLayout, kv_type: str, itemsize: int, seen: int) -> int:

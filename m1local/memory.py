@@ -34,6 +34,7 @@ GRAPH_BYTES = 64 << 10  # of each launch that a captured graph holds: presumed
 LAUNCHES_PER_LAYER = 11
 SLICE_COPIES = 3  # of a slice while it is dequantized, in float32
 MEASURED_BYTES = 512 << 20
+LEAST_MEASURED_BYTES = 64 << 20  # less would stay in the caches of some cards
 TRIES = 5
 LAYERS = "model.layers."
 
@@ -55,7 +56,10 @@ def bandwidth(device: torch.device, nbytes: int = MEASURED_BYTES) -> float:
     """Bytes per second that `device` reads, the median of a few tries.
 
     On a card a copy tells, which reads and writes; on the CPU the compiled library reads only.
+    Where a card is nearly full, less than `nbytes` is copied.
     """
+    if device.type == "cuda":
+        nbytes = copied_bytes(nbytes, free_bytes(device))
     source = torch.zeros(nbytes // 8, dtype=torch.int64, device=device)
     target = torch.empty_like(source) if device.type == "cuda" else None
     rates = []
@@ -70,6 +74,11 @@ def bandwidth(device: torch.device, nbytes: int = MEASURED_BYTES) -> float:
             source.sum()
         rates.append(read / (time.perf_counter() - begun))
     return statistics.median(rates[1:])
+
+
+def copied_bytes(wanted: int, free: int) -> int:
+    """How much is copied where `free` bytes are free: twice that is taken, with room to spare."""
+    return max(LEAST_MEASURED_BYTES, min(wanted, free // 3))
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def test_without_a_card_the_benchmark_says_so_in_one_line() -> None:
     assert not done.stdout
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, "bf16"])
 def test_a_random_model_is_whole_and_finite(name: str) -> None:
     config = M1Config.from_dict(TINY)
     placement = Placement(CARD, 0, False, Setting(64))

@@ -132,6 +132,9 @@ def as_json(engine: "Engine", found: Sequence["Measured"]) -> str:
     return json.dumps(
         {
             "device": str(engine.context.device),
+            "card": _card(engine),
+            "card_layers": _card_layers(engine),
+            "card_peak_bytes": _card_peak(engine),
             "threads": _threads(),
             "weights_bytes": _weight_bytes(engine),
             "cache_bytes": engine.context.cache.nbytes,
@@ -171,10 +174,37 @@ def as_text(engine: "Engine", found: Sequence["Measured"]) -> str:
         cache=size_text(engine.context.cache.nbytes),
         held=size_text(held_bytes()),
         speed=f"{sorted(one.bandwidth for one in found)[len(found) // 2] / 1e9:.1f}",
-        device=str(engine.context.device),
+        device=_card(engine) or str(engine.context.device),
         threads=_threads(),
     )
+    if peak := _card_peak(engine):
+        said += tr(
+            "; {count} of {layers} layers on the card, at most {size} of its memory",
+            count=_card_layers(engine),
+            layers=engine.model.config.num_hidden_layers,
+            size=size_text(peak),
+        )
     return f"{table(rows, heads=heads)}\n\n{said}"
+
+
+def _card(engine: "Engine") -> str | None:
+    """The card's name; None on the CPU."""
+    import torch
+
+    device = engine.context.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def _card_layers(engine: "Engine") -> int:
+    return sum(layer.raw_k.device.type == "cuda" for layer in engine.context.cache.layers)
+
+
+def _card_peak(engine: "Engine") -> int:
+    """The most that torch has taken of the card; 0 on the CPU."""
+    import torch
+
+    device = engine.context.device
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _weight_bytes(engine: "Engine") -> int:

@@ -83,14 +83,14 @@ class EngineOptions:
         ),
     ] = "auto"
     kv_type: Annotated[
-        Literal["f16", "q8_0"],
+        Literal["f16", "q8_0"] | None,
         conversation_option(
             "--kv-type",
             "-ctk",
             metavar="TYPE",
             text="How the context is kept: f16 (default), or q8_0 in half the memory.",
         ),
-    ] = "f16"
+    ] = None
     overflow: Annotated[
         Literal["stop", "truncate-middle", "rolling"],
         conversation_option(

@@ -6,7 +6,8 @@ torch, gradio and bitsandbytes are imported inside functions, since `m1 --help` 
 What it is not: where anything is decided.
 """
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -83,11 +84,16 @@ def run(
     size = Size(budget, device, wanted.context_tokens if device is not None else None)
     if ui:
         check_options(wanted)
-        chosen = _prepared(model, recipe, size, offline=offline, keep_source=keep_source)
+        chosen, wanted = _prepared(
+            model, recipe, size, wanted, offline=offline, keep_source=keep_source
+        )
         serve_page(chosen, wanted, port=DEFAULT_PORT, browser=True)
         return
     wish = checked(wanted)
-    converse(_prepared(model, recipe, size, offline=offline, keep_source=keep_source), wish)
+    chosen, wanted = _prepared(
+        model, recipe, size, wanted, offline=offline, keep_source=keep_source
+    )
+    converse(chosen, replace(wish, options=wanted))
 
 
 @cli.command()
@@ -136,7 +142,9 @@ def ui(
 
     check_options(wanted)
     check_host(host, auth)
-    chosen = _prepared(model, recipe, offline=offline, keep_source=keep_source)
+    chosen, wanted = _prepared(
+        model, recipe, None, wanted, offline=offline, keep_source=keep_source
+    )
     serve_page(chosen, wanted, host=host, auth=auth, port=port, browser=browser)
 
 
@@ -144,15 +152,22 @@ cli.add_typer(commands.checkpoints)
 cli.add_typer(history_commands.history)
 
 
+Options = TypeVar("Options", bound=EngineOptions)
+
+
 def _prepared(
     model: str | None,
     recipe_name: str | None,
-    size: "Size | None" = None,
+    size: "Size | None",
+    wanted: Options,
     *,
     offline: bool,
     keep_source: bool,
-) -> Chosen:
-    """What `model` names, quantized; fetched and made now if need be."""
+) -> tuple[Chosen, Options]:
+    """What `model` names, quantized; fetched and made now if need be, and how to load it.
+
+    On a card what `wanted`, `recipe_name` and `size` leave open follows from the free memory.
+    """
     from m1local_app.fetching import fetched
     from m1local_quantize.recipe import Recipe
 
@@ -174,7 +189,27 @@ def _prepared(
             )
         )
     _check_named(found, recipe, size, named=recipe_name is not None)
-    return _quantized(found, recipe, size, offline=offline)
+    if recipe_name is None and size is None:
+        recipe, wanted = _left_open(found, recipe, wanted)
+    return _quantized(found, recipe, size, offline=offline), wanted
+
+
+def _left_open(found: Chosen, recipe: "Recipe", wanted: Options) -> tuple["Recipe", Options]:
+    """Recipe and options as a card's free memory asks for, where nobody named the context."""
+    if wanted.context_tokens is not None or wanted.gpu_layers != "auto":
+        return recipe, wanted
+    from m1local_app import choosing
+    from m1local_quantize.recipe import Recipe, shipped_recipes
+
+    choice = choosing.choose(found, wanted.kv_type)
+    if choice is None:
+        return recipe, wanted
+    note(choosing.line(choice))
+    taken = choice.setting
+    kept: Any = taken.kv_type  # one of the option's
+    if choice.recipe in shipped_recipes():
+        recipe = Recipe.find(choice.recipe)
+    return recipe, replace(wanted, context_tokens=taken.context_tokens, kv_type=kept)
 
 
 def _check_named(chosen: Chosen, recipe: "Recipe", size: "Size | None", *, named: bool) -> None:

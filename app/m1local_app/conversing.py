@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m1local.errors import M1Error, SamplingError
+from m1local.kv_store import FLOAT
 from m1local_app.boundary import usage_error
 from m1local_app.chat_options import ChatOptions, EngineOptions
 from m1local_app.columns import one_line
@@ -170,7 +171,7 @@ def serve_page(
         overflow=wanted.overflow,
         context_tokens=wanted.context_tokens,
         gpu_layers=gpu_layers(wanted.gpu_layers),
-        kv_type=wanted.kv_type,
+        kv_type=wanted.kv_type or FLOAT,
         given=_given(wanted),
     )
     user, _, password = (auth or "").partition(":")
@@ -219,7 +220,7 @@ def load(chosen: Chosen, wanted: EngineOptions) -> "Engine":
         chosen.folder,
         context_tokens=wanted.context_tokens,
         gpu_layers=gpu_layers(wanted.gpu_layers),
-        kv_type=wanted.kv_type,
+        kv_type=wanted.kv_type or FLOAT,
     )
     _tell_where(engine)
     return engine

@@ -73,10 +73,10 @@ def plan(folder: Path, machine: Machine, context_tokens: int | None) -> list[Row
     config = M1Config.from_file(folder / CONFIG)
     longest = config.max_position_embeddings
     contexts = [context_tokens] if context_tokens else [n for n in CONTEXTS if n <= longest]
-    dtype = _dtype(machine.device)
+    dtype = dtype_on(machine.device)
     return [
         _row(recipe, Model(config, specs, dtype), Setting(context, kv_type), machine)
-        for recipe, specs in _recipes(folder, config)
+        for recipe, specs in recipes(folder, config)
         for context in contexts or [longest]
         for kv_type in kinds(config)
     ]
@@ -88,12 +88,13 @@ def kinds(config: M1Config) -> list[str]:
     return [kind for kind in KV_BYTES if all(kind_fits(kind, width) for width in widths)]
 
 
-def _dtype(device: torch.device) -> torch.dtype:
+def dtype_on(device: torch.device) -> torch.dtype:
+    """What is computed in on `device`; on a card that is not there, what most cards take."""
     present = device.type == "cpu" or torch.cuda.is_available()
     return compute_dtype(device) if present else torch.bfloat16
 
 
-def _recipes(folder: Path, config: M1Config) -> Iterator[tuple[str, Mapping[str, LinearSpec]]]:
+def recipes(folder: Path, config: M1Config) -> Iterator[tuple[str, Mapping[str, LinearSpec]]]:
     """The checkpoint's own, or every shipped one that has a format for every matrix."""
     if is_quantized(folder):
         manifest = CheckpointManifest.read(folder)
@@ -119,10 +120,15 @@ def _recipes(folder: Path, config: M1Config) -> Iterator[tuple[str, Mapping[str,
         yield name, specs
 
 
+def fitting(model: Model, wanted: Setting, device: torch.device, free: int) -> Setting:
+    """What of `wanted` goes on the card `device` with `free` bytes, its runtime among them."""
+    return settle(model, wanted, device, free - model.demand(wanted, device).runtime)
+
+
 def _row(recipe: str, model: Model, wanted: Setting, machine: Machine) -> Row:
     demand = model.demand(wanted, machine.device)
     if machine.device.type == "cuda":
-        taken: Setting | None = settle(model, wanted, machine.device, machine.free - demand.runtime)
+        taken: Setting | None = fitting(model, wanted, machine.device, machine.free)
     else:
         taken = wanted if demand.device <= machine.free else None
     chosen = model.demand(taken, machine.device) if taken else demand

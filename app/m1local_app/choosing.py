@@ -1,0 +1,147 @@
+"""What `m1 run` takes on a card where nobody said: recipe, context, and how the context is kept.
+
+What it is: the first of a few steps that fits into the card's free memory by the plan
+(planning.py), and the line that says which, and how to choose otherwise. A checkpoint that is kept
+already is taken before another is made. What it is not: for the CPU, or where the recipe or the
+context was named; there everything is as it was asked for.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from m1local.checkpoint import CONFIG, is_quantized
+from m1local.config import M1Config
+from m1local.engine import DEFAULT_CONTEXT_TOKENS
+from m1local.kv_store import BYTES
+from m1local.manifest import NAME as MANIFEST
+from m1local.memory import Model, Setting, free_bytes, used_device
+from m1local_app import library
+from m1local_app.kept import size_text
+from m1local_app.language import tr
+from m1local_app.options import Chosen
+from m1local_app.planning import dtype_on, fitting, kinds, recipes
+from m1local_quantize.recipe import Recipe
+
+MADE = ("int8", "int4")  # the recipes of what may be made anew, the best first
+KNOWN = ("int8", "bnb-int8", "int4-gptq", "int4", "bnb-nf4")  # of what may be kept already
+LEAST_CONTEXT = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is taken: `setting` as it fits; `instead_of` names the recipe that would be made anew.
+
+    `needed` and `free` are bytes of the card, `layers` those of the model.
+    """
+
+    recipe: str
+    setting: Setting
+    layers: int
+    needed: int
+    free: int
+    instead_of: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether no layer stays with the CPU."""
+        return self.setting.gpu_layers is None
+
+
+def choose(chosen: Chosen, kv_type: str | None) -> Choice | None:
+    """What to take of the model `chosen`; None where no card is there, or none could be planned.
+
+    `kv_type` None leaves it to the plan.
+    """
+    device = used_device()
+    if device.type == "cpu":
+        return None
+    plan = _Plan(chosen.folder, device, kv_type)
+    if is_quantized(chosen.folder):
+        return plan.best(tuple(plan.models))
+    made = plan.best(tuple(name for name in MADE if name in plan.models))
+    if made is None or _is_kept(chosen, made.recipe):
+        return made
+    kept = plan.best(tuple(n for n in KNOWN if n in plan.models and _is_kept(chosen, n)))
+    if kept is None or (made.whole and not kept.whole):
+        return made
+    return Choice(
+        kept.recipe, kept.setting, kept.layers, kept.needed, kept.free, instead_of=made.recipe
+    )
+
+
+class _Plan:
+    """The models that a folder may become, and the memory they are to fit into."""
+
+    def __init__(self, folder: Path, device: torch.device, kv_type: str | None) -> None:
+        config = M1Config.from_file(folder / CONFIG)
+        self.models: Mapping[str, Model] = {
+            name: Model(config, specs, dtype_on(device)) for name, specs in recipes(folder, config)
+        }
+        self._device, self._free = device, free_bytes(device)
+        self._longest = min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings)
+        self._kinds = kinds(config) if kv_type is None else [kv_type]
+        self._layers = config.num_hidden_layers
+
+    def best(self, names: tuple[str, ...]) -> Choice | None:
+        """The first of `names` that is whole on the card with the usual context; then less.
+
+        Less is the last of `names` with a shorter context, and at last fewer layers on the card.
+        None where there are no names.
+        """
+        found = None
+        for name, wanted in self._steps(names):
+            found = self._of(name, wanted)
+            if found.whole:
+                return found
+        return found
+
+    def _steps(self, names: tuple[str, ...]) -> Iterator[tuple[str, Setting]]:
+        for name in names:
+            for kind in self._kinds:
+                yield name, Setting(self._longest, kind)
+        tokens = self._longest // 2
+        while names and tokens >= LEAST_CONTEXT:
+            yield names[-1], Setting(tokens, self._kinds[-1])
+            tokens //= 2
+
+    def _of(self, name: str, wanted: Setting) -> Choice:
+        model = self.models[name]
+        setting = fitting(model, wanted, self._device, self._free)
+        needed = model.demand(setting, self._device)
+        return Choice(name, setting, self._layers, needed.device + needed.runtime, self._free)
+
+
+def _is_kept(chosen: Chosen, recipe: str) -> bool:
+    folder = library.kept_folder(chosen, Recipe.find(recipe))
+    return (folder / MANIFEST).is_file()
+
+
+def line(choice: Choice) -> str:
+    """What was chosen, why, and what to type to choose otherwise."""
+    setting = choice.setting
+    if setting.gpu_layers is not None:
+        where = tr(
+            ", with {count} of {layers} layers there", count=setting.gpu_layers,
+            layers=choice.layers,
+        )  # fmt: skip
+    else:
+        where = tr(", the embedding in host memory") if setting.embedding_on_host else ""
+    said = tr(
+        "Chosen for this card: {recipe}, {tokens:,} tokens of context{kept}; {needed} of {free} "
+        "free{where}. Otherwise: --recipe, --ctx-size, --kv-type; `m1 plan` shows what fits.",
+        recipe=choice.recipe,
+        tokens=setting.context_tokens,
+        kept=tr(" in 8 bits") if setting.kv_type == BYTES else "",
+        needed=size_text(choice.needed),
+        free=size_text(choice.free),
+        where=where,
+    )
+    if choice.instead_of:
+        said += " " + tr(
+            "It is made already; a new one would be {recipe}: --recipe {recipe}.",
+            recipe=choice.instead_of,
+        )
+    return said

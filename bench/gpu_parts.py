@@ -1,0 +1,322 @@
+"""The parts of bench/gpu.py: what is measured on a card, each by itself.
+
+What it is: the bandwidth of a copy; every format's product against the dequantized matrix; decode
+and prompts of a model of random weights; other libraries' products on matrices of the same sizes;
+and what the plan finds under a hard cap. What it is not: the order of the parts, their time, or the
+table, which are gpu.py's. On the CPU, in tests, the kernels run in Triton's interpreter.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_model import FORMATS, M1_14B, filled_cache, random_matrix, random_model, specs
+from m1local.checkpoint import compute_dtype
+from m1local.config import M1Config
+from m1local.cuda import int4pack
+from m1local.formats.bnb import bitsandbytes
+from m1local.kv_store import BYTES, FLOAT
+from m1local.memory import Model, Setting, bandwidth, free_bytes, settle
+from m1local.model import M1Model
+from m1local.placement import Placement, settled
+
+WHOLE = "bf16"  # the name of the model whose matrices are as they were
+MOST_ERROR = 0.02
+CAPPED = (Setting(8192), Setting(2048, BYTES))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, and how often; the defaults are the 14B.
+
+    `shapes` says how often each matrix but embedding and head occurs. `caches` is what the copies
+    of a matrix fill together, so that none is read from a cache.
+    """
+
+    device: torch.device
+    config: M1Config = M1_14B
+    contexts: tuple[int, ...] = (128, 4096, 16384, 32640)
+    prompt: int = 2048
+    chunk: int = 512
+    repeats: int = 20
+    warm_ups: int = 3
+    copied: int = 1 << 30
+    caches: int = 256 << 20
+    cap: int = int(7.2 * 2**30)
+    shapes: Mapping[tuple[int, int], int] = field(
+        default_factory=lambda: {
+            (6144, 5120): 20, (7168, 5120): 20, (5120, 5120): 40, (17408, 5120): 80,
+            (5120, 17408): 40,
+        }
+    )  # fmt: skip
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        return compute_dtype(self.device)
+
+    def setting(self, tokens: int, kv_type: str = FLOAT) -> Setting:
+        """A setting of at most so many tokens."""
+        longest = self.config.max_position_embeddings
+        return Setting(min(tokens, longest), kv_type, max_chunk=self.chunk)
+
+    def planned(self, name: str) -> Model:
+        """What the plan knows of the model in the format `name`."""
+        return Model(self.config, specs(self.config, name), self.dtype)
+
+
+def milliseconds(work: Callable[[], object], subject: Subject, most: int = 20) -> float:
+    """The median of `work`'s time, of at most `most` runs, on a card by its own clock."""
+    device, times = subject.device, []
+    for _ in range(subject.warm_ups):
+        work()
+    for _ in range(min(most, subject.repeats)):
+        if device.type != "cuda":
+            begun = time.perf_counter()
+            work()
+            times.append(1000 * (time.perf_counter() - begun))
+            continue
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return float(statistics.median(times))
+
+
+def copy(subject: Subject) -> dict[str, Any]:
+    """Bytes per second that a copy reads and writes."""
+    return {"gb_per_second": bandwidth(subject.device, subject.copied) / 1e9}
+
+
+def check_kernels(subject: Subject) -> dict[str, Any]:
+    """Relative error of each format's product for 1, 5 and many rows; raises where one is wrong."""
+    errors = {}
+    width = subject.config.hidden_size
+    for name, spec in FORMATS.items():
+        module = random_matrix((width, width), spec, subject.device)
+        whole = module.dequantize().float()
+        for rows in (1, 5, subject.chunk):
+            x = torch.randn((rows, width), device=subject.device).to(subject.dtype)
+            wanted = x.float() @ whole.T
+            error = float((module(x).float() - wanted).norm() / wanted.norm())
+            errors[f"{name}, {rows} rows"] = round(error, 5)
+            if not error < MOST_ERROR:
+                raise ArithmeticError(f"{name} with {rows} rows is off by {error}")
+    return errors
+
+
+def decode(name: str, kv_type: str, subject: Subject) -> dict[str, Any]:
+    """Decode in the format `name`, at each context that fits, as a graph and without."""
+    from m1local.cuda.decode import Decoder, Replay
+
+    device, planned = subject.device, subject.planned(name)
+    free, rows = free_bytes(device), []
+    fitting = [n for n in subject.contexts if _takes(planned, subject, n, kv_type) <= free]
+    if not fitting:
+        return {"rows": [], "left_out": list(subject.contexts)}
+    speed = bandwidth(device, subject.copied)
+    setting = _with_room(subject, max(fitting), kv_type)
+    placement = Placement(device, 0, False, setting)
+    model = random_model(subject.config, name, placement, subject.dtype)
+    step = Decoder(model, filled_cache(subject.config, placement, 0)).step
+    replay = Replay(step, device)
+    for context in fitting:
+        at = partial(_at, step.position, context)
+        graph = milliseconds(partial(at, replay), subject)
+        plain = milliseconds(partial(at, step), subject)
+        read = planned.demand(replace(setting, context_tokens=context), device).read
+        rows.append(
+            {
+                "format": name, "kv_type": kv_type, "context": context, "graph_ms": graph,
+                "plain_ms": plain, "why_no_graph": replay.reason, "tokens_per_second": 1000 / graph,
+                "gb_per_second": read / graph / 1e6,
+                "percent_of_copy": 100 * read / graph * 1000 / speed,
+            }
+        )  # fmt: skip
+    return {"rows": rows, "left_out": [n for n in subject.contexts if n not in fitting]}
+
+
+def _with_room(subject: Subject, context: int, kv_type: str) -> Setting:
+    """A setting whose context has a slot more, for the token that is measured."""
+    return subject.setting(context + 1, kv_type)
+
+
+def _takes(planned: Model, subject: Subject, context: int, kv_type: str) -> int:
+    demand = planned.demand(_with_room(subject, context, kv_type), subject.device)
+    return demand.device + demand.runtime
+
+
+def _at(position: Tensor, context: int, work: Callable[[], None]) -> None:
+    """One step at the end of so long a context."""
+    position.fill_(context)
+    work()
+
+
+def prompt(name: str, subject: Subject) -> dict[str, Any]:
+    """A prompt, a token after it, and the peak of memory with 8k of context, graph and all."""
+    device, setting = subject.device, subject.setting(8192)
+    planned = subject.planned(name).demand(setting, device)
+    if planned.device + planned.runtime > free_bytes(device):
+        return {"format": name, "left_out": "it does not fit into this card"}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    placement = Placement(device, 0, False, setting)
+    model = random_model(subject.config, name, placement, subject.dtype)
+    taken = _read(model, placement, subject)
+    found = {
+        "format": name, "prompt_ms": taken, "peak_planned": planned.device,
+        "runtime_planned": planned.runtime,
+    }  # fmt: skip
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found |= {
+            "peak_allocated": torch.cuda.max_memory_allocated(),
+            "peak_reserved": torch.cuda.max_memory_reserved(),
+            "used_on_the_card": total - free,
+        }
+    return found
+
+
+def _read(model: M1Model, placement: Placement, subject: Subject) -> float:
+    """Milliseconds of a prompt; a graph is captured behind it."""
+    from m1local.cuda.decode import Decoder
+
+    cache = filled_cache(subject.config, placement, 0)
+    size = (1, subject.prompt)
+    ids = torch.randint(0, subject.config.vocab_size, size, device=subject.device)
+
+    def read() -> None:
+        cache.position = 0
+        for start in range(0, subject.prompt, subject.chunk):
+            model(ids[:, start : start + subject.chunk], cache, last_only=True)
+
+    taken = milliseconds(read, subject, 3)
+    decoder = Decoder(model, cache)
+    for _ in range(2):
+        decoder.feed(5)
+    return taken
+
+
+Multiply = Callable[[tuple[int, int], torch.device], Callable[[Tensor], object]]
+
+
+def peers(subject: Subject) -> dict[str, dict[str, Any]]:
+    """Milliseconds that a token's matrices take, but for the head; and a prompt's in bfloat16."""
+    found: dict[str, dict[str, Any]] = {}
+    ways: dict[str, tuple[Multiply, float]] = {  # with the bits of a weight
+        **{f"m1local {name}": (partial(_ours, name), 8 if name == "int8" else 4)
+           for name in FORMATS},
+        "bitsandbytes NF4": (_nf4, 4), "int4pack": (_pack, 4), "bf16 cuBLAS": (_bf16, 16),
+    }  # fmt: skip
+    for name, (multiply, bits) in ways.items():
+        try:
+            token = _all(multiply, bits, 1, subject)
+            found[name] = {"token_ms": token}
+        except Exception as error:  # a peer that fails here is a finding, not the end
+            found[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
+    chunks = -(-subject.prompt // subject.chunk)
+    found["bf16 cuBLAS"]["prompt_ms"] = chunks * _all(_bf16, 16, subject.chunk, subject)
+    return found
+
+
+def _all(multiply: Multiply, bits: float, rows: int, subject: Subject) -> float:
+    return sum(n * _timed(multiply, at, bits, rows, subject) for at, n in subject.shapes.items())
+
+
+def _timed(
+    multiply: Multiply, shape: tuple[int, int], bits: float, rows: int, subject: Subject
+) -> float:
+    """Milliseconds of one product: of many on copies of the matrix, launched as one graph."""
+    from m1local.cuda.decode import Replay
+
+    device = subject.device
+    copies = max(1, -(-subject.caches // int(shape[0] * shape[1] * bits / 8)))
+    products = [multiply(shape, device) for _ in range(copies)]
+    x = torch.randn((rows, shape[1]), device=device).to(subject.dtype)
+
+    def work() -> None:
+        for product in products:
+            product(x)
+
+    return milliseconds(Replay(work, device), subject) / copies
+
+
+def _ours(name: str, shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], object]:
+    return random_matrix(shape, FORMATS[name], device)
+
+
+def _bf16(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], object]:
+    dtype = compute_dtype(device)
+    weight = torch.randn(shape, device=device).to(dtype)
+    return lambda x: x.to(dtype) @ weight.T
+
+
+def _nf4(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], object]:
+    module = random_matrix(shape, FORMATS["nf4"], device)
+    assert bitsandbytes()
+    inner: Callable[[Tensor], object] = module.inner  # type: ignore[assignment]  # a Linear4bit
+    return inner
+
+
+def _pack(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], object]:
+    codes = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, device=device)
+    packed = int4pack.pack(codes)
+    scales = torch.ones((shape[1] // 64, shape[0], 2), dtype=torch.bfloat16, device=device)
+    return lambda x: int4pack.multiply(x, packed, 64, scales)
+
+
+def capped(subject: Subject) -> list[dict[str, Any]]:
+    """What the plan finds for int4 under the hard cap, and how fast it runs."""
+    device = subject.device
+    runtime = subject.planned("int4").demand(subject.setting(8192), device).runtime
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction((subject.cap - runtime) / total, device)
+    wanted = [subject.setting(one.context_tokens, one.kv_type) for one in CAPPED]
+    return [_under(subject, one, subject.cap - runtime) for one in wanted]
+
+
+def _under(subject: Subject, wanted: Setting, room: int) -> dict[str, Any]:
+    from m1local.cuda.decode import Decoder
+
+    device, layers = subject.device, subject.config.num_hidden_layers
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    placement = settled(settle(subject.planned("int4"), wanted, device, room), layers, device)
+    found: dict[str, Any] = {
+        "context": wanted.context_tokens, "kv_type": wanted.kv_type,
+        "gpu_layers": layers - placement.first, "embedding_on_host": placement.embedding_on_host,
+    }  # fmt: skip
+    model = random_model(subject.config, "int4", placement, subject.dtype)
+    decoder = Decoder(model, filled_cache(subject.config, placement, 64), placement.first)
+    taken = milliseconds(lambda: decoder.feed(5), subject, 8)
+    found["tokens_per_second"] = 1000 / taken
+    if device.type == "cuda":
+        found["peak_reserved"] = torch.cuda.max_memory_reserved()
+    return found
+
+
+PARTS: dict[str, Callable[[Subject], object]] = {  # the most telling first: time may be up
+    "copy": copy,
+    "kernels": check_kernels,
+    "decode int4": partial(decode, "int4", FLOAT),
+    "prompt int4": partial(prompt, "int4"),
+    "peers": peers,
+    "prompt bf16": partial(prompt, WHOLE),
+    "capped": capped,
+    "decode nf4": partial(decode, "nf4", FLOAT),
+    "decode int8": partial(decode, "int8", FLOAT),
+    "decode int4 q8_0": partial(decode, "int4", BYTES),
+    "prompt nf4": partial(prompt, "nf4"),
+    "prompt int8": partial(prompt, "int8"),
+    "decode bf16": partial(decode, WHOLE, FLOAT),
+}

@@ -1,0 +1,201 @@
+"""bench/gpu.py without a card: its parts in the interpreter on a tiny model, and its order."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, gpu_parts
+from bench.gpu import TESTS, in_a_process, missing, run_parts, table
+from bench.gpu_parts import PARTS, Subject
+from m1local.config import M1Config
+from m1local.cuda import support
+from m1local.memory import PROCESS_BYTES
+from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
+from tests.conftest import CARD, TINY
+from tests.test_kv_store import WIDE
+
+LAYERS = {"num_hidden_layers": 2, "sliding_window_layers": [1], "vocab_size": 128}
+CONFIG = M1Config.from_dict(TINY | LAYERS)
+
+
+def subject(
+    config: M1Config = CONFIG, *, contexts: tuple[int, ...] = (5, 40), cap: int = 0
+) -> Subject:
+    return Subject(
+        CARD, config, contexts=contexts, prompt=16, chunk=8, repeats=1, warm_ups=0,
+        copied=1 << 20, caches=1, shapes={(64, 64): 2, (128, 64): 3}, cap=cap,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "missing", lambda device: None)
+    monkeypatch.setattr(support, "usable", lambda device: True)
+
+
+@torch.inference_mode()
+def test_every_format_is_checked_against_its_dequantized_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    errors = gpu_parts.check_kernels(subject())
+    assert len(errors) == 9
+    assert max(errors.values()) < 0.02
+    monkeypatch.setattr(gpu_parts, "MOST_ERROR", -1.0)
+    with pytest.raises(ArithmeticError, match="int4 with 1 rows is off"):
+        gpu_parts.check_kernels(subject())
+
+
+@pytest.mark.parametrize("name", ["int8", "bf16"])
+@torch.inference_mode()
+def test_decode_is_measured_at_each_context(name: str) -> None:
+    found = gpu_parts.decode(name, "f16", subject())
+    assert [row["context"] for row in found["rows"]] == [5, 40]
+    for row in found["rows"]:
+        assert row["tokens_per_second"] == 1000 / row["graph_ms"]
+        assert row["percent_of_copy"] > 0
+        assert row["why_no_graph"] == ("" if CARD.type == "cuda" else "no graphs on cpu")
+    assert found["left_out"] == []
+
+
+@torch.inference_mode()
+def test_a_context_in_bytes_is_measured() -> None:
+    wide = subject(M1Config.from_dict(WIDE | LAYERS | {"intermediate_size": 64}), contexts=(5,))
+    (row,) = gpu_parts.decode("int4", "q8_0", wide)["rows"]
+    assert row["kv_type"] == "q8_0"
+
+
+def test_contexts_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = subject().planned("int4")
+    least = gpu_parts._takes(planned, subject(), 5, "f16")
+    monkeypatch.setattr(gpu_parts, "free_bytes", lambda device: least)
+    with torch.inference_mode():
+        found = gpu_parts.decode("int4", "f16", subject())
+    assert ([row["context"] for row in found["rows"]], found["left_out"]) == ([5], [40])
+    monkeypatch.setattr(gpu_parts, "free_bytes", lambda device: 0)
+    assert gpu_parts.decode("int4", "f16", subject())["rows"] == []
+    assert "left_out" in gpu_parts.prompt("int4", subject())
+
+
+@torch.inference_mode()
+def test_a_prompt_is_measured_with_what_was_planned() -> None:
+    found = gpu_parts.prompt("int8", subject())
+    assert found["prompt_ms"] > 0
+    assert found["peak_planned"] > 0
+
+
+@torch.inference_mode()
+def test_a_peer_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("not for this card")
+
+    monkeypatch.setattr(gpu_parts, "_pack", broken)
+    found = gpu_parts.peers(subject())
+    assert found["int4pack"] == {"failed": "RuntimeError: not for this card"}
+    assert found["bf16 cuBLAS"]["prompt_ms"] > 0
+    assert all(found[f"m1local {name}"]["token_ms"] > 0 for name in ("int4", "int8", "nf4"))
+
+
+@torch.inference_mode()
+def test_under_a_cap_layers_leave_the_card() -> None:
+    least = subject().planned("int4")
+    room = least.demand(subject().setting(8192), CARD).device - least.layer_bytes(0) // 2
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(gpu_parts, "CAPPED", gpu_parts.CAPPED[:1])
+    try:
+        (found,) = gpu_parts.capped(subject(cap=PROCESS_BYTES + room))
+    finally:
+        monkey.undo()
+    assert found["embedding_on_host"] or found["gpu_layers"] < 2
+    assert found["tokens_per_second"] > 0
+
+
+class Clock:
+    """A clock that only a part moves on."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def part(self, taking: float, said: object = None) -> Callable[[str, float], object]:
+        def run(name: str, seconds: float) -> object:
+            self.seconds += taking
+            if isinstance(said, Exception) and name == "b":
+                raise said
+            return {"name": name}
+
+        return run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [subprocess.TimeoutExpired("b", 9), ValueError("CUDA error"), OSError("no process")],
+)
+def test_a_part_that_fails_loses_no_other_s_results(error: Exception) -> None:
+    clock, kept = Clock(), list[str]()
+    run = clock.part(1, error)
+    found = run_parts(
+        "abc", run, lambda found: kept.append(json.dumps(found)), seconds=900, now=clock
+    )
+    assert found["a"] == {"name": "a"}
+    assert "failed" in found["b"]
+    assert found["c"] == {"name": "c"}
+    assert [("b" in json.loads(text), "c" in json.loads(text)) for text in kept] == [
+        (False, False), (True, False), (True, True),
+    ]  # fmt: skip
+    assert missing(found)["b"].startswith("failed")
+
+
+def test_what_the_time_does_not_suffice_for_is_left_out() -> None:
+    clock = Clock()
+    found = run_parts("abc", clock.part(100), lambda found: None, seconds=210, now=clock)
+    assert found["b"] == {"name": "b"}
+    assert found["c"] == {"left_out": "the time was up"}
+
+
+def test_every_part_that_is_wanted_is_there() -> None:
+    wanted = {"copy", "kernels", "peers", "capped", "prompt bf16", "decode int4 q8_0"}
+    assert wanted | {f"{kind} {name}" for kind in ("decode", "prompt")
+                     for name in ("int4", "int8", "nf4")} <= set(PARTS)  # fmt: skip
+    assert Subject(CARD).contexts == (128, 4096, 16384, 32640)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_part_s_last_words_are_its_error() -> None:
+    with pytest.raises(ValueError, match="needs a CUDA card"):
+        in_a_process("copy", 120)
+
+
+def test_the_table_is_of_what_there_is(tmp_path: Path) -> None:
+    row = {
+        "format": "int4", "kv_type": "f16", "context": 128, "tokens_per_second": 100.0,
+        "percent_of_copy": 81.0, "plain_ms": 20.0,
+    }  # fmt: skip
+    found = {
+        "card": "A Card", "copy": {"gb_per_second": 3000.0}, "decode int4": {"rows": [row]},
+        "prompt int4": {"format": "int4", "prompt_ms": 150.0, "peak_reserved": 9 << 30},
+        "peers": {
+            "m1local nf4": {"token_ms": 2.0}, "bitsandbytes NF4": {"token_ms": 5.0},
+            "bf16 cuBLAS": {"token_ms": 9.0, "prompt_ms": 100.0},
+        },
+        "decode nf4": {"failed": "CUDA error"}, "prompt nf4": {"left_out": "the time was up"},
+        "capped": [{"gpu_layers": 31}], TESTS: {"exit_code": 1, "failed": 2},
+    }  # fmt: skip
+    said = table(found)
+    for words in (
+        "A Card: copies at 3000 GB/s", "81.0 % of the copy; one by one    50.0",
+        "int4  prompt: 150 ms, 1.50 x bf16; peak_reserved 9.00 GiB",
+        "bitsandbytes NF4: 5.00 ms a token's matrices, 2.50 x ours", "decode nf4: failed: CUDA",
+        "prompt nf4: left out", "'gpu_layers': 31",
+    ):  # fmt: skip
+        assert words in said, words
+    assert table({"card": "A Card"}) == "A Card"
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(found))
+    assert gpu._kept(path, "A Card")["copy"] == {"gb_per_second": 3000.0}
+    assert gpu._kept(path, "Another") == gpu._kept(tmp_path / "none", "A Card") == {}
