@@ -94,25 +94,23 @@ class LayerCache:
         """Keep the raw tail of a chunk (B, Hkv, T, D); return the token before `position`."""
         before = RawState(*(tensor.clone() for tensor in self.raw_before(position)))
         end = position + k.shape[2]
-        self.written = max(self.written, end)  # first, so that an aborted pass is noticed
-        self.raw_start = max(self.raw_start, end - RAW_TOKENS)
+        self.note(end)  # first, so that an aborted pass is noticed
         kept = min(k.shape[2], RAW_TOKENS)
         slots = slots_of(end - kept, end, RAW_TOKENS, k.device)
         self.raw_k[:, :, slots] = k[:, :, -kept:]
         self.raw_v[:, :, slots] = v[:, :, -kept:]
         return before
 
-    def expect(self, position: int, tokens: int) -> None:
-        """Note what `exchange_raw` and `append` note, for who writes the same tensors himself.
-
-        The raw key and value of the token before `position` then lie in their slot.
-        """
-        raw, slot = self.raw_before(position), (position - 1) % RAW_TOKENS
-        if position == 0 or position in self.boundaries:
-            self.raw_k[:, :, slot : slot + 1], self.raw_v[:, :, slot : slot + 1] = raw
-        end = position + tokens
+    def note(self, end: int) -> None:
+        """Keys, values and raw tail of the tokens before `end` are written, or may be soon."""
         self.written = max(self.written, end)
         self.raw_start = max(self.raw_start, end - RAW_TOKENS)
+
+    def restore_raw(self, position: int) -> None:
+        """Put the raw key and value before `position` where kernels look: in their slot."""
+        if position == 0 or position in self.boundaries:
+            raw, slot = self.raw_before(position), (position - 1) % RAW_TOKENS
+            self.raw_k[:, :, slot : slot + 1], self.raw_v[:, :, slot : slot + 1] = raw
 
     def append(self, position: int, k: Tensor, v: Tensor) -> Visible:
         """Store one chunk, k and v (B, Hkv, T, D), from `position` on.

@@ -77,21 +77,20 @@ static void run_products(int rows, int n, int columns, int size, int is_wide, in
         scales[i] = zeros[i] = rounded(weight(i));
     for (int i = 0; i < n; i++)
         row_scales[i] = 0.01f;
-    if (!m1_multiply_int8(x, is_wide, rows, (const int8_t *)codes, row_scales, n, columns, target,
-                          threads))
+    const Stored bytes = {codes, NULL, NULL, NULL, row_scales, n, columns, 8, 0, 0, GROUP_OF_X};
+    if (!m1_multiply(x, is_wide, rows, &bytes, target, threads))
         exit(4);
-    static const Planes formats[] = {{0, 8, 4, 0}, {0, 4, 2, 1}, {0, 8, 4, 1}, {0, 24, 4, 2}};
+    static const int32_t formats[][3] = {{4, 0, 8}, {2, 1, 4}, {4, 1, 8}, {4, 2, 24}};
     for (int f = 0; f < 4; f++) {
-        Planes planes = formats[f];
-        planes.size = size;
-        const size_t low_bytes = weights * (size_t)planes.low_bits / 8;
-        const size_t high_bytes = weights * (size_t)planes.high_bits / 8;
+        const int32_t *of = formats[f];
+        const size_t low_bytes = weights * (size_t)of[0] / 8;
+        const size_t high_bytes = weights * (size_t)of[1] / 8;
         uint8_t *low = exactly(low_bytes), *high = high_bytes ? exactly(high_bytes) : NULL;
         memcpy(low, codes, low_bytes);
         if (high)
             memcpy(high, codes, high_bytes);
-        if (!m1_multiply_groups(x, is_wide, rows, low, high, scales, zeros, n, columns, &planes,
-                                target, threads))
+        const Stored w = {low, high, scales, zeros, NULL, n, columns, of[0], of[1], of[2], size};
+        if (!m1_multiply(x, is_wide, rows, &w, target, threads))
             exit(5);
         free(low), free(high);
     }

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from m1local.cache import RAW_TOKENS, KVCache
+from m1local.cache import KVCache
 from m1local.cuda import attention, fused, products
 from m1local.cuda.embedding import EmbeddingRows
 from m1local.cuda.fused import Activation
@@ -189,7 +189,8 @@ class Decoder:
             self._ahead = NOWHERE
 
     def _launch(self, position: int) -> None:
-        self._restore_raw(position)
+        for layer in self.cache.layers[self.step.first :]:
+            layer.restore_raw(position)
         if self._replay is None:
             x = self.step.x.clone()
             # The same place each time: a step further could overwrite the sequence's beginning.
@@ -214,17 +215,7 @@ class Decoder:
             x = backbone.layers[index](x, chunk, cache.layers[index])
         self.step.x.copy_(x[0, 0])
 
-    def _restore_raw(self, position: int) -> None:
-        """Put a remembered boundary's raw state where the kernels look for it."""
-        slot = (position - 1) % RAW_TOKENS
-        for layer in self.cache.layers[self.step.first :]:
-            if position in layer.boundaries:
-                raw = layer.boundaries[position]
-                layer.raw_k[:, :, slot : slot + 1] = raw.k
-                layer.raw_v[:, :, slot : slot + 1] = raw.v
-
     def _note(self, end: int) -> None:
-        """What `exchange_raw` writes down when a token is stored."""
+        """The step's layers hold, or may hold soon, the tokens before `end`."""
         for layer in self.cache.layers[self.step.first :]:
-            layer.written = max(layer.written, end)
-            layer.raw_start = max(layer.raw_start, end - RAW_TOKENS)
+            layer.note(end)

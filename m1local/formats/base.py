@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from m1local.cuda import support
 from m1local.cuda.matrix import Matrix
 from m1local.formats import LinearSpec
-from m1local.native.matmul import Matrix as CompiledMatrix
+from m1local.native import matmul
 
 ROWS_PER_SLICE = 256  # of W: slices that stay in the cache are five times faster than the whole
 SLICES = "slices dequantized to float"
@@ -163,9 +163,17 @@ class QuantizedLinear(nn.Module):
         """Single rows, as an embedding needs them: (...) ids -> (..., K)."""
         raise NotImplementedError
 
-    def compiled_matrix(self) -> CompiledMatrix | None:
+    def compiled_matrix(self) -> matmul.Matrix | None:
         """The stored tensors as the compiled library reads them; None where it does not."""
         return None
+
+    def multiply_compiled(self, x: Tensor) -> Tensor | None:
+        """(..., K) -> (..., N) by the compiled library; None where it does not serve."""
+        matrix = self.compiled_matrix() if x.device.type == "cpu" else None
+        if matrix is None:
+            return None
+        found = matmul.multiply(x.reshape(-1, self.in_features), matrix)
+        return None if found is None else found.view(*x.shape[:-1], self.out_features)
 
     def cuda_matrix(self) -> Matrix | None:
         """What the kernels of m1local/cuda read; None where they do not know the format."""

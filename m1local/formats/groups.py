@@ -244,11 +244,9 @@ class GroupLinear(QuantizedLinear):
         """The stored planes."""
         if self.packed:
             return None
-        planes, size = self._planes(), group_size_of(self.spec)
+        planes = [self.codes] if self.high is None else [self.codes, self.high]
+        size = group_size_of(self.spec)
         return matmul.groups_matrix(planes, self.scales, self.zeros, size, self.middle)
-
-    def _planes(self) -> list[Tensor]:
-        return [self.codes] if self.high is None else [self.codes, self.high]
 
     def cuda_matrix(self) -> Matrix | None:
         """The stored tensors, where a row is whole blocks of columns."""
@@ -262,12 +260,9 @@ class GroupLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
+        if (compiled := self.multiply_compiled(x)) is not None:
+            return compiled
         flat, size = x.reshape(-1, self.in_features), group_size_of(self.spec)
-        if not self.packed and self._is_compiled():
-            stored = self._planes(), self.scales, self.zeros
-            found = matmul.multiply_groups(flat, *stored, size, self.middle)
-            if found is not None:
-                return found.view(*x.shape[:-1], self.out_features)
         if (on_card := self.multiply_on_card(x)) is not None:
             return on_card
         if self.packed and x.device.type == "cuda":

@@ -95,11 +95,8 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
-        if x.device.type == "cpu":
-            flat = x.reshape(-1, self.in_features)
-            found = matmul.multiply_int8(flat, self.weight, self.scales)
-            if found is not None:
-                return found.view(*x.shape[:-1], self.out_features)
+        if (compiled := self.multiply_compiled(x)) is not None:
+            return compiled
         if (found := self.multiply_on_card(x)) is not None:
             return found
         many = x.numel() > FEW_ROWS * self.in_features

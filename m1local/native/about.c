@@ -83,7 +83,6 @@ static int rows_are_right(void)
 static int products_are_right(int is_wide)
 {
     enum { COLUMNS = 96, N = 5, M = 11 /* many rows; few are the first of them */ };
-    const Planes planes = {SIZE, 8, 4, 0};
     static float wide[M * COLUMNS], expected4[M * N], expected8[M * N];
     static bfloat16 narrow[M * COLUMNS], scales[N * COLUMNS / SIZE], zeros[N * COLUMNS / SIZE];
     static uint8_t codes4[N * COLUMNS / 2];
@@ -117,10 +116,11 @@ static int products_are_right(int is_wide)
         static bfloat16 short4[M * N], short8[M * N]; /* the result is rounded to bfloat16 */
         static float wide4[M * N], wide8[M * N];
         const void *x = is_wide ? (const void *)wide : narrow;
-        if (!m1_multiply_groups(x, is_wide, rows, codes4, NULL, scales, zeros, N, COLUMNS, &planes,
-                                is_wide ? (void *)wide4 : short4, 2)
-            || !m1_multiply_int8(x, is_wide, rows, codes8, scales8, N, COLUMNS,
-                                 is_wide ? (void *)wide8 : short8, 2))
+        const Stored groups = {codes4, NULL, scales, zeros, NULL, N, COLUMNS, 4, 0, 8, SIZE};
+        const Stored bytes = {(const uint8_t *)codes8, NULL, NULL, NULL, scales8, N, COLUMNS, 8, 0,
+                              0, GROUP_OF_X};
+        if (!m1_multiply(x, is_wide, rows, &groups, is_wide ? (void *)wide4 : short4, 2)
+            || !m1_multiply(x, is_wide, rows, &bytes, is_wide ? (void *)wide8 : short8, 2))
             return 0;
         for (int i = 0; i < rows * N; i++) {
             if (is_wide ? wide4[i] != expected4[i] || wide8[i] != expected8[i]

@@ -56,19 +56,6 @@ M1_EXPORT void m1_quantize_rows(
     int threads);
 M1_EXPORT int m1_all_finite(const void *values, int is_wide, int64_t count);
 
-/* How codes lie and what they mean, of groups that are multiplied. */
-typedef struct {
-    int32_t size, middle, low_bits, high_bits; /* as in Levels */
-} Planes;
-
-M1_EXPORT int m1_multiply_groups(
-    const void *x, int is_wide, int64_t rows, const uint8_t *low, const uint8_t *high,
-    const bfloat16 *scales, const bfloat16 *zeros, int64_t n, int64_t columns, const Planes *planes,
-    void *target, int threads);
-M1_EXPORT int m1_multiply_int8(
-    const void *x, int is_wide, int64_t rows, const int8_t *codes, const float *scales, int64_t n,
-    int64_t columns, void *target, int threads);
-
 /* A matrix as it is stored: groups of a few bits, or rows of bytes. */
 typedef struct {
     const uint8_t *low, *high;      /* planes [row][byte]; of rows of bytes `low` alone */
@@ -77,8 +64,13 @@ typedef struct {
     int64_t rows, columns;
     int32_t low_bits, high_bits; /* of a plane: 8 for rows of bytes; 0 for none */
     int32_t middle;              /* the code that means exactly the zero */
-    int32_t size;                /* of a group */
+    int32_t size;                /* of a group; of rows of bytes GROUP_OF_X */
 } Stored;
+
+enum { GROUP_OF_X = 128 /* columns of x that share a scale where W has no groups */ };
+
+M1_EXPORT int m1_multiply(
+    const void *x, int is_wide, int64_t rows, const Stored *w, void *target, int threads);
 
 /* How keys and values are kept. */
 enum { KV_FLOAT, KV_BFLOAT16, KV_BYTES };

@@ -7,8 +7,6 @@
  */
 #include "matmul.h"
 
-enum { FEW_ROWS = 4 /* more are faster by panels */ };
-
 static int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 1) / of * of; }
 
 /* How x is to be rounded for W. */
@@ -58,36 +56,11 @@ int multiply_each(const void *x, int is_wide, int64_t rows, const Stored *const 
     return done;
 }
 
-static int multiply_stored(
+/* x (rows, columns) @ W.T; 0 where there is no memory. */
+M1_EXPORT int m1_multiply(
     const void *x, int is_wide, int64_t rows, const Stored *w, void *target, int threads)
 {
     return multiply_each(x, is_wide, rows, &w, &target, 1, threads);
-}
-
-/* x (rows, columns) in groups of a few bits, as `planes` says. */
-M1_EXPORT int m1_multiply_groups(
-    const void *x, int is_wide, int64_t rows, const uint8_t *low, const uint8_t *high,
-    const bfloat16 *scales, const bfloat16 *zeros, int64_t n, int64_t columns, const Planes *planes,
-    void *target, int threads)
-{
-    const Stored w = {
-        .low = low, .high = high, .scales = scales, .zeros = zeros, .rows = n, .columns = columns,
-        .low_bits = planes->low_bits, .high_bits = planes->high_bits, .middle = planes->middle,
-        .size = planes->size,
-    };
-    return multiply_stored(x, is_wide, rows, &w, target, threads);
-}
-
-/* x (rows, columns) by rows of bytes: `codes` (n, columns), `scales` (n). */
-M1_EXPORT int m1_multiply_int8(
-    const void *x, int is_wide, int64_t rows, const int8_t *codes, const float *scales, int64_t n,
-    int64_t columns, void *target, int threads)
-{
-    const Stored w = {
-        .low = (const uint8_t *)codes, .row_scales = scales, .rows = n, .columns = columns,
-        .low_bits = 8, .size = GROUP_OF_X,
-    };
-    return multiply_stored(x, is_wide, rows, &w, target, threads);
 }
 
 /* The `size` of rows of bytes. */

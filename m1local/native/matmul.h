@@ -6,7 +6,7 @@
 #include "lanes.h"
 #include "planes.h"
 
-enum { GROUP_OF_X = 128 /* columns of x that share a scale where W has no groups */ };
+enum { FEW_ROWS = 4 /* of x; more are faster by panels */ };
 
 typedef struct {
     void *at; /* [row of x][row of W] */

@@ -18,19 +18,8 @@ ROWS = 512  # of activations at a time: what is summed stays in the cache
 SHORT = torch.bfloat16
 
 
-class _Planes(ctypes.Structure):
-    """`Planes` of common.h."""
-
-    _fields_ = (
-        ("size", ctypes.c_int32),
-        ("middle", ctypes.c_int32),
-        ("low_bits", ctypes.c_int32),
-        ("high_bits", ctypes.c_int32),
-    )
-
-
 class Matrix(ctypes.Structure):
-    """`Stored` of common.h: a matrix as it is stored; whoever holds it holds its tensors."""
+    """`Stored` of common.h: a matrix as it is stored, valid while its tensors are held."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("low", "high", "scales", "zeros", "row_scales")),
@@ -44,34 +33,31 @@ def usable() -> bool:
     return library() is not None
 
 
-def multiply_groups(
-    x: Tensor,
-    planes: Sequence[Tensor],
-    scales: Tensor,
-    zeros: Tensor,
-    group_size: int,
-    middle: int,
-) -> Tensor | None:
-    """x (M, K) @ W.T -> (M, N) in x's dtype, for groups of a few bits as stored.
-
-    `planes` hold (N, K * bits / 8) uint8, the lowest bits first; `scales` and `zeros`
-    (N, K/group) bfloat16; `middle` is the code that means exactly the zero.
-    """
-    bits = [plane.shape[1] * 8 // x.shape[1] for plane in planes]
-    layout = ctypes.byref(_Planes(group_size, middle, *bits))
-    high = planes[1] if len(planes) > 1 else None
-    return _multiply("m1_multiply_groups", x, (planes[0], high, scales, zeros), layout)
-
-
-def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor | None:
-    """x (M, K) @ W.T -> (M, N) in x's dtype, for `codes` (N, K) int8 and `scales` (N,) float32."""
-    return _multiply("m1_multiply_int8", x, (codes, scales))
+def multiply(x: Tensor, matrix: Matrix) -> Tensor | None:
+    """x (M, K) @ W.T -> (M, N) in x's dtype."""
+    compiled, rows = library(), _rows(x)
+    if compiled is None or rows is None:
+        return None
+    product = rows.new_empty(rows.shape[0], matrix.rows)
+    for start in range(0, rows.shape[0], ROWS):
+        part, into = rows[start : start + ROWS], product[start : start + ROWS]
+        done = compiled.m1_multiply(
+            address(part), rows.dtype != SHORT, ctypes.c_int64(part.shape[0]),
+            ctypes.byref(matrix), address(into), torch.get_num_threads(),
+        )  # fmt: skip
+        if not done:
+            return None
+    return product.to(x.dtype)
 
 
 def groups_matrix(
     planes: Sequence[Tensor], scales: Tensor, zeros: Tensor, group_size: int, middle: int
 ) -> Matrix | None:
-    """The matrix of `multiply_groups` for the functions in C; None where they cannot read it."""
+    """Groups of a few bits, as stored; None where they cannot be read.
+
+    `planes` hold (N, K * bits / 8) uint8, the lowest bits first; `scales` and `zeros`
+    (N, K/group) bfloat16; `middle` is the code that means exactly the zero.
+    """
     low, high = planes[0], planes[1] if len(planes) > 1 else None
     if not usable() or not _lie_well((low, high, scales, zeros)):
         return None
@@ -84,7 +70,7 @@ def groups_matrix(
 
 
 def int8_matrix(codes: Tensor, scales: Tensor) -> Matrix | None:
-    """The same for that of `multiply_int8`."""
+    """Rows of bytes, `codes` (N, K) int8 and `scales` (N,) float32; None as above."""
     compiled = library()
     if compiled is None or not _lie_well((codes, scales)):
         return None
@@ -100,35 +86,6 @@ def instructions() -> str:
     compiled.m1_lanes.restype = ctypes.c_char_p
     said: bytes = compiled.m1_lanes()
     return said.decode()
-
-
-def _multiply(
-    name: str, x: Tensor, stored: Sequence[Tensor | None], *more: object
-) -> Tensor | None:
-    """The product by the function `name`; the first of `stored` are the codes, a row for each N."""
-    compiled, rows = library(), _rows(x)
-    if compiled is None or rows is None or not _lie_well(stored):
-        return None
-    codes = stored[0]
-    assert codes is not None, name
-    product = rows.new_empty(rows.shape[0], codes.shape[0])
-    function, places = getattr(compiled, name), [address(tensor) for tensor in stored]
-    for start in range(0, rows.shape[0], ROWS):
-        part, into = rows[start : start + ROWS], product[start : start + ROWS]
-        done = function(
-            address(part),
-            rows.dtype != SHORT,
-            ctypes.c_int64(part.shape[0]),
-            *places,
-            ctypes.c_int64(codes.shape[0]),
-            ctypes.c_int64(rows.shape[1]),
-            *more,
-            address(into),
-            torch.get_num_threads(),
-        )
-        if not done:
-            return None
-    return product.to(x.dtype)
 
 
 def _rows(x: Tensor) -> Tensor | None:

@@ -10,7 +10,6 @@ enum {
     X_TOGETHER = 4,
     AHEAD = 4096,         /* bytes */
     BLOCK = 32,           /* rows of W */
-    BLOCKS_TAKEN = 16,    /* by a thread at a time, at most */
     LEAST_WORK = 1 << 20, /* weights: fewer are not worth a second thread */
     BITS_OF_BYTES = 8,
     MOST_VECTORS = 16     /* of W, that LANES groups fill */
@@ -199,14 +198,12 @@ static void multiply_whole_row(
     }
 }
 
-/* The threads take some blocks at a time: long runs for the memory, yet a thread that has to wait for
- * another program holds nobody up. */
+/* The threads take many blocks at first, and ever fewer: long runs for the memory, and none waits long
+ * for the other at the end. */
 int multiply_few(const Stored *w, const Rounded *x, const Output *output, int threads)
 {
     const int64_t blocks = (w->rows + BLOCK - 1) / BLOCK;
     const int used = w->rows * w->columns < LEAST_WORK ? 1 : threads;
-    const int64_t share = blocks / (4 * used) + 1;
-    const int taken = share < BLOCKS_TAKEN ? (int)share : BLOCKS_TAKEN;
     int32_t lanes[MOST_VECTORS * LANES]; /* which of LANES scales each lane of a vector takes */
     for (int i = 0; i < w->size / 8 * LANES; i++)
         lanes[i] = i / (w->size / 8);

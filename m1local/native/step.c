@@ -6,10 +6,7 @@
 
 #include "matmul.h"
 
-enum {
-    SCALED = 32, /* bytes of keys and values that share a scale */
-    MOST_ROWS = 8
-};
+enum { SCALED = 32 /* bytes of keys and values that share a scale */ };
 
 static int64_t bytes_of(const Step *s, int64_t values) { return values * (s->is_wide ? 4 : 2); }
 
@@ -124,40 +121,35 @@ static int attend(const Step *s, const Layer *l, int64_t end, int64_t rows, int 
     return m1_attend(&asked, threads);
 }
 
-static int multiply(const Step *s, const void *x, const Stored *w, void *to, int64_t rows, int threads)
-{
-    return multiply_each(x, s->is_wide, rows, &w, &to, 1, threads);
-}
-
 static int read_layer(const Step *s, const Layer *l, int64_t position, int64_t rows, int threads)
 {
     const Stored *both[2] = {&l->gate, &l->up};
     void *const gate_and_up[2] = {s->gate, s->up};
     m1_norm(s->x, l->norm, s->is_wide, rows, s->hidden, s->eps, s->normed);
-    if (!multiply(s, s->normed, &l->packed, s->packed, rows, threads))
+    if (!m1_multiply(s->normed, s->is_wide, rows, &l->packed, s->packed, threads))
         return 0;
     place(s, l, position, rows);
     if (!attend(s, l, position + rows, rows, threads)
-        || !multiply(s, s->normed, &l->out, s->product, rows, threads))
+        || !m1_multiply(s->normed, s->is_wide, rows, &l->out, s->product, threads))
         return 0;
     add(s, rows * s->hidden);
     m1_norm(s->x, l->post_norm, s->is_wide, rows, s->hidden, s->eps, s->normed);
     if (!multiply_each(s->normed, s->is_wide, rows, both, gate_and_up, 2, threads))
         return 0;
     m1_gate(s->gate, s->up, s->is_wide, rows * l->gate.rows, s->gate, threads);
-    if (!multiply(s, s->gate, &l->down, s->product, rows, threads))
+    if (!m1_multiply(s->gate, s->is_wide, rows, &l->down, s->product, threads))
         return 0;
     add(s, rows * s->hidden);
     return 1;
 }
 
-/* Read `rows` tokens from `position` on, at most 8; the logits of those from row `first_wanted` on
+/* Read `rows` tokens from `position` on, at most FEW_ROWS; the logits of those from row `first_wanted` on
  * follow each other. 0 where there is no memory: then the same call, or any other way, may be tried
  * again, since what was written lies where it will be written again. */
 M1_EXPORT int m1_step(const Step *s, int64_t position, int64_t rows, int64_t first_wanted,
                       void *logits, int threads)
 {
-    if (rows < 1 || rows > MOST_ROWS || first_wanted >= rows)
+    if (rows < 1 || rows > FEW_ROWS || first_wanted >= rows)
         return 0;
     for (int64_t row = 0; row < rows; row++)
         s->positions[row] = position + row;
@@ -173,5 +165,5 @@ M1_EXPORT int m1_step(const Step *s, int64_t position, int64_t rows, int64_t fir
     }
     m1_norm(s->x, s->norm, s->is_wide, rows, s->hidden, s->eps, s->normed);
     const char *wanted = (const char *)s->normed + bytes_of(s, first_wanted * s->hidden);
-    return multiply(s, wanted, &s->head, logits, rows - first_wanted, threads);
+    return m1_multiply(wanted, s->is_wide, rows - first_wanted, &s->head, logits, threads);
 }

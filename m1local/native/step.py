@@ -96,7 +96,8 @@ class CompiledStep:
         for width, (cos, sin) in self._turns.items():
             cos[:rows], sin[:rows] = chunk.rotations[width]
         for layer in self.cache.layers:
-            layer.expect(position, rows)
+            layer.restore_raw(position)
+            layer.note(position + rows)
         first = rows - 1 if last_only else 0
         logits = torch.empty(rows - first, self.model.config.vocab_size, dtype=self._dtype)
         done = self._compiled.m1_step(
