@@ -18,6 +18,7 @@ from m1local.config import M1Config
 from m1local.context import Context
 from m1local.engine import Engine
 from m1local.errors import ContextLengthError
+from m1local.formats import LinearSpec
 from m1local.formats.base import QuantizedEmbedding
 from m1local.kv_store import BYTES, FLOAT
 from m1local.model import M1Model
@@ -122,20 +123,36 @@ def test_both_take_turns_and_the_sequence_is_cut() -> None:
     assert cache.position == expected.position
 
 
-def test_a_remembered_boundary_is_gone_on_from() -> None:
+@pytest.mark.parametrize("boundary", [0, 20])
+def test_a_remembered_boundary_is_gone_on_from(boundary: int) -> None:
     model, dtype = model_of("int8", None, torch.bfloat16), torch.bfloat16
     cache, expected = new_cache(dtype), new_cache(dtype)
-    prompt = [7 * i % 131 for i in range(30)]
+    prompt = [7 * i % 131 for i in range(43)]
     for one in (cache, expected):
-        for start in range(0, 30, 10):
-            ordinary(model, one, prompt[start : start + 10])
-            one.remember(one.position)
-        one.rollback(20)
-        ordinary(model, one, prompt[20:])  # the tail's slots hold other tokens now
-        one.rollback(20)
+        for start, stop in pairwise([0, 10, 20, 35, 43]):  # more than the raw tail holds
+            ordinary(model, one, prompt[start:stop])
+            if stop == boundary:
+                one.remember(boundary)
+        one.rollback(boundary)
     found = CompiledStep(model, cache).read([3, 4], last_only=False)
     assert found is not None
     assert torch.equal(found, ordinary(model, expected, [3, 4]))
+
+
+def test_gate_and_up_may_be_stored_differently() -> None:
+    specs = stored_as(CONFIG, "int4", 32)
+    ups = [
+        LinearSpec("int4", 64),
+        LinearSpec("int6", 32),
+        LinearSpec("int8"),
+        LinearSpec("int3", 64),
+    ]
+    specs |= {f"model.layers.{i}.mlp.up_proj": spec for i, spec in enumerate(ups)}
+    model = quantized(CONFIG, specs)
+    cache, expected = new_cache(torch.float32), new_cache(torch.float32)
+    found = CompiledStep(model, cache).read([3, 4, 5], last_only=False)
+    assert found is not None
+    assert torch.equal(found, ordinary(model, expected, [3, 4, 5]))
 
 
 def test_what_does_not_fit_is_not_read() -> None:
