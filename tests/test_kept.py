@@ -1,5 +1,6 @@
 """`m1 list` and `m1 rm`: what is kept, and that nothing of the user's is deleted."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -138,6 +139,14 @@ def test_a_pulled_checkpoint_is_listed_and_can_be_chosen(pulled: Path, kept: Pat
     assert line.endswith("%")
     assert _names() == ["m1-tiny", kept.name, REPOSITORY]
     assert m1("show", REPOSITORY).exit_code == 0
+
+
+def test_a_pulled_checkpoint_that_is_not_whole_is_not_offered(pulled: Path, kept: Path) -> None:
+    record = Record.read(pulled)
+    assert record is not None
+    replace(record, complete=False).write(pulled)
+    assert "unfinished" in m1("list").stdout
+    assert _names() == ["m1-tiny", kept.name]
 
 
 def test_a_pulled_original_is_listed_but_not_offered(tiny_checkpoint: Path, m1_home: Path) -> None:

@@ -189,7 +189,7 @@ def _prepared(
             )
         )
     _check_named(found, recipe, size, named=recipe_name is not None)
-    if recipe_name is None and size is None:
+    if recipe_name is None:  # so there is no size either
         recipe, wanted = _left_open(found, recipe, wanted)
     return _quantized(found, recipe, size, offline=offline), wanted
 

@@ -40,7 +40,26 @@ class Size:
 
     def check(self, recipe: Recipe) -> None:
         """Raise RecipeError, or leave with exit code 2, where it does not go with `recipe`."""
-        _check_size(recipe, self.budget, self.device, self.context_tokens)
+        if not recipe.candidates:
+            raise RecipeError(
+                tr(
+                    "The recipe {recipe} says itself what each matrix takes; --budget and --for go "
+                    "with the recipe fit.",
+                    recipe=recipe.name,
+                )
+            )
+        if self.budget is not None and self.device is not None:
+            raise usage_error(tr("Give --budget or --for, not both."))
+        if self.device is None and self.context_tokens is not None:
+            raise usage_error(tr("--ctx-size goes with --for; --budget is the weights alone."))
+        if self.budget is None and self.device is None:
+            raise RecipeError(
+                tr(
+                    "The recipe {recipe} needs a size: --budget 7GiB for the checkpoint, or --for "
+                    "8GB for the device it shall fit, with --ctx-size.",
+                    recipe=recipe.name,
+                )
+            )
 
     def weights(self, config: "M1Config") -> int:
         """Bytes that the weights may take."""
@@ -85,31 +104,6 @@ def fitted_recipe(
     )
     typer.echo(said, err=True)
     return chosen
-
-
-def _check_size(
-    recipe: Recipe, budget: int | None, device: int | None, context_tokens: int | None
-) -> None:
-    if not recipe.candidates:
-        raise RecipeError(
-            tr(
-                "The recipe {recipe} says itself what each matrix takes; --budget and --for go "
-                "with the recipe fit.",
-                recipe=recipe.name,
-            )
-        )
-    if budget is not None and device is not None:
-        raise usage_error(tr("Give --budget or --for, not both."))
-    if device is None and context_tokens is not None:
-        raise usage_error(tr("--ctx-size goes with --for; --budget is the weights alone."))
-    if budget is None and device is None:
-        raise RecipeError(
-            tr(
-                "The recipe {recipe} needs a size: --budget 7GiB for the checkpoint, or --for 8GB "
-                "for the device it shall fit, with --ctx-size.",
-                recipe=recipe.name,
-            )
-        )
 
 
 def _formats(recipe: Recipe) -> str:
