@@ -61,7 +61,7 @@ TEMPLATE void add_groups(
         scales[m] = times(of_w, load_floats(x->scales + at));
         sums[m] = plus_product(sums[m], lowest, load_floats(x->sums + at));
     }
-    UNROLL for (int64_t v = 0; v < vectors; v++) {
+    for (int64_t v = 0; v < vectors; v++) {
         add_vector(sums, w, x, first + v, scales, load_ints(lanes + v * LANES), x_rows, low_bits,
                    high_bits);
         will_read(w->low + AHEAD); /* the next rows, at the same place */
