@@ -151,7 +151,7 @@ static void run_heads(int64_t rows, int64_t heads, int64_t kv_heads, int64_t wid
         packed, taps, taps, before, before, cos, sin, q, k, v, rows, heads, kv_heads, width, width,
         is_wide,
     };
-    m1_turn_heads(&asked);
+    m1_turn_heads(&asked, 2);
     free(packed), free(taps), free(before), free(cos), free(sin), free(q), free(k), free(v);
 }
 
@@ -159,7 +159,7 @@ static void run_neighbours(int64_t rows, int64_t width, int is_wide)
 {
     void *x = source_of((size_t)(rows * width), is_wide);
     void *by = source_of((size_t)width, is_wide), *out = room_for(rows * width, is_wide);
-    m1_norm(x, by, is_wide, rows, width, 1e-6f, out);
+    m1_norm(x, by, is_wide, rows, width, 1e-6f, out, 2);
     m1_gate(x, x, is_wide, rows * width, out, 2);
     free(x), free(by), free(out);
 }

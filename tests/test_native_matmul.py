@@ -23,7 +23,7 @@ SPECS = [
 FEW = 4  # rows up to which matmul_few.c serves
 GROUP_OF_X = 128  # columns that share a scale where the format has no groups
 # (N, K): fewer than a vector, tails, blocks and more, a single row of W.
-SHAPES = [(1, 128), (3, 384), (33, 640), (70, 256), (130, 1280)]
+SHAPES = [(1, 128), (3, 384), (33, 640), (70, 256), (130, 1280), (33, 4224)]
 ROWS = [1, 2, 3, 4, 5, 8, 9, 31, 70]
 ROUNDED = {torch.bfloat16: 2e-3, torch.float16: 5e-4, torch.float32: 0}  # the result itself
 SUMS = 2e-6  # of float32, relative to the usual size of a product

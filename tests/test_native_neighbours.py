@@ -46,7 +46,7 @@ def norm_by_torch(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 48, 100, 5120])
 def test_norm(dtype: torch.dtype, width: int) -> None:
     weight = (1 + draw(width, seed=1) / 4).to(dtype)
-    for rows in (1, 2, 8):
+    for rows in (1, 2, 8, 61):  # 61 of 5120 take two threads
         x = (draw(1, rows, width) * 3).to(dtype)
         assert_close(neighbours.norm(x, weight, EPS), norm_by_torch(x, weight), dtype)
 
@@ -63,7 +63,7 @@ def test_norm_of_zeros_of_little_and_of_every_other_column(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 15, 17, 100])
 def test_gate(dtype: torch.dtype, count: int) -> None:
-    for rows in (1, 3, 8):
+    for rows in (1, 3, 8, 701):
         gated, up = (draw(1, rows, count) * 4).to(dtype), draw(1, rows, count, seed=1).to(dtype)
         expected = functional.silu(gated.float()) * up.float()
         assert_close(neighbours.gate(gated, up), expected, dtype)
@@ -139,7 +139,7 @@ class Packed:
     "heads", [(40, 8, 128), (20, 2, 256), (3, 1, 16), (2, 2, 6), (1, 1, 2)], ids=str
 )
 def test_heads(dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
-    for rows in range(1, neighbours.ROWS + 1):
+    for rows in (1, 2, 3, 8, 37):
         for start in (0, 1, 31000):
             Packed(rows, *heads, dtype, start).assert_same()
 
@@ -184,7 +184,6 @@ def test_the_beginning_is_mixed_with_nothing() -> None:
 def test_what_it_does_not_know_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = draw(1, 8, 32), torch.ones(32)
     assert neighbours.norm(x, weight, EPS) is not None
-    assert neighbours.norm(draw(1, 9, 32), weight, EPS) is None
     assert neighbours.norm(x.double(), weight.double(), EPS) is None
     assert neighbours.norm(x, weight.bfloat16(), EPS) is None
     assert neighbours.norm(x[:, :0], weight, EPS) is None

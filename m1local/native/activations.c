@@ -105,32 +105,46 @@ static void lay_out_for_many(const Rounded *x, const int8_t *line, int64_t row, 
         memcpy(to + (k * TILE + row % TILE) * FOUR, line + k * FOUR, FOUR);
 }
 
+/* Numbers of a row's groups lie `step` apart, from `at` on. */
+typedef struct {
+    int64_t at, step;
+} Numbers;
+
+static Numbers numbers_of(const Rounded *x, int64_t row, int parts, int part)
+{
+    if (x->layout == FOR_FEW)
+        return (Numbers){(row * parts + part) * x->groups, 1};
+    return (Numbers){(row / TILE * parts + part) * x->groups * TILE + row % TILE, TILE};
+}
+
 /* What the integer sums of a row begin with. */
 static void begin_sums(const Rounded *x, const int8_t *line, int64_t row, int part)
 {
+    const Numbers starts = numbers_of(x, row, x->parts, part);
     for (int64_t group = 0; group * x->size < x->columns; group++) {
         int32_t sum = 0;
         for (int i = 0; i < x->size; i++)
             sum += line[group * x->size + i];
-        x->starts[(row * x->parts + part) * x->groups + group] = -x->middle * sum;
+        x->starts[starts.at + group * starts.step] = -x->middle * sum;
     }
 }
 
 /* A row of x: its bytes, its scales and sums; `line` has room for it twice. */
 static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, int8_t *line)
 {
-    float *scales = x->scales + row * x->groups, *sums = x->sums + row * x->groups;
+    const Numbers numbers = numbers_of(x, row, 1, 0);
     int8_t *lost = line + x->groups * x->size;
     for (int64_t group = 0; group * x->size < x->columns; group++) {
         const int64_t first = group * x->size, left = x->columns - first;
         const int count = left < x->size ? (int)left : x->size;
+        const int64_t at = numbers.at + group * numbers.step;
         int32_t sum = 0;
         const float scale = round_group(source, is_wide, row * x->columns + first, count,
                                         line + first, lost + first);
         for (int i = 0; i < count; i++)
             sum += line[first + i];
-        sums[group] = scale * (float)sum;
-        scales[group] = x->parts == 2 ? scale / 256 : scale;
+        x->sums[at] = scale * (float)sum;
+        x->scales[at] = x->parts == 2 ? scale / 256 : scale;
     }
     for (int part = 0; part < x->parts; part++) {
         (x->layout == FOR_FEW ? lay_out_for_few : lay_out_for_many)(

@@ -28,9 +28,9 @@ typedef struct {
     int middle;      /* the code of W that means zero */
     int parts;       /* of a value: 2 with the second byte */
     int8_t *codes;   /* FOR_FEW [row][vector][2][BYTES]; FOR_MANY [tile][part][fours][TILE][FOUR] */
-    int32_t *starts; /* [row][part][group]: what an integer sum begins with */
-    float *scales;   /* [row][group] */
-    float *sums;     /* [row][group]: of the rounded x */
+    int32_t *starts; /* [row][part][group], or [tile][part][group][TILE]: what sums begin with */
+    float *scales;   /* [row][group], or [tile][group][TILE] */
+    float *sums;     /* the same: of the rounded x */
 } Rounded;
 
 /* Round all rows of x, bfloat16 or (is_wide) float; 0 where there is no memory for them. */

@@ -98,9 +98,9 @@ typedef struct {
     int32_t is_wide;
 } Heads;
 
-M1_EXPORT void m1_turn_heads(const Heads *heads);
+M1_EXPORT void m1_turn_heads(const Heads *heads, int threads);
 M1_EXPORT void m1_norm(const void *x, const void *weight, int is_wide, int64_t rows, int64_t width,
-                       float eps, void *out);
+                       float eps, void *out, int threads);
 M1_EXPORT void m1_gate(
     const void *gate, const void *up, int is_wide, int64_t count, void *out, int threads);
 

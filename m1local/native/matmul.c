@@ -21,7 +21,7 @@ static Rounded layout_for(const Stored *w, int64_t rows)
         .padded_columns = up_to_multiple(w->columns, few && !is_bytes ? 2 * BYTES : w->size),
         .size = w->size,
         .apart = is_bytes ? 1 : 2,
-        .middle = is_bytes ? (SHIFTED ? 128 : 0) : few ? 0 /* by the sums */ : w->middle,
+        .middle = is_bytes && SHIFTED ? 128 : 0, /* of groups: by the sums */
         .parts = is_bytes ? 2 : 1,
     };
     x.groups = up_to_multiple(x.padded_columns, w->size) / w->size;

@@ -21,6 +21,18 @@ static inline void put(const Output *output, int64_t index, float value)
         ((bfloat16 *)output->at)[index] = rounded(value);
 }
 
+static inline void put_some(const Output *output, int64_t index, const float *values, int64_t count)
+{
+    if (output->is_wide)
+        memcpy((float *)output->at + index, values, (size_t)count * sizeof *values);
+    else {
+        bfloat16 *to = (bfloat16 *)output->at + index;
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++)
+            to[i] = rounded(values[i]);
+    }
+}
+
 static inline int64_t bytes_in_row(int64_t columns, int bits) { return columns * bits / 8; }
 
 /* x (rows, columns) by each of `count` matrices; those that want x rounded alike share that. 0 where

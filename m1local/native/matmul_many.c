@@ -10,7 +10,7 @@
 enum {
     VECTORS_TOGETHER = 2,
     BLOCK_VECTORS = 8,                /* rows of W in a panel, in vectors */
-    PANEL_COLUMNS = 512,
+    PANEL_COLUMNS = 4096,
     UNROLLED = 4, /* of the innermost loop: it divides the fours of every group */
     LEAST_WORK = 1 << 20
 };
@@ -19,7 +19,7 @@ enum {
 typedef struct {
     uint8_t *codes; /* [vector][four columns][lane][FOUR] */
     float *scales;  /* [vector][group of the panel][lane] */
-    float *zeros;   /* the same */
+    float *zeros;   /* the same: what a code of 0 stands for */
     float *sums;    /* [row of x][row of the block] */
 } Panel;
 
@@ -119,8 +119,9 @@ static void unpack_panel(
         for (int lane = 0; lane < LANES; lane++) {
             const int64_t at = (first + lane < w->rows ? first + lane : w->rows - 1) * of_row + group;
             for (int64_t g = 0; g < groups; g++) {
-                scales[g * LANES + lane] = widened(w->scales[at + g]);
-                zeros[g * LANES + lane] = widened(w->zeros[at + g]);
+                const float scale = widened(w->scales[at + g]);
+                scales[g * LANES + lane] = scale;
+                zeros[g * LANES + lane] = widened(w->zeros[at + g]) - (float)w->middle * scale;
             }
         }
     }
@@ -148,20 +149,12 @@ TEMPLATE void sum_group(
     }
 }
 
-/* What sums begin with. */
-TEMPLATE void begin(Ints dots[VECTORS_TOGETHER][TILE], const int32_t *starts, int64_t stride)
+/* What the sums of a group of bytes begin with: 256 times `dots`, and `starts`. */
+TEMPLATE void raise(Ints dots[VECTORS_TOGETHER][TILE], const int32_t *starts)
 {
     UNROLL for (int m = 0; m < TILE; m++)
         UNROLL for (int v = 0; v < VECTORS_TOGETHER; v++)
-            dots[v][m] = all_ints(starts[m * stride]);
-}
-
-/* The second bytes' sums join 256 times the first's. */
-TEMPLATE void raise(Ints dots[VECTORS_TOGETHER][TILE], const int32_t *starts, int64_t stride)
-{
-    UNROLL for (int m = 0; m < TILE; m++)
-        UNROLL for (int v = 0; v < VECTORS_TOGETHER; v++)
-            dots[v][m] = raised(dots[v][m], all_ints(starts[m * stride]));
+            dots[v][m] = raised(dots[v][m], all_ints(starts[m]));
 }
 
 /* Two vectors of a panel, from `v` on, by the rows of x from `first` on: a tile of sums. */
@@ -170,12 +163,12 @@ TEMPLATE void multiply_tile(
     int64_t block, int is_bytes)
 {
     const int64_t groups = end - group, fours = x->size / FOUR, stride = groups * fours * BYTES;
-    const int64_t part = x->padded_columns * TILE, per_row = x->parts * x->groups;
+    const int64_t part = x->padded_columns * TILE, tile = first / TILE;
     const uint8_t *codes = panel->codes + v * stride;
-    const int8_t *of_x = x->codes + first / TILE * x->parts * part + group * x->size * TILE;
-    const int32_t *starts = x->starts + first * per_row + group;
-    const float *scales = x->scales + first * x->groups + group;
-    const float *sums = x->sums + first * x->groups + group;
+    const int8_t *of_x = x->codes + tile * x->parts * part + group * x->size * TILE;
+    const int32_t *starts = x->starts + (tile * x->parts * x->groups + group) * TILE;
+    const float *scales = x->scales + (tile * x->groups + group) * TILE;
+    const float *sums = x->sums + (tile * x->groups + group) * TILE;
     float *at = panel->sums + first * block + v * LANES;
     Floats totals[VECTORS_TOGETHER][TILE];
     UNROLL for (int m = 0; m < TILE; m++)
@@ -183,10 +176,12 @@ TEMPLATE void multiply_tile(
             totals[i][m] = load_floats(at + m * block + i * LANES);
     for (int64_t g = 0; g < groups; g++) {
         Ints dots[VECTORS_TOGETHER][TILE];
-        begin(dots, starts + g, per_row);
+        UNROLL for (int m = 0; m < TILE; m++)
+            UNROLL for (int i = 0; i < VECTORS_TOGETHER; i++)
+                dots[i][m] = all_ints(is_bytes ? starts[g * TILE + m] : 0);
         sum_group(dots, codes + g * fours * BYTES, stride, of_x, fours, is_bytes);
         if (is_bytes) {
-            raise(dots, starts + x->groups + g, per_row);
+            raise(dots, starts + (x->groups + g) * TILE);
             sum_group(dots, codes + g * fours * BYTES, stride, of_x + part, fours, is_bytes);
         }
         of_x += fours * FOUR * TILE;
@@ -196,8 +191,8 @@ TEMPLATE void multiply_tile(
             zeros[i] = load_floats(panel->zeros + ((v + i) * groups + g) * LANES);
         }
         UNROLL for (int m = 0; m < TILE; m++) {
-            const Floats scale = all_of(scales[m * x->groups + g]);
-            const Floats sum = all_of(sums[m * x->groups + g]);
+            const Floats scale = all_of(scales[g * TILE + m]);
+            const Floats sum = all_of(sums[g * TILE + m]);
             UNROLL for (int i = 0; i < VECTORS_TOGETHER; i++) {
                 const Floats dot = to_floats(dots[i][m]);
                 if (is_bytes) /* W's scale comes last */
@@ -212,6 +207,21 @@ TEMPLATE void multiply_tile(
     UNROLL for (int m = 0; m < TILE; m++)
         UNROLL for (int i = 0; i < VECTORS_TOGETHER; i++)
             store_floats(at + m * block + i * LANES, totals[i][m]);
+}
+
+/* The sums of `block` rows of W, from `row` on, to where they belong. */
+static void put_block(
+    const Panel *panel, const Stored *w, int64_t rows, int64_t row, int64_t block,
+    const Output *output)
+{
+    const int64_t count = w->rows - row < block ? w->rows - row : block;
+    for (int64_t m = 0; m < rows; m++) {
+        float *sums = panel->sums + m * block;
+        if (w->row_scales)
+            for (int64_t r = 0; r < count; r++)
+                sums[r] *= w->row_scales[row + r];
+        put_some(output, m * w->rows + row, sums, count);
+    }
 }
 
 /* `vectors` vectors of rows of W, from `row` on, by all of x. */
@@ -231,12 +241,7 @@ static void multiply_block(
                     multiply_tile(panel, x, v, first, group, end, block, 0);
             }
     }
-    for (int64_t m = 0; m < x->rows; m++)
-        for (int64_t r = 0; r < block && row + r < w->rows; r++) {
-            const float value = panel->sums[m * block + r];
-            put(output, m * w->rows + row + r,
-                w->row_scales ? value * w->row_scales[row + r] : value);
-        }
+    put_block(panel, w, x->rows, row, block, output);
 }
 
 /* Room for a panel of so many vectors; 0 where there is none. */

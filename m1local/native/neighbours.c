@@ -1,13 +1,13 @@
-/* What stands between the products of a layer (m1local/model.py), for a few tokens: the norm, the
- * heads' convolution and rotation, the gate. torch does each in several passes, of which beginning
- * takes longer than computing. */
+/* What stands between the products of a layer (m1local/model.py): the norm, the heads' convolution and
+ * rotation, the gate. torch does each in several passes: of a few tokens beginning them takes longer
+ * than computing, of many the memory between them. */
 #include <math.h>
 
 #include "common.h"
 #include "exponential.h"
 #include "lanes.h"
 
-enum { GATED_ALONE = 1 << 16 /* values that are not worth a second thread */ };
+enum { ALONE = 1 << 16 /* values that are not worth a second thread */ };
 
 INLINE float value_at(const void *values, int is_wide, int64_t at)
 {
@@ -40,8 +40,9 @@ INLINE void norm_row(const void *x, const void *weight, int is_wide, int64_t fir
 
 /* RMSNorm of rows (rows, width), with `weight` (width) of the same type. */
 M1_EXPORT void m1_norm(const void *x, const void *weight, int is_wide, int64_t rows, int64_t width,
-                       float eps, void *out)
+                       float eps, void *out, int threads)
 {
+#pragma omp parallel for num_threads(threads) if (rows * width >= ALONE)
     for (int64_t row = 0; row < rows; row++) {
         if (is_wide)
             norm_row(x, weight, 1, row * width, width, eps, out);
@@ -80,14 +81,19 @@ static void mix_and_turn(const Heads *h, int64_t first_column, const void *befor
 }
 
 /* Rows of q, k and v side by side become heads: q turned, k mixed and turned, v mixed. */
-M1_EXPORT void m1_turn_heads(const Heads *h)
+M1_EXPORT void m1_turn_heads(const Heads *h, int threads)
 {
     const int64_t keys = h->heads * h->width, values = keys + h->kv_heads * h->width;
-    for (int64_t head = 0; head < h->heads; head++)
-        mix_and_turn(h, 0, NULL, NULL, head, 1, h->q);
-    for (int64_t head = 0; head < h->kv_heads; head++) {
-        mix_and_turn(h, keys, h->before_k, h->taps_k, head, 1, h->k);
-        mix_and_turn(h, values, h->before_v, h->taps_v, head, 0, h->v);
+    const int64_t all = h->heads + 2 * h->kv_heads;
+#pragma omp parallel for num_threads(threads) if (all * h->width * h->rows >= ALONE)
+    for (int64_t head = 0; head < all; head++) {
+        const int64_t key = head - h->heads, value = key - h->kv_heads;
+        if (key < 0)
+            mix_and_turn(h, 0, NULL, NULL, head, 1, h->q);
+        else if (value < 0)
+            mix_and_turn(h, keys, h->before_k, h->taps_k, key, 1, h->k);
+        else
+            mix_and_turn(h, values, h->before_v, h->taps_v, value, 0, h->v);
     }
 }
 
@@ -108,7 +114,7 @@ INLINE void gate_values(
 M1_EXPORT void m1_gate(
     const void *gate, const void *up, int is_wide, int64_t count, void *out, int threads)
 {
-    const int64_t parts = count < GATED_ALONE ? 1 : threads, of_part = (count + parts - 1) / parts;
+    const int64_t parts = count < ALONE ? 1 : threads, of_part = (count + parts - 1) / parts;
 #pragma omp parallel for num_threads(threads) if (parts > 1)
     for (int64_t part = 0; part < parts; part++) {
         const int64_t first = part * of_part;

@@ -1,9 +1,9 @@
 """What stands between the products of a layer, in the compiled library: norm, heads, gate.
 
-What it is: tensors in, tensors out, for a few tokens; None where there is no library or it does not
-serve, and then torch does it (m1local/model.py), the oracle of tests/test_native_neighbours.py.
-Everything is computed in float32 and rounded once, where torch rounds bfloat16 after every step.
-What it is not: for prompts; of many rows torch's threads are as fast.
+What it is: tensors in, tensors out; None where there is no library or it does not serve, and then
+torch does it (m1local/model.py), the oracle of tests/test_native_neighbours.py. Everything is
+computed in float32 and rounded once, where torch rounds bfloat16 after every step. What it is not:
+for training, or for a card.
 """
 
 import ctypes
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from m1local.native.library import address, library
-
-ROWS = 8  # tokens up to which it serves
 
 
 class _Heads(ctypes.Structure):
@@ -38,7 +36,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     compiled.m1_norm(
         address(x), address(weight), x.dtype != torch.bfloat16,
         ctypes.c_int64(x.numel() // x.shape[-1]), ctypes.c_int64(x.shape[-1]),
-        ctypes.c_float(eps), address(out),
+        ctypes.c_float(eps), address(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -81,17 +79,17 @@ def turn_heads(
         address(packed), *map(address, held), address(q), address(k), address(v),
         rows, heads, kv_heads, width, width, packed.dtype != torch.bfloat16,
     )  # fmt: skip
-    compiled.m1_turn_heads(ctypes.byref(asked))
+    compiled.m1_turn_heads(ctypes.byref(asked), torch.get_num_threads())
     return q, k, v
 
 
 def _serving(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library, where it knows tensors like these: of one kind, on the CPU, of a few tokens."""
+    """The library, where it knows tensors like these: of one kind, on the CPU."""
     x = tensors[0]
     serves = (
         x.dtype in (torch.bfloat16, torch.float32)
         and all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors)
-        and 0 < x.numel() <= ROWS * x.shape[-1]
+        and x.numel() > 0
         and not torch.is_grad_enabled()
     )
     return library() if serves else None

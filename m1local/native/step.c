@@ -80,7 +80,7 @@ static void keep_raw(const Step *s, const Layer *l, int64_t column, int64_t rows
 }
 
 /* Rows of q, k and v become heads, and the cache grows by them. */
-static void place(const Step *s, const Layer *l, int64_t position, int64_t rows)
+static void place(const Step *s, const Layer *l, int64_t position, int64_t rows, int threads)
 {
     const int64_t before = (position + s->raw_slots - 1) % s->raw_slots * l->width;
     const int64_t keys = l->heads * l->width, values = keys + l->kv_heads * l->width;
@@ -92,7 +92,7 @@ static void place(const Step *s, const Layer *l, int64_t position, int64_t rows)
         .rows = rows, .heads = l->heads, .kv_heads = l->kv_heads, .width = l->width,
         .before_stride = s->raw_slots * l->width, .is_wide = s->is_wide,
     };
-    m1_turn_heads(&heads);
+    m1_turn_heads(&heads, threads);
     keep_raw(s, l, keys, rows, position, l->raw_k);
     keep_raw(s, l, values, rows, position, l->raw_v);
     for (int64_t head = 0; head < l->kv_heads; head++) {
@@ -125,15 +125,15 @@ static int read_layer(const Step *s, const Layer *l, int64_t position, int64_t r
 {
     const Stored *both[2] = {&l->gate, &l->up};
     void *const gate_and_up[2] = {s->gate, s->up};
-    m1_norm(s->x, l->norm, s->is_wide, rows, s->hidden, s->eps, s->normed);
+    m1_norm(s->x, l->norm, s->is_wide, rows, s->hidden, s->eps, s->normed, threads);
     if (!m1_multiply(s->normed, s->is_wide, rows, &l->packed, s->packed, threads))
         return 0;
-    place(s, l, position, rows);
+    place(s, l, position, rows, threads);
     if (!attend(s, l, position + rows, rows, threads)
         || !m1_multiply(s->normed, s->is_wide, rows, &l->out, s->product, threads))
         return 0;
     add(s, rows * s->hidden);
-    m1_norm(s->x, l->post_norm, s->is_wide, rows, s->hidden, s->eps, s->normed);
+    m1_norm(s->x, l->post_norm, s->is_wide, rows, s->hidden, s->eps, s->normed, threads);
     if (!multiply_each(s->normed, s->is_wide, rows, both, gate_and_up, 2, threads))
         return 0;
     m1_gate(s->gate, s->up, s->is_wide, rows * l->gate.rows, s->gate, threads);
@@ -163,7 +163,7 @@ M1_EXPORT int m1_step(const Step *s, int64_t position, int64_t rows, int64_t fir
         if (!read_layer(s, l, position, rows, threads))
             return 0;
     }
-    m1_norm(s->x, s->norm, s->is_wide, rows, s->hidden, s->eps, s->normed);
+    m1_norm(s->x, s->norm, s->is_wide, rows, s->hidden, s->eps, s->normed, threads);
     const char *wanted = (const char *)s->normed + bytes_of(s, first_wanted * s->hidden);
     return m1_multiply(wanted, s->is_wide, rows - first_wanted, &s->head, logits, threads);
 }
