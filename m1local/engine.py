@@ -5,7 +5,7 @@ checked against each other. What it is not: a conversation; several may share on
 then re-reads what the others pushed out of the context.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,27 +61,32 @@ class Engine:
         context_tokens: int | None = None,
         gpu_layers: GpuLayers = 0,
         kv_type: str = FLOAT,
+        done: Callable[[str], None] = lambda step: None,
     ) -> "Engine":
         """Load the checkpoint in `folder` with room for `context_tokens`.
 
         `gpu_layers` says how many of the last layers a card computes: as many as fit ("auto"),
-        "all" or a number; `kv_type` how keys and values are kept (kv_store.py). Raises
-        MemoryLimitError where they do not fit.
+        "all" or a number; `kv_type` how keys and values are kept (kv_store.py). `done` is told
+        each step when it is: tokenizer, context, weights. Raises MemoryLimitError where they do
+        not fit.
         """
         config = M1Config.from_file(folder / "config.json")
         # The small files first: their mistakes show before gigabytes are read.
         tokenizer = M1Tokenizer.from_folder(folder)
         generation = GenerationConfig.from_folder(folder)
+        done("tokenizer")
         longest = min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings)
         setting = Setting(context_tokens or longest, kv_type)
         placement = place(folder, setting, gpu_layers)
         with telling(placement.setting):
             cache = placement.allocate(config)
+            done("context")
             model, loaded = load(folder, placement)
         decoder, reader = decoder_of(model, placement), reader_of(model, placement)
         context = Context(model, cache, decoder, placement.setting, reader)
         engine = cls(model, tokenizer, generation, context)
         engine.placement, engine.loaded = placement, loaded
+        done("weights")
         return engine
 
     @property

@@ -5,6 +5,7 @@ import random
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -166,6 +167,12 @@ def test_an_answer_goes_to_stdout_and_all_about_it_to_stderr(
 def test_every_end_but_the_usual_one_is_said(reason: FinishReason) -> None:
     assert (ending_line(finished(reason)) is None) == (reason is FinishReason.STOP)
     assert speed_line(finished(reason), None).startswith("[11 tokens")
+
+
+def test_what_was_looked_up_is_said_where_something_was() -> None:
+    ended = finished(FinishReason.STOP)
+    assert "looked up" not in speed_line(ended, None)
+    assert "(10 read), 4 looked up]" in speed_line(replace(ended, looked_up_tokens=4), None)
 
 
 def test_a_stopped_answer_stays_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:

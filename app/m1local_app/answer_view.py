@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from m1local_app.columns import printable
 from m1local_app.interrupt import Keyboard
-from m1local_app.language import tr
+from m1local_app.language import series, tr
 
 if TYPE_CHECKING:
     from m1local.generate import Event, Finished, TurnsDropped
@@ -184,6 +184,8 @@ def speed_line(finished: "Finished", used: Callable[[], tuple[int, int]] | None)
         first=finished.prefill_seconds,
         read=finished.prompt_tokens - finished.cached_tokens,
     )
+    if finished.looked_up_tokens:
+        line = series((line, tr("{count} looked up", count=finished.looked_up_tokens)))
     return f"[{line}]" if used is None else f"[{line}, {context_line(*used())}]"
 
 

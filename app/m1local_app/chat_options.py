@@ -286,6 +286,9 @@ class ChatOptions(EngineOptions):
             "--stats/--no-stats", text="Speed after each answer. (default: in a conversation)"
         ),
     ] = None
+    timings: Annotated[
+        bool, conversation_option("--timings", text="Say what the time of the start went into.")
+    ] = False
     raw: Annotated[
         bool,
         conversation_option("--raw", text="Continue the text as it is, without the chat template."),

@@ -19,6 +19,7 @@ from m1local_app.boundary import M1Group, usage_error, use_utf8
 from m1local_app.chat_options import ChatOptions, EngineOptions, takes
 from m1local_app.language import tr
 from m1local_app.options import DEFAULT_RECIPE, Chosen
+from m1local_app.timings import Timings
 
 if TYPE_CHECKING:
     from m1local_app.fitting import Size
@@ -75,6 +76,7 @@ def run(
     Examples:  m1 run  ·  m1 run baichuan-inc/Baichuan-M1-14B-Instruct  ·  m1 run ./FOLDER --ui
     ·  m1 run ./FOLDER -r fit --for 8GB --ctx-size 8192
     """
+    timings = Timings()
     from m1local_app.conversing import check_options, checked, converse, serve_page
     from m1local_app.fitting import Size
 
@@ -90,10 +92,12 @@ def run(
         serve_page(chosen, wanted, port=DEFAULT_PORT, browser=True)
         return
     wish = checked(wanted)
+    timings.done("torch")
     chosen, wanted = _prepared(
         model, recipe, size, wanted, offline=offline, keep_source=keep_source
     )
-    converse(chosen, replace(wish, options=wanted))
+    timings.done("checkpoint")
+    converse(chosen, replace(wish, options=wanted), timings)
 
 
 @cli.command()
@@ -104,10 +108,12 @@ def chat(model: options.Model = None, *, wanted: ChatOptions) -> None:
     Examples:  m1 chat ./m1-int4  ·  m1 chat ./m1-int4 --continue  ·
     cat note.txt | m1 chat ./m1-int4 -p "Summarise this report."
     """
+    timings = Timings()
     from m1local_app.conversing import checked, converse
 
-    chosen = library.find(model)
-    converse(chosen, checked(wanted))
+    chosen, wish = library.find(model), checked(wanted)
+    timings.done("torch")
+    converse(chosen, wish, timings)
 
 
 @cli.command()

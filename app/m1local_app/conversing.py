@@ -19,6 +19,7 @@ from m1local_app.columns import one_line
 from m1local_app.language import tr
 from m1local_app.options import Chosen, use_threads
 from m1local_app.textfile import read_text_file
+from m1local_app.timings import Timings
 
 if TYPE_CHECKING:
     from m1local.engine import Engine
@@ -105,34 +106,26 @@ def question(wanted: ChatOptions) -> str | None:
     return text
 
 
-def converse(chosen: Chosen, wish: Wish) -> None:
+def converse(chosen: Chosen, wish: Wish, timings: Timings) -> None:
     """Answer the one question, or talk until the user leaves."""
-    from m1local_app.answer_view import StoppedError, note, print_answer
+    from m1local_app.answer_view import note
     from m1local_app.line_editor import draws
     from m1local_app.notices import show_medical_notice_once
     from m1local_app.terminal import Terminal
 
     wanted, asked = wish.options, wish.asked
-    engine = load(chosen, wanted)
+    engine = load(chosen, wanted, timings)
     raw = wanted.raw or not engine.generation.is_chat
     # A single question is kept only as part of a conversation that was named.
     kept = wanted.keep and not raw and asked is None
     conversation = _conversation(engine, chosen, wanted, wish.store or (_store() if kept else None))
     show_medical_notice_once()
     unanswered = _resume(conversation, wish)
+    timings.done("conversation")
+    if wanted.timings:
+        note(timings.table())
     if asked is not None:
-        settings = conversation.session.settings
-        events = engine.complete(asked, settings) if raw else conversation.send(asked)
-        try:
-            print_answer(
-                events, stats=wanted.stats is True, markdown=wanted.markdown is True and not raw
-            )
-        except StoppedError:
-            raise KeyboardInterrupt from None
-        finally:
-            events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
-        if trouble := conversation.trouble():
-            note(trouble)
+        _answer(conversation, asked, wanted, raw=raw)
         return
     kind = tr("continues your text") if raw else tr("chat")
     note(tr("{label}: {kind}; not medical advice.", label=chosen.label, kind=kind))
@@ -140,9 +133,29 @@ def converse(chosen: Chosen, wish: Wish) -> None:
         conversation,
         folder=chosen.folder,
         raw=raw,
-        stats=sys.stderr.isatty() if wanted.stats is None else wanted.stats,
+        stats=sys.stderr.isatty() or wanted.timings if wanted.stats is None else wanted.stats,
         markdown=not raw and (draws() if wanted.markdown is None else wanted.markdown),
     ).run(unanswered)
+
+
+def _answer(conversation: "Conversation", asked: str, wanted: ChatOptions, *, raw: bool) -> None:
+    """Answer one question, and nothing else."""
+    from m1local_app.answer_view import StoppedError, note, print_answer
+
+    session = conversation.session
+    events = session.engine.complete(asked, session.settings) if raw else conversation.send(asked)
+    try:
+        print_answer(
+            events,
+            stats=wanted.timings if wanted.stats is None else wanted.stats,
+            markdown=wanted.markdown is True and not raw,
+        )
+    except StoppedError:
+        raise KeyboardInterrupt from None
+    finally:
+        events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
+    if trouble := conversation.trouble():
+        note(trouble)
 
 
 def serve_page(
@@ -159,7 +172,7 @@ def serve_page(
     from m1local_app.web.desk import Desk
     from m1local_app.web.serving import serve
 
-    engine = load(chosen, wanted)
+    engine = load(chosen, wanted, Timings())
     show_medical_notice_once()
     desk = Desk(
         engine,
@@ -211,16 +224,20 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def load(chosen: Chosen, wanted: EngineOptions) -> "Engine":
+def load(chosen: Chosen, wanted: EngineOptions, timings: Timings) -> "Engine":
     """The model, with the threads and the context that were asked for."""
     from m1local.engine import Engine
+    from m1local.native import library
 
     use_threads(wanted.threads)
+    library.status()  # compiled now, if it never was
+    timings.done("library")
     engine = Engine.load(
         chosen.folder,
         context_tokens=wanted.context_tokens,
         gpu_layers=gpu_layers(wanted.gpu_layers),
         kv_type=wanted.kv_type or FLOAT,
+        done=timings.done,
     )
     _tell_where(engine)
     return engine
