@@ -20,7 +20,12 @@ from bench.machine import describe_machine
 from m1local.checkpoint import parameter_shapes
 from m1local.config import M1Config
 
-M1 = (sys.executable, "-c", "from m1local_app.cli import cli; cli()")
+M1 = "from m1local_app.cli import cli; cli()"
+# The library compiled for other instructions than this processor's own.
+M1_FOR = (
+    "from m1local.native import library; library.FLAGS = ("
+    "tuple(flag.replace('native', {march!r}) for flag in library.FLAGS[0]),); "
+)
 PROMPT, ANSWER = 512, 32
 
 
@@ -39,6 +44,7 @@ class Contestant:
     late: list[float] = field(default_factory=list)
     share: list[float] = field(default_factory=list)  # of the bandwidth, ours only
     held: int = 0  # bytes, ours only
+    resident: int = 0  # the same with what is mapped
 
     def run(self, depth: int) -> None:
         """Measure once more."""
@@ -57,6 +63,7 @@ class Contestant:
         if not self.ours:
             return [{"is_answer": row["n_gen"] > 0, "rate": row["avg_ts"]} for row in said]
         self.held = max(self.held, said["held_bytes"])
+        self.resident = max(self.resident, said["resident_bytes"])
         return [
             {
                 "is_answer": row["test"].startswith("tg"),
@@ -77,18 +84,32 @@ class Contestant:
             "late": round(statistics.median(self.late), 2) if self.late else None,
             "share_of_bandwidth": round(statistics.median(self.share), 3) if self.share else None,
             "held_gib": round(self.held / 2**30, 2) if self.held else None,
+            "resident_gib": round(self.resident / 2**30, 2) if self.resident else None,
             "all_prompt": [round(rate, 2) for rate in self.prompt],
             "all_answer": [round(rate, 2) for rate in self.answer],
             "all_late": [round(rate, 2) for rate in self.late],
         }
 
 
-def our_contestant(folder: Path, depth: int) -> Contestant:
-    """A checkpoint of ours."""
+def our_contestant(folder: Path, depth: int, march: str) -> Contestant:
+    """A checkpoint of ours, its library compiled for `march`."""
     shapes = parameter_shapes(M1Config.from_file(folder / "config.json")).values()
     parameters = sum(_product(shape) for shape in shapes)
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    command = (*M1, "bench", str(folder), "-r", "1", "-o", "json", "-n", str(ANSWER))
+    program = (M1_FOR.format(march=march) if march else "") + M1
+    command = (
+        sys.executable,
+        "-c",
+        program,
+        "bench",
+        str(folder),
+        "-r",
+        "1",
+        "-o",
+        "json",
+        "-n",
+        str(ANSWER),
+    )
     return Contestant(
         folder.name,
         True,
@@ -154,8 +175,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--depth", type=int, default=0, help="measure answers after so many, too")
     parser.add_argument("--output", type=Path, default=Path("bench/results/decode_speed.json"))
+    parser.add_argument("--march", default="", help="ours for these instructions: x86-64-v3")
     given = parser.parse_args()
-    contestants = [our_contestant(folder, given.depth) for folder in given.ours]
+    contestants = [our_contestant(folder, given.depth, given.march) for folder in given.ours]
     contestants += [
         peer_contestant(given.llama_bench, path, given.gguf_parameters, given.threads, given.depth)
         for path in given.gguf
@@ -177,6 +199,7 @@ def main() -> None:
         "prompt_tokens": PROMPT,
         "answer_tokens": ANSWER,
         "depth": given.depth,
+        "instructions": given.march or "native",
         "rows": [one.row() for one in contestants],
         "ratios": ratios(contestants),
     }

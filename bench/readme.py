@@ -5,6 +5,7 @@ a measurement. A test fails when the README differs from what this would write.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,27 +186,59 @@ def prefix_reuse(result: dict[str, Any]) -> str:
 
 def decode_speed(result: dict[str, Any]) -> str:
     """Rates of prompts and answers beside llama.cpp's."""
+    return (
+        f"{_rates(result)}\n\n{_conditions(result)} The last columns say how many times as fast as "
+        "llama.cpp (a LLaMA of the same dimensions). `int4-64` and `int4-128` are int4 everywhere in "
+        "groups of so many; the default `int4` has its head in 8 bits; `bnb-nf4` runs on "
+        f"bitsandbytes' own kernels. Peer: {result['peer']}. {machine_line(result)}"
+    )
+
+
+def decode_speed_more(result: dict[str, Any]) -> str:
+    """The same of other sizes or instructions, in fewer words."""
+    return f"{_rates(result)}\n\n{_conditions(result)} Peer: {result['peer']}."
+
+
+def decode_memory(result: dict[str, Any]) -> str:
+    """What answers of the whole model need."""
+    (row,) = result["rows"]
+    return (
+        f"All {result['layers']} layers of the 14B's dimensions at {row['bits_per_weight']} bits a "
+        f"weight, answering after {result['depth']:,} tokens of context: {row['held_gib']} GiB of "
+        f"memory held, {row['resident_gib']} GiB with all that is mapped. {machine_line(result)}"
+    )
+
+
+def _rates(result: dict[str, Any]) -> str:
     peers = [row["name"] for row in result["rows"] if not row["ours"]]
-    header = ("", "bits per weight", "prompt, tokens/s", "answer, tokens/s", "of the bandwidth")
+    header = ["", "bits per weight", "prompt, tokens/s", "answer, tokens/s"]
+    kinds = ["prompt", "answer"]
+    if result["depth"]:
+        header.append(f"after {result['depth']:,} tokens")
+        kinds.append("late")
     rows: list[tuple[object, ...]] = [
         (
             f"`{row['name']}`" if row["ours"] else row["name"],
             row["bits_per_weight"],
             f"{row['prompt']:.0f}",
             f"{row['answer']:.1f}",
-            f"{100 * row['share_of_bandwidth']:.0f} %" if row["ours"] else "",
-            *(_ratio(result["ratios"].get(row["name"], {}).get(peer)) for peer in peers),
+            *([f"{row['late']:.1f}"] if result["depth"] else []),
+            f"{100 * row['share_of_bandwidth']:.0f} %" if row["share_of_bandwidth"] else "",
+            *(_ratio(result["ratios"].get(row["name"], {}).get(peer), kinds) for peer in peers),
         )
         for row in result["rows"]
     ]
-    named = (f"prompt, answer / {peer.removeprefix('llama.cpp ')}" for peer in peers)
+    named = [f"{', '.join(kinds)} / {peer.removeprefix('llama.cpp ')}" for peer in peers]
+    return table((*header, "of the bandwidth", *named), rows)
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    compiled = result.get("instructions", "native")
     return (
-        f"{table((*header, *named), rows)}\n\n{result['layers']} layers of the 14B's dimensions, "
-        f"{result['prompt_tokens']} tokens of prompt, {result['answer_tokens']} of answer; medians "
-        f"of {result['rounds']} rounds in turns, and of the ratios within a round; the last "
-        "columns say how many times as fast as llama.cpp (a LLaMA of the same dimensions). "
-        "`int4-64` and `int4-128` are int4 everywhere in groups of so many; the default `int4` has "
-        f"its head in 8 bits. Peer: {result['peer']}. {machine_line(result)}"
+        f"{result['layers']} layers of the 14B's dimensions, {result['prompt_tokens']} tokens of "
+        f"prompt, {result['answer_tokens']} of answer"
+        + ("" if compiled == "native" else f", both compiled for {compiled}")
+        + f"; medians of {result['rounds']} rounds in turns, and of the ratios within a round."
     )
 
 
@@ -219,8 +252,8 @@ def kv_type(result: dict[str, Any]) -> str:
     )
 
 
-def _ratio(found: dict[str, float] | None) -> str:
-    return f"{found['prompt']:.2f}, {found['answer']:.2f}" if found else ""
+def _ratio(found: dict[str, float] | None, kinds: Sequence[str]) -> str:
+    return ", ".join(f"{found[kind]:.2f}" for kind in kinds) if found else ""
 
 
 def render(text: str) -> str:
@@ -233,6 +266,10 @@ def render(text: str) -> str:
         "quantize_speed": speed,
         "memory_full": full,
         "decode_speed": decode_speed,
+        "decode_speed_full": decode_speed_more,
+        "decode_speed_late": decode_speed_more,
+        "decode_speed_avx2": decode_speed_more,
+        "decode_memory": decode_memory,
         "kv_type": kv_type,
     }
     for name, block in blocks.items():

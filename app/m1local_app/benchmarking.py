@@ -95,15 +95,16 @@ def run(
     typer.echo(shown(engine, found))
 
 
-def held_bytes() -> int:
+def held_bytes(*, mapped: bool = False) -> int:
     """Anonymous and shared memory of this process where the system tells, else all resident.
 
-    Pages of mapped files, which can be dropped at any time, do not count on Linux.
+    Pages of mapped files, which can be dropped at any time, count on Linux where `mapped` says so.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         fields = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
-        return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+        kinds = ("RssAnon", "RssShmem", "RssFile") if mapped else ("RssAnon", "RssShmem")
+        return sum(int(fields[name].split()[0]) << 10 for name in kinds)
     except (OSError, KeyError, ValueError):
         import psutil
 
@@ -139,6 +140,7 @@ def as_json(engine: "Engine", found: Sequence["Measured"]) -> str:
             "weights_bytes": _weight_bytes(engine),
             "cache_bytes": engine.context.cache.nbytes,
             "held_bytes": held_bytes(),
+            "resident_bytes": held_bytes(mapped=True),
             "results": _rows(found),
         },
         indent=1,

@@ -149,7 +149,7 @@ TEMPLATE void sum_group(
     }
 }
 
-/* What the sums of a group of bytes begin with: 256 times `dots`, and `starts`. */
+/* The first bytes' sums, raised, and `starts`: what the second bytes' are added to. */
 TEMPLATE void raise(Ints dots[VECTORS_TOGETHER][TILE], const int32_t *starts)
 {
     UNROLL for (int m = 0; m < TILE; m++)
