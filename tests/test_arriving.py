@@ -29,7 +29,7 @@ from m1local_quantize.source import Source
 from m1local_quantize.transfer import BytesFetched
 from tests.conftest import ROOT, TINY, write_checkpoint
 from tests.damage import refused
-from tests.hub_server import Hub
+from tests.hub_server import Hub, hurry
 from tests.test_pipeline import bytes_of
 
 NAME = "someone/tiny-m1"
@@ -56,7 +56,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
+    hurry(monkeypatch)
     monkeypatch.setattr(transfer, "TICK_SECONDS", 0.01)
     write_checkpoint(tmp_path / "served", TINY)
     in_layer_order(tmp_path / "served", FILES)
