@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from m1local.config import M1Config
 from m1local.model import M1Model
+from m1local.native import library
 from m1local.tokenizer import M1Tokenizer
 from m1local_app import language
 
@@ -201,6 +203,16 @@ def _english(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     language.choose("en")
     yield
     language.choose("en")
+
+
+def lend_library(home: Path) -> None:
+    """Put the library that these tests use into `home`: a process begun there compiles none."""
+    found = library.library()
+    if found is not None:
+        made = Path(found._name)
+        (home / "native").mkdir(parents=True, exist_ok=True)
+        for path in (made.with_suffix(".sha256"), made):
+            shutil.copy(path, home / "native")
 
 
 @pytest.fixture
