@@ -189,6 +189,14 @@ def tokenizer(tiny_checkpoint: Path) -> M1Tokenizer:
     return M1Tokenizer.from_folder(tiny_checkpoint)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_home_of_fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a module's fixtures keep is not shared with another process that runs tests, either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("M1_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a test does not look at out of the home of whoever runs it."""
@@ -212,7 +220,8 @@ def lend_library(home: Path) -> None:
         made = Path(found._name)
         (home / "native").mkdir(parents=True, exist_ok=True)
         for path in (made.with_suffix(".sha256"), made):
-            shutil.copy(path, home / "native")
+            if not (home / "native" / path.name).exists():  # a process may have it open
+                shutil.copy(path, home / "native")
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def stored(m1_home: Path) -> str:
 def test_a_password_is_asked_for_by_a_page_that_loads_nothing_from_elsewhere(
     folder: Path, m1_home: Path, opened: Window
 ) -> None:
-    with started(folder, m1_home, "--auth", "me:open sesame") as (address, _):
+    with started(folder, m1_home, "-n", "6000", "--auth", "me:open sesame") as (address, _):
         opened.browser.get(address)
         opened.until(lambda: opened.shown("input[type=password]"), "nobody asks for a password")
         assert not opened.shown("#shell")
