@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from m1local.config import M1Config
 from m1local.model import M1Model
+from m1local.native import library
 from m1local.tokenizer import M1Tokenizer
 from m1local_app import language
 
@@ -187,6 +189,14 @@ def tokenizer(tiny_checkpoint: Path) -> M1Tokenizer:
     return M1Tokenizer.from_folder(tiny_checkpoint)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_home_of_fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a module's fixtures keep is not shared with another process that runs tests, either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("M1_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a test does not look at out of the home of whoever runs it."""
@@ -201,6 +211,17 @@ def _english(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     language.choose("en")
     yield
     language.choose("en")
+
+
+def lend_library(home: Path) -> None:
+    """Put the library that these tests use into `home`: a process begun there compiles none."""
+    found = library.library()
+    if found is not None:
+        made = Path(found._name)
+        (home / "native").mkdir(parents=True, exist_ok=True)
+        for path in (made.with_suffix(".sha256"), made):
+            if not (home / "native" / path.name).exists():  # a process may have it open
+                shutil.copy(path, home / "native")
 
 
 @pytest.fixture

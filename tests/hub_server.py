@@ -10,10 +10,27 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
+from m1local_quantize import transfer
+
 LARGE = (".safetensors", ".model")  # what the hub keeps as LFS and names by SHA-256
+POLL_SECONDS = 0.01  # so long does closing take
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the waits before another attempt; how often is tried stays as it is."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
+    quick = SimpleNamespace(sleep=lambda _: None)
+    for module in (file_download, _http):
+        monkeypatch.setattr(module, "time", quick)
 
 
 class Hub:
@@ -49,7 +66,7 @@ class Hub:
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(POLL_SECONDS,))
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 

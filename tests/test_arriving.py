@@ -27,9 +27,9 @@ from m1local_quantize.plan import Plan, Step
 from m1local_quantize.recipe import Recipe
 from m1local_quantize.source import Source
 from m1local_quantize.transfer import BytesFetched
-from tests.conftest import ROOT, TINY, write_checkpoint
+from tests.conftest import ROOT, TINY, lend_library, write_checkpoint
 from tests.damage import refused
-from tests.hub_server import Hub
+from tests.hub_server import Hub, hurry
 from tests.test_pipeline import bytes_of
 
 NAME = "someone/tiny-m1"
@@ -56,7 +56,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
+    hurry(monkeypatch)
     monkeypatch.setattr(transfer, "TICK_SECONDS", 0.01)
     write_checkpoint(tmp_path / "served", TINY)
     in_layer_order(tmp_path / "served", FILES)
@@ -269,6 +269,7 @@ def test_a_header_that_does_not_fit_the_config_is_refused_before_any_weights_com
 def test_sigkill_while_fetching_and_quantizing(
     served: Hub, tmp_path: Path, expected: dict[str, str], m1_home: Path
 ) -> None:
+    lend_library(m1_home)
     target = tmp_path / "out"
     command = (
         "import sys, time\n"

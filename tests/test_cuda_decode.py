@@ -111,19 +111,20 @@ def test_a_context_in_bytes_is_decoded_by_kernels_too(monkeypatch: pytest.Monkey
     config = M1Config.from_dict(wide | {"intermediate_size": 64})
     model = quantized(config, stored_as(config, "int4", 32)).to(CARD)
     expected_cache, cache = (new_cache(config, BYTES) for _ in range(2))
-    wanted = ordinary(model, expected_cache, PROMPT)
-    ordinary(model, cache, PROMPT)
+    for chunk in (PROMPT, PROMPT[::-1], PROMPT[:5]):
+        wanted = ordinary(model, expected_cache, chunk)
+        ordinary(model, cache, chunk)
     placed = Placement(CARD, 0, False, Setting(64, BYTES))
     made = decoder_of(model, placed)
     assert made is not None
     decoder = made(cache)
     assert isinstance(decoder, Decoder)
-    for _ in range(24):  # the ring of the sliding layer wraps around
+    for _ in range(8):  # the ring of the sliding layer wraps around
         token = int(wanted.argmax())
         wanted = ordinary(model, expected_cache, [token])
         found = decoder.feed(token)
         torch.testing.assert_close(found, wanted, atol=5e-3, rtol=5e-3)
-    assert cache.position > cache.layers[1].slots
+    assert cache.position > cache.layers[1].slots > 25
     same_books(cache, expected_cache)
 
 

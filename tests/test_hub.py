@@ -18,7 +18,7 @@ from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.recipe import Recipe
 from m1local_quantize.transfer import BytesFetched
 from tests.damage import refused
-from tests.hub_server import Hub
+from tests.hub_server import Hub, hurry
 from tests.test_pipeline import bytes_of
 
 NAME = "someone/tiny-m1"
@@ -29,7 +29,7 @@ def served(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
+    hurry(monkeypatch)
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "served"))
     (folder / "modeling_baichuan.py").write_text("import os")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
@@ -152,7 +152,7 @@ def test_what_the_hub_refuses_is_one_clear_line(served: Hub, tmp_path: Path) -> 
 
 
 def test_without_a_network_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
+    hurry(monkeypatch)
     with refused(HubError, f"{NAME} could not be fetched"):
         list(pull(NAME, tmp_path / "m", endpoint="http://127.0.0.1:9"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, write_checkpoint
+from tests.conftest import ROOT, lend_library, write_checkpoint
 
 # An audit hook sees every socket of the process, whichever library opens it; it cannot be removed.
 GUARD = """
@@ -38,6 +38,7 @@ def m1(
     path = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "quantize", ROOT / "app"))
     environment = os.environ | {"PYTHONPATH": path, "M1_HOME": str(home)}
     environment.pop("HF_HUB_OFFLINE", None)
+    lend_library(home)
     return subprocess.run(
         [sys.executable, "-c", f"{code}\n{RUN}", *map(str, arguments)],
         env=environment,
@@ -126,6 +127,7 @@ def test_a_conversation_in_the_terminal_opens_no_socket(
     pytest.importorskip("pyte", reason="the terminal emulator is missing: pip install -e .[dev]")
     from tests.screen import Screen
 
+    lend_library(tmp_path / "home")
     command = ["chat", str(tiny_checkpoint), "-n", "8", "--temp", "0"]
     screen = Screen(command, {"M1_HOME": str(tmp_path / "home")}, GUARD)
     try:

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -17,6 +16,7 @@ from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.publish import Publication, Published, Sending, publish
 from m1local_quantize.recipe import Recipe
 from tests.damage import change_json, overwrite, refused
+from tests.hub_server import hurry
 from tests.hub_upload_server import UploadHub
 from tests.test_pipeline import bytes_of
 
@@ -45,8 +45,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # Xet storage is not on loopback
-    monkeypatch.setattr(transfer, "WAIT_SECONDS", 0.01)
-    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))
+    hurry(monkeypatch)
     yield server
     server.close()
 

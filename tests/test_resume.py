@@ -20,7 +20,7 @@ from m1local_quantize.passage import TensorWritten
 from m1local_quantize.pipeline import Planned, Stage, quantize_checkpoint
 from m1local_quantize.plan import Step
 from m1local_quantize.recipe import Recipe
-from tests.conftest import ROOT, TINY, write_checkpoint
+from tests.conftest import ROOT, TINY, lend_library, write_checkpoint
 from tests.test_pipeline import bytes_of
 
 SHARD_BYTES = 40_000
@@ -162,6 +162,7 @@ for event in events:
     print(type(event).__name__, getattr(event, "resumed_bytes", ""), flush=True)
     time.sleep(0.01)
 """
+    lend_library(Path(os.environ["M1_HOME"]))
     resumed = []
     for lines_before_kill in (3, 12, 25, None):
         process = subprocess.Popen(

@@ -210,10 +210,13 @@ def test_after_a_restart_of_the_server_the_page_goes_on(
     window.stop()
     window.until(lambda: "?c=" in window.browser.current_url, "the address names nothing")
     address, port = window.browser.current_url, page.port
+    window.assert_private_and_quiet()
     page.blocks.close()
     again = Served(model, web_home, port=port)
     try:
         until = time.monotonic() + PATIENCE_SECONDS
+        window.browser.get("about:blank")
+        window.browser.get_log("browser")  # of the server that went away
         window.browser.get(address)
         window.until(lambda: window.questions == ["before the restart"], "it was forgotten")
         window.ask("after it", answers=2)
@@ -221,4 +224,5 @@ def test_after_a_restart_of_the_server_the_page_goes_on(
         assert [message.content for message in path(again)][::2] == window.questions
         assert time.monotonic() < until
     finally:
+        window.browser.get("about:blank")  # a page still there would report that it closes
         again.close()

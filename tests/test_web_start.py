@@ -15,7 +15,7 @@ import pytest
 from m1local_app import notices
 from m1local_app.history import History
 from m1local_app.web import serving
-from tests.conftest import ROOT
+from tests.conftest import ROOT, lend_library
 from tests.web_page import MARKS, PATIENCE_SECONDS, SlowEngine, Window
 
 pytestmark = MARKS
@@ -27,6 +27,7 @@ def started(
     folder: Path, m1_home: Path, *options: str
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The page's address, and the process that serves the checkpoint in `folder`."""
+    lend_library(m1_home)
     port = serving.free_port()
     environment = os.environ | {
         "M1_HOME": str(m1_home),
@@ -108,7 +109,7 @@ def stored(m1_home: Path) -> str:
 def test_a_password_is_asked_for_by_a_page_that_loads_nothing_from_elsewhere(
     folder: Path, m1_home: Path, opened: Window
 ) -> None:
-    with started(folder, m1_home, "--auth", "me:open sesame") as (address, _):
+    with started(folder, m1_home, "-n", "6000", "--auth", "me:open sesame") as (address, _):
         opened.browser.get(address)
         opened.until(lambda: opened.shown("input[type=password]"), "nobody asks for a password")
         assert not opened.shown("#shell")
