@@ -188,8 +188,8 @@ def decode_speed(result: dict[str, Any]) -> str:
     """Rates of prompts and answers beside llama.cpp's."""
     return (
         f"{_rates(result)}\n\n{_conditions(result)} The last columns say how many times as fast as "
-        "llama.cpp (a LLaMA of the same dimensions). `int4-64` and `int4-128` are int4 everywhere in "
-        "groups of so many; the default `int4` has its head in 8 bits; `bnb-nf4` runs on "
+        "llama.cpp (a LLaMA of the same dimensions). `int4-64` and `int4-128` are int4 everywhere "
+        "in groups of so many; the default `int4` has its head in 8 bits; `bnb-nf4` runs on "
         f"bitsandbytes' own kernels. Peer: {result['peer']}. {machine_line(result)}"
     )
 
