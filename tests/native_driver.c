@@ -59,7 +59,11 @@ static void run_rows(int rows, int columns, int is_wide, int threads)
     m1_quantize_rows(source, is_wide, rows, columns, codes, scales, threads);
     if (!m1_all_finite(source, is_wide, (int64_t)count))
         exit(3);
-    free(source), free(codes), free(scales);
+    float *scratch = exactly((size_t)columns * sizeof *scratch);
+    float *divided = exactly(count * sizeof *divided);
+    m1_squared_lengths(source, is_wide, rows, columns, scratch, scales);
+    m1_divide_rows(source, is_wide, rows, columns, scales, divided);
+    free(source), free(codes), free(scales), free(scratch), free(divided);
 }
 
 static void run_products(int rows, int n, int columns, int size, int is_wide, int threads)

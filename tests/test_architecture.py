@@ -33,11 +33,12 @@ FORBIDDEN = {
 RUNTIME_ORDER = (
     ("errors",),
     ("folder", "home", "formats", "sums", "kv_store"),
-    ("native.library", "native"),
+    ("native.library", "native.recycled", "native"),
     ("native.quantize", "native.matmul", "native.attention", "native.neighbours", "native.stream"),
     ("config", "rope", "cuda", "cuda.card", "cuda.matrix", "cuda.transfer"),
     ("cuda.words", "cuda.support", "cuda.int4pack", "cuda.kept"),
     ("cuda.products",),
+    ("formats.slices",),
     ("formats.base", "formats.int4pack"),
     ("formats.groups", "formats.int8", "formats.bnb"),
     ("cache", "shards", "manifest"),

@@ -153,7 +153,7 @@ def test_a_run_that_was_cut_goes_on_without_what_was_dropped(
     converted: list[str] = []
     convert = Converter.convert
 
-    def counted(self: Converter, step: Step) -> dict[str, torch.Tensor]:
+    def counted(self: Converter, step: Step) -> Iterator[tuple[str, torch.Tensor]]:
         converted.append(step.name)
         return convert(self, step)
 

@@ -17,6 +17,7 @@ from m1local.errors import RecipeError
 from m1local.formats import LinearSpec, format_class
 from m1local.home import DEMO
 from m1local.manifest import CheckpointManifest
+from m1local.memory import Model, Setting
 from m1local_app import fitting, options
 from m1local_app.cli import cli
 from m1local_quantize import sensitivity
@@ -208,6 +209,11 @@ def test_a_context_takes_its_bytes_from_the_weights() -> None:
     }
     per_token = 40_960 + 81_920  # bytes of keys and values, bf16, in global and in sliding layers
     assert differences == {4096: 2048 * per_token, 8192: 6144 * per_token}
+    for context in (16, 2048, 32768):  # weights of that size are planned to fit, and no more
+        model = Model(config, dict.fromkeys(matrix_names(config), INT4), torch.bfloat16)
+        demand = model.demand(Setting(context), torch.device("cuda"))
+        least = demand.device + demand.runtime
+        assert weights_within(least, config, context) == model.weights == demand.weights
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,7 @@ def test_fit_from_the_command_line_measures_once(
     [
         (["-r", "fit"], "needs a size: --budget 7GiB"),
         (["-r", "fit", "--budget", "1kB"], "at least by the recipe fit"),
-        (["-r", "fit", "--for", "600MB"], "at least by the recipe fit"),
+        (["-r", "fit", "--for", "450MB"], "at least by the recipe fit"),
         (["-r", "int4", "--budget", "1GB"], "go with the recipe fit"),
         (["-r", "bad.toml", "--budget", "1GB"], "group size is None"),
     ],

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from m1local.formats import LinearSpec, format_class
-from m1local.formats.base import ROWS_QUANTIZED
 from m1local.formats.groups import Int4Linear
+from m1local.formats.slices import ROWS_QUANTIZED
+from m1local.model import normalize_head
 from m1local.native import library
 from m1local.native import quantize as native
 from m1local_quantize.methods import hqq, quantizer, refit
@@ -91,6 +92,25 @@ def by_torch(
 def bits_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As bytes: there 0 and -0 differ."""
     return {name: tensor.contiguous().view(torch.uint8) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 128, 129, 640])
+def test_rows_of_unit_length_have_torchs_bits(
+    kind: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = KINDS[kind]((5, columns), columns)
+    narrow = wide.clamp(-BFLOAT16_MAX, BFLOAT16_MAX).to(torch.bfloat16)
+    for rows in (narrow, wide):
+        assert native.unit_rows(rows) is not None
+        kept = rows.clone()
+        found = normalize_head(rows, torch.float32)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            expected = normalize_head(rows, torch.float32)
+        assert_bit_equal(bits_of({"head": found}), bits_of({"head": expected}))
+        assert torch.equal(rows, kept)
+        assert normalize_head(rows).dtype == rows.dtype
 
 
 @every_choice

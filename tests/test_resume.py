@@ -1,11 +1,13 @@
 """A killed run is continued: nothing finished is done again, and the bytes are the same."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,13 +16,18 @@ import pytest
 from torch import Tensor
 
 from m1local.checkpoint import load_model
+from m1local.errors import StorageError
+from m1local.formats import base
+from m1local_quantize import convert
 from m1local_quantize.convert import Converter
 from m1local_quantize.journal import MARKER
 from m1local_quantize.passage import TensorWritten
 from m1local_quantize.pipeline import Planned, Stage, quantize_checkpoint
 from m1local_quantize.plan import Step
 from m1local_quantize.recipe import Recipe
+from m1local_quantize.shard_writer import ShardWriter
 from tests.conftest import ROOT, TINY, lend_library, write_checkpoint
+from tests.damage import refused
 from tests.test_pipeline import bytes_of
 
 SHARD_BYTES = 40_000
@@ -55,11 +62,11 @@ def interrupted(source: Path, target: Path, tensors: int) -> None:
 def converted_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the source tensors that are converted from now on."""
     names: list[str] = []
-    convert = Converter.convert
+    converting = Converter.convert
 
-    def note(converter: Converter, step: Step) -> dict[str, Tensor]:
+    def note(converter: Converter, step: Step) -> Iterator[tuple[str, Tensor]]:
         names.append(step.name)
-        return convert(converter, step)
+        return converting(converter, step)
 
     monkeypatch.setattr(Converter, "convert", note)
     return names
@@ -142,6 +149,31 @@ def test_another_recipe_or_source_starts_over(source: Path, tmp_path: Path) -> N
     assert planned.resumed_bytes == 0
 
 
+@pytest.mark.parametrize("recipe", ["int4", "int8", "bnb-nf4"])
+def test_a_tensor_cut_between_its_parts_is_written_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    list(run(source, tmp_path / "undisturbed", recipe))
+    monkeypatch.setattr(base, "WEIGHTS_PER_PART", 1)  # of a few slices, so several of each
+    monkeypatch.setattr(convert, "ROWS_QUANTIZED", 8)
+    write, parts, failing = ShardWriter.write, Counter[str](), "model.layers.1.mlp.up_proj.weight"
+
+    def cut(writer: ShardWriter, name: str, part: Tensor) -> str | None:
+        parts[name] += 1
+        if (name, parts[name]) == (failing, 3):
+            raise OSError(errno.EIO, "Input/output error")
+        return write(writer, name, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", cut)
+        with refused(StorageError, r"out cannot be written \(Input/output error\)"):
+            list(run(source, tmp_path / "out", recipe))
+    assert parts[failing] == 3  # and nothing after what failed
+    assert list(parts)[-1] == failing
+    list(run(source, tmp_path / "out", recipe))
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "undisturbed")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX; elsewhere see the tests above")
 def test_sigkill_at_any_moment_costs_nothing_but_the_tensor_at_hand(
@@ -155,6 +187,7 @@ from pathlib import Path
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.plan import Step
 from m1local_quantize.recipe import Recipe
+from m1local_quantize.shard_writer import ShardWriter
 events = quantize_checkpoint(
     Path({str(source)!r}), Path({str(target)!r}), Recipe.find("int4"), shard_bytes={SHARD_BYTES}
 )

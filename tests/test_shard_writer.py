@@ -1,6 +1,9 @@
 """The shard writer against safetensors itself: every dtype, every size, nothing half written."""
 
+import errno
 import json
+import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from m1local.formats.base import Stored
+from m1local.manifest import FileRecord
 from m1local.shards import DTYPES
+from m1local_quantize import write_back
 from m1local_quantize.shard_writer import ShardWriter
 
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (3,), (9,), (5, 7), (0, 4), (1, 1, 2, 1, 2)]
@@ -68,6 +73,45 @@ def test_a_tensor_that_is_not_contiguous_is_written_in_its_order(tmp_path: Path)
     tensor = torch.arange(12.0).view(3, 4).T
     write_all(tmp_path / "x.safetensors", {"x": tensor})
     assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], tensor)
+
+
+def test_a_tensor_in_parts_is_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_back, "AT_ONCE", 100)
+    tensors = {"a": torch.arange(77 * 16).view(77, 16), "b": torch.arange(5.0), "c": torch.ones(64)}
+    write_all(tmp_path / "whole.safetensors", tensors)
+    layout = {name: Stored(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    with ShardWriter(tmp_path / "parts.safetensors", layout) as writer:
+        assert writer.write("b", tensors["b"][:3]) is None
+        for start, stop in ((0, 1), (1, 1), (1, 40)):
+            assert writer.write("a", tensors["a"][start:stop]) is None
+        found = writer.write("a", tensors["a"][40:])
+        assert found == f"{zlib.crc32(tensors['a'].numpy().tobytes()):08x}"
+        assert writer.write("c", tensors["c"])
+        assert writer.write("b", tensors["b"][3:])
+    assert writer.record == FileRecord.of(tmp_path / "parts.safetensors")
+    assert writer.record == FileRecord.of(tmp_path / "whole.safetensors")
+
+
+def test_what_the_disk_lost_on_the_way_is_not_called_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = [OSError(errno.EIO, "Input/output error")]
+
+    def sync(descriptor: int) -> None:  # the system tells of it once
+        if lost:
+            raise lost.pop()
+
+    monkeypatch.setattr(write_back, "AT_ONCE", 1)
+    monkeypatch.setattr(os, "fsync", sync)
+    path = tmp_path / "x.safetensors"
+    with (
+        pytest.raises(OSError, match="Input/output"),
+        ShardWriter(path, {"x": Stored((4,), torch.float32)}) as writer,
+    ):
+        writer.write("x", torch.zeros(4))
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from m1local.formats import LinearSpec
-from m1local.formats.base import ROWS_QUANTIZED, for_slices
+from m1local.formats.slices import ROWS_QUANTIZED, for_slices
 from tests.conftest import ROOT
 from tests.test_formats import BNB_INT8, NF4, assert_bit_equal, every_spec, matrix, store
 

@@ -208,11 +208,11 @@ def test_a_disk_that_runs_full_is_called_full(
     write = ShardWriter.write
     written: list[str] = []
 
-    def full(writer: ShardWriter, name: str, tensor: Tensor) -> None:
+    def full(writer: ShardWriter, name: str, part: Tensor) -> str | None:
         if len(written) == tensors_before:
             raise NO_SPACE
         written.append(name)
-        write(writer, name, tensor)
+        return write(writer, name, part)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", full)

@@ -6,6 +6,8 @@ is not: a catch-all. A bug keeps its traceback, without local variables: they wo
 wrote.
 """
 
+import atexit
+import gc
 import os
 import sys
 from typing import Any
@@ -41,6 +43,8 @@ class M1Group(TyperGroup):
 
     def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run as a program; what is wrong with the command line is one line, too."""
+        # Or Python looks through all that was imported for garbage once more, a third of a second.
+        atexit.register(gc.freeze)
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **options)  # type: ignore[misc]
         try:

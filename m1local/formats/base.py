@@ -8,9 +8,8 @@ Words: a matrix W is (N, K), N output rows and K input columns. `tensors` are wh
 stores of one matrix, keyed by what follows the module's name ("weight", "scales", …).
 """
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, NamedTuple, Self, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +17,14 @@ from torch import Tensor, nn
 from m1local.cuda import support
 from m1local.cuda.matrix import Matrix
 from m1local.formats import LinearSpec
+from m1local.formats.slices import ROWS_QUANTIZED, in_order, joined, slices_of
 from m1local.native import matmul
+from m1local.native import quantize as native
 
 ROWS_PER_SLICE = 256  # of W: slices that stay in the cache are five times faster than the whole
 SLICES = "slices dequantized to float"
 TRITON = "Triton, as stored; with many rows, restored slices and cuBLAS"
-T = TypeVar("T")
-ROWS_QUANTIZED = 64  # at a time: quantizing holds several copies of a slice, in 32 bits
+WEIGHTS_PER_PART = 1 << 20  # quantized and handed on at a time, about
 
 
 class Stored(NamedTuple):
@@ -42,25 +42,6 @@ class Stored(NamedTuple):
 def inverse_of(scales: Tensor) -> Tensor:
     """What values are multiplied by for their codes: 1 / scale, or 0 where that would overflow."""
     return torch.where(scales >= torch.finfo(torch.float32).tiny, 1 / scales, 0)
-
-
-def for_slices(work: Callable[[int, int], T], rows: int, rows_per_slice: int) -> list[T]:
-    """`work(start, stop)` for all slices of so many rows; their results in order.
-
-    Small slices go to as many threads as torch has, each of which computes alone: torch's own
-    threads would wait for each other after every small operation, most of the time where another
-    program uses a core too.
-    """
-    slices = [(at, min(at + rows_per_slice, rows)) for at in range(0, rows, rows_per_slice)]
-    threads = torch.get_num_threads()
-    if threads == 1 or rows_per_slice > ROWS_QUANTIZED:
-        return [work(*part) for part in slices]
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        return [job.result() for job in [pool.submit(work, *part) for part in slices]]
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # which the pool's threads changed for those begun later
 
 
 class QuantizedLinear(nn.Module):
@@ -106,33 +87,50 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def quantize_matrix(
+    def quantize_parts(
         cls,
         rows: Callable[[int, int], Tensor],
         shape: tuple[int, int],
         spec: LinearSpec,
         quantize: Callable[[Tensor, LinearSpec], Mapping[str, Tensor]] | None = None,
         rows_per_slice: int = ROWS_QUANTIZED,
-    ) -> dict[str, Tensor]:
+    ) -> Iterator[tuple[str, Tensor]]:
         """Quantize a whole (N, K) matrix slice by slice; `rows(start, stop)` hands out a slice.
 
-        `quantize` takes the place of the format's own rounding.
+        What is stored comes by name and in parts, in its order: those of the first tensor, which
+        is the largest, as they are done; then those of the others. `quantize` takes the place of
+        the format's own rounding.
         """
-        out_features = shape[0]
-        whole = {
-            name: torch.empty(stored.shape, dtype=stored.dtype)
-            for name, stored in cls.stored(*shape, spec).items()
-            if name not in cls.shared
-        }
+        chosen = quantize or cls.quantize
+        growing, *others = cls.stored(*shape, spec)
+        kept: dict[str, list[Tensor]] = {name: [] for name in others if name not in cls.shared}
 
-        def work(start: int, stop: int) -> None:
-            for name, part in (quantize or cls.quantize)(rows(start, stop), spec).items():
-                if name in whole:
-                    per_row = whole[name].shape[0] // out_features
-                    whole[name][start * per_row : stop * per_row] = part
+        def work(start: int, stop: int) -> dict[str, Tensor]:
+            part = rows(start, stop)
+            if native.serves(part):  # and needs no copies in 32 bits
+                return dict(chosen(part, spec))
+            return joined(chosen(part[a:b], spec) for a, b in slices_of(len(part), rows_per_slice))
 
-        for_slices(work, out_features, rows_per_slice)
-        return whole | cls.shared_tensors(shape, spec)
+        threads = None if rows_per_slice <= ROWS_QUANTIZED else 1
+        rows_per_part = max(rows_per_slice, WEIGHTS_PER_PART // shape[1])
+        for part in in_order(work, slices_of(shape[0], rows_per_part), threads):
+            yield growing, part[growing]
+            for name, found in kept.items():
+                found.append(part[name])
+        shared = cls.shared_tensors(shape, spec)
+        yield from ((name, part) for name in others for part in kept.get(name) or [shared[name]])
+
+    @classmethod
+    def quantize_matrix(
+        cls,
+        rows: Callable[[int, int], Tensor],
+        shape: tuple[int, int],
+        spec: LinearSpec,
+        quantize: Callable[[Tensor, LinearSpec], Mapping[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """As `quantize_parts`, all in memory."""
+        parts = cls.quantize_parts(rows, shape, spec, quantize)
+        return joined([{name: part} for name, part in parts])
 
     @classmethod
     def shared_tensors(cls, shape: tuple[int, int], spec: LinearSpec) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -23,7 +23,8 @@ from torch import Tensor
 from m1local.cuda.matrix import Matrix, fits, levels_matrix, nested_matrix
 from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
-from m1local.formats.base import ROWS_QUANTIZED, QuantizedLinear, Stored
+from m1local.formats.base import QuantizedLinear, Stored
+from m1local.formats.slices import ROWS_QUANTIZED
 
 IMPORTING = threading.Lock()
 BLOCK = 64  # weights that share one absmax; along a row, since rows are multiples of it
@@ -221,20 +222,25 @@ class BnbNf4DqLinear(Bnb4bitLinear):
         return cls.quantize_matrix(lambda start, stop: rows[start:stop], shape, spec)
 
     @classmethod
-    def quantize_matrix(
+    def quantize_parts(
         cls,
         rows: Callable[[int, int], Tensor],
         shape: tuple[int, int],
         spec: LinearSpec,
         quantize: Callable[[Tensor, LinearSpec], Mapping[str, Tensor]] | None = None,
         rows_per_slice: int = ROWS_QUANTIZED,
-    ) -> dict[str, Tensor]:
+    ) -> Iterator[tuple[str, Tensor]]:
         """As NormalFloat 4, then what `quantize_4bit(compress_statistics=True)` does to it.
 
-        Not by slices: all block sizes of a matrix share one mean.
+        All block sizes of a matrix share one mean.
         """
-        plain = BnbNf4Linear.quantize_matrix(rows, shape, spec, None, rows_per_slice)
-        absmax = plain["weight.absmax"]
+        sizes = []
+        for name, part in BnbNf4Linear.quantize_parts(rows, shape, spec, None, rows_per_slice):
+            if name == "weight":
+                yield name, part
+            elif name == "weight.absmax":
+                sizes.append(part)
+        absmax = torch.cat(sizes)
         mean = absmax.mean()
         codes, nested = bitsandbytes().functional.quantize_blockwise(
             absmax - mean, blocksize=NESTED_BLOCK
@@ -245,7 +251,8 @@ class BnbNf4DqLinear(Bnb4bitLinear):
         padded = torch.full((NESTED_STATE_BYTES,), ord(" "), dtype=torch.uint8)
         padded[: described.numel()] = described
         found = {f"weight.{name}": tensor for name, tensor in tensors.items()}
-        return found | {"weight": plain["weight"], NF4_STATE: padded}
+        found[NF4_STATE] = padded
+        yield from ((name, found[name]) for name in cls.stored(*shape, spec) if name != "weight")
 
 
 class BnbInt8Linear(QuantizedLinear):

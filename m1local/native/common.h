@@ -54,6 +54,11 @@ M1_EXPORT void m1_quantize_groups(
 M1_EXPORT void m1_quantize_rows(
     const void *source, int is_wide, int64_t rows, int64_t columns, int8_t *codes, float *scales,
     int threads);
+M1_EXPORT void m1_squared_lengths(
+    const void *source, int is_wide, int64_t rows, int64_t columns, float *scratch, float *sums);
+M1_EXPORT void m1_divide_rows(
+    const void *source, int is_wide, int64_t rows, int64_t columns, const float *divisors,
+    float *target);
 M1_EXPORT int m1_all_finite(const void *values, int is_wide, int64_t count);
 
 /* A matrix as it is stored: groups of a few bits, or rows of bytes. */

@@ -1,4 +1,4 @@
-"""Calls into the compiled library: groups, rows of bytes, and whether values are numbers.
+"""Calls into the compiled library: groups, rows of bytes, lengths, and whether finite.
 
 What it is: tensors in, tensors out, with torch's own results to the bit; None where there is no
 library or where it does not know a tensor's kind, and then torch does it. It runs on as many
@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from m1local.native import recycled
 from m1local.native.library import address, library
 
 NARROW = torch.bfloat16
@@ -92,7 +93,7 @@ def quantize_groups(
         levels.rounds, levels.start = choice.rounds, choice.start
     elif choice is not None:
         levels.rounds, shrinkage = len(choice.weights), ctypes.byref(_Shrinkage.of(choice))
-    packed = [torch.empty(count, columns * bits // 8, dtype=torch.uint8) for bits in planes]
+    packed = [recycled.empty((count, columns * bits // 8), torch.uint8) for bits in planes]
     scales, zeros = torch.empty(2, count, columns // size, dtype=torch.bfloat16)
     compiled.m1_quantize_groups(
         address(rows),
@@ -114,7 +115,7 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     compiled = _serving(rows)
     if compiled is None:
         return None
-    codes = torch.empty(rows.shape, dtype=torch.int8)
+    codes = recycled.empty(rows.shape, torch.int8)
     scales = torch.empty(rows.shape[0], dtype=torch.float32)
     compiled.m1_quantize_rows(
         address(rows),
@@ -128,6 +129,22 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     return codes, scales
 
 
+def unit_rows(rows: Tensor) -> Tensor | None:
+    """Rows (n, K), each divided by its length, in float32; a row of zeros stays."""
+    compiled = _serving(rows)
+    if compiled is None:
+        return None
+    count, columns = rows.shape
+    kind, sizes = rows.dtype != NARROW, (ctypes.c_int64(count), ctypes.c_int64(columns))
+    scratch, squares = torch.empty(columns), torch.empty(count, 1)
+    compiled.m1_squared_lengths(address(rows), kind, *sizes, address(scratch), address(squares))
+    # The root is torch's: not always the nearest float, so that nothing else has the same bits.
+    lengths = squares.sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
+    found = recycled.empty((count, columns), torch.float32)
+    compiled.m1_divide_rows(address(rows), kind, *sizes, address(lengths), address(found))
+    return found
+
+
 def all_finite(values: Tensor) -> bool | None:
     """Whether all `values` are finite numbers."""
     compiled = _serving(values)
@@ -135,6 +152,11 @@ def all_finite(values: Tensor) -> bool | None:
         return None
     wide = values.dtype != NARROW
     return bool(compiled.m1_all_finite(address(values), wide, ctypes.c_int64(values.numel())))
+
+
+def serves(rows: Tensor) -> bool:
+    """Whether the library reads these rows as they lie."""
+    return _serving(rows) is not None
 
 
 def _serving(tensor: Tensor) -> ctypes.CDLL | None:

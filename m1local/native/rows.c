@@ -1,6 +1,6 @@
-/* Rows of signed bytes (m1local/formats/int8.py), and whether values are numbers at all.
+/* Rows of signed bytes (m1local/formats/int8.py), their lengths, and whether values are numbers.
  *
- * Both look at the bits of a float as an integer: without the sign they are in the same order, and
+ * The first and the last look at the bits of a float as an integer: without the sign they are in the same order, and
  * infinities and what is no number lie above everything else.
  */
 #include <math.h>
@@ -74,5 +74,45 @@ M1_EXPORT void m1_quantize_rows(
         const int64_t at = row * columns;
         scales[row] = is_wide ? quantize_32((const float *)source + at, columns, codes + at)
                               : quantize_16((const bfloat16 *)source + at, columns, codes + at);
+    }
+}
+
+/* The sum of `count` values, in the order of m1local/sums.py; they are lost. */
+static float halved_sum(float *values, int64_t count)
+{
+    while (count > 1) {
+        const int64_t half = (count + 1) / 2; /* of an odd number the middle one has no partner */
+        for (int64_t i = 0; i < count - half; i++)
+            values[i] += values[half + i];
+        count = half;
+    }
+    return values[0];
+}
+
+/* The sum of the squares of each of the rows (rows, columns); `scratch` has room for a row. */
+M1_EXPORT void m1_squared_lengths(
+    const void *source, int is_wide, int64_t rows, int64_t columns, float *scratch, float *sums)
+{
+    for (int64_t row = 0; row < rows; row++) {
+        const float *wide = (const float *)source + row * columns;
+        const bfloat16 *narrow = (const bfloat16 *)source + row * columns;
+        for (int64_t i = 0; i < columns; i++) {
+            const float weight = is_wide ? wide[i] : widened(narrow[i]);
+            scratch[i] = weight * weight;
+        }
+        sums[row] = halved_sum(scratch, columns);
+    }
+}
+
+/* Divide each of the rows (rows, columns) by its divisor. */
+M1_EXPORT void m1_divide_rows(
+    const void *source, int is_wide, int64_t rows, int64_t columns, const float *divisors,
+    float *target)
+{
+    for (int64_t row = 0; row < rows; row++, target += columns) {
+        const float *wide = (const float *)source + row * columns;
+        const bfloat16 *narrow = (const bfloat16 *)source + row * columns;
+        for (int64_t i = 0; i < columns; i++)
+            target[i] = (is_wide ? wide[i] : widened(narrow[i])) / divisors[row];
     }
 }

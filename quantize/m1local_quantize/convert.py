@@ -4,13 +4,14 @@ What it is: the step of the pipeline that computes; one matrix at a time, in sli
 it is not: the arithmetic of a format (m1local.formats) or of a method (methods/).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from m1local.formats import format_class
-from m1local.formats.base import ROWS_PER_SLICE, ROWS_QUANTIZED
+from m1local.formats.base import ROWS_PER_SLICE
+from m1local.formats.slices import ROWS_QUANTIZED
 from m1local_quantize.calibration import Calibrator
 from m1local_quantize.methods import gptq, optimum_gptq, quantizer
 from m1local_quantize.plan import Plan, Step
@@ -32,30 +33,31 @@ class Converter:
             optimum_gptq.Quantized(source, plan, text.samples) if text is not None else None
         )
 
-    def convert(self, step: Step) -> dict[str, Tensor]:
-        """What is stored of one source tensor."""
+    def convert(self, step: Step) -> Iterator[tuple[str, Tensor]]:
+        """What is stored of one source tensor, by name and in its order, the largest in parts."""
         source = self._source
         whole = source.tensor(step.name)
         if not step.is_quantized:
-            copy = torch.empty_like(whole)
             for start in range(0, whole.shape[0], ROWS_PER_SLICE):
                 stop = min(start + ROWS_PER_SLICE, whole.shape[0])
-                copy[start:stop] = source.narrow_rows(step.name, whole, start, stop)
-            return {step.name: copy}
+                rows = source.narrow_rows(step.name, whole, start, stop)
+                yield step.name, rows.to(whole.dtype)
+            return
         module = step.name.removesuffix(".weight")
         if self._optimum is not None and module in self._optimum:
             found = self._optimum.tensors(module)
-            return {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}
+            yield from ((f"{module}.{suffix}", tensor) for suffix, tensor in found.items())
+            return
         quantize, rows_per_slice = quantizer(step.method, step.spec), ROWS_QUANTIZED
         if step.method == "gptq" and self._calibrator is not None and module.startswith(LAYER):
             # Given away, not named here: two of the largest are held meanwhile, not three.
             quantize = gptq.prepare(self._calibrator.hessian(module), self._calibrator.inputs)
             rows_per_slice = gptq.ROWS_PER_SLICE
-        tensors = format_class(step.spec.format).quantize_matrix(
+        for suffix, part in format_class(step.spec.format).quantize_parts(
             lambda start, stop: source.narrow_rows(step.name, whole, start, stop),
             (step.shape[0], step.shape[1]),
             step.spec,
             quantize,
             rows_per_slice,
-        )
-        return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        ):
+            yield f"{module}.{suffix}", part

@@ -1,6 +1,6 @@
 """What a quantization will take, before it is begun: bytes, memory, seconds.
 
-What it is: sizes from the plan, which are exact; memory from the largest matrix; time from
+What it is: sizes from the plan, which are exact; memory from what is under way at once; time from
 converting a few rows of one matrix of each kind on this machine (gptq: gptq_cost.py). What it is
 not: a promise; the disk may be slower than the processor, and optimum is not timed.
 """
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from m1local.formats.base import ROWS_QUANTIZED, for_slices
+from m1local.formats.base import WEIGHTS_PER_PART
+from m1local.formats.slices import AHEAD, ROWS_QUANTIZED, for_slices
 from m1local_quantize.gptq_cost import is_gptq, measured_seconds
 from m1local_quantize.methods import gptq, optimum_gptq, quantizer
+from m1local_quantize.passage import MOST_PENDING
 from m1local_quantize.plan import Plan, Step
 from m1local_quantize.source import Source
 from m1local_quantize.stream import LAYER
@@ -41,10 +43,11 @@ def estimate(source: Source, plan: Plan, calibration_tokens: int = 0) -> Estimat
 
     `calibration_tokens` are those of the text that gptq reads.
     """
-    largest = max((step.nbytes for step in plan.steps), default=0)
+    kept = max((_kept_bytes(step) for step in plan.steps), default=0)
     widest = max((step.shape[-1] for step in plan.steps if step.is_quantized), default=0)
     rows = ROWS_QUANTIZED * torch.get_num_threads()
-    memory = 2 * largest + COPIES * rows * widest * FLOAT32_BYTES
+    parts = MOST_PENDING + 2 + (AHEAD + 1) * torch.get_num_threads()
+    memory = kept + (COPIES * rows * widest + parts * WEIGHTS_PER_PART) * FLOAT32_BYTES
     if plan.needs_calibration:  # the layer is let go before its matrices' rows are copied
         layers = [step for step in plan.steps if step.name.startswith(LAYER)]
         written = 2 * max((step.nbytes for step in layers), default=0)
@@ -74,6 +77,11 @@ def _seconds(source: Source, plan: Plan, calibration_tokens: int) -> float:
         _seconds_per_weight(source, max(steps, key=_weights)) * sum(map(_weights, steps))
         for steps in kinds.values()
     )
+
+
+def _kept_bytes(step: Step) -> int:
+    """Bytes that are held until all of a matrix is quantized: all but its first tensor."""
+    return step.nbytes - next(iter(step.tensors.values())).nbytes
 
 
 def _layer_weights(plan: Plan) -> int:

@@ -2,8 +2,8 @@
 
 What it is: measured costs (sensitivity.py) and a budget in bytes into a recipe with a rule for
 every matrix; the choice is the multiple-choice knapsack problem, solved by dynamic programming.
-What it is not: a measurement, or a guess at what a device needs beside the weights, except for
-`weights_within`, which says what it presumes.
+What it is not: a measurement, or the arithmetic of what a device needs beside the weights; that is
+m1local/memory.py.
 """
 
 import json
@@ -16,11 +16,11 @@ from typing import Self
 import numpy
 import torch
 
-from m1local.cache import REWIND_TOKENS, KVCache
-from m1local.checkpoint import parameter_shapes
+from m1local.checkpoint import matrix_names, parameter_shapes
 from m1local.config import M1Config
 from m1local.errors import RecipeError
 from m1local.formats import LinearSpec, format_class
+from m1local.memory import Model, Setting
 from m1local_quantize.methods import method_for
 from m1local_quantize.plan import stored_tensors
 from m1local_quantize.recipe import Recipe, Rule
@@ -29,7 +29,6 @@ from m1local_quantize.source import Source
 from m1local_quantize.stream import LAYER
 
 SLOTS = 1 << 17  # of the budget, at least, where sizes have no larger common measure
-WORKSPACE_BYTES = 640 << 20  # CUDA's own, kernels and activations: presumed, not measured
 GPTQ_GAIN = 0.46  # of refit's divergence; on m1-tiny 0.46 to 0.48 for each format of 3 to 6 bits
 Costs = Mapping[LinearSpec, float]
 
@@ -174,15 +173,12 @@ def stored_bytes(shape: tuple[int, int], spec: LinearSpec) -> int:
 
 
 def weights_within(device_bytes: int, config: M1Config, context_tokens: int) -> int:
-    """Bytes of weights that leave room on a device for a context and for WORKSPACE_BYTES.
+    """Bytes of weights that leave room on a card for a context and for the work.
 
-    Everything is presumed to lie on the device, keys and values in 16 bits.
+    Everything is presumed to lie on the card, keys and values in 16 bits: what is then needed is
+    what `m1 plan --memory` says.
     """
-    cache = KVCache.allocate(
-        config,
-        context_tokens,
-        dtype=torch.bfloat16,
-        device="meta",
-        rewind_tokens=REWIND_TOKENS,
-    )
-    return device_bytes - cache.nbytes - WORKSPACE_BYTES
+    specs = dict.fromkeys(matrix_names(config), LinearSpec("int8"))  # any; the rest is the same
+    model = Model(config, specs, torch.bfloat16)
+    demand = model.demand(Setting(context_tokens), torch.device("cuda"))
+    return device_bytes - (demand.device + demand.runtime - demand.weights)

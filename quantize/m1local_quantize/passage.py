@@ -5,11 +5,14 @@ when it is written, the original and what was made of it are passed side by side
 that no later stage reads are let go. What it is not: the arithmetic (convert.py, certificate.py).
 """
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from m1local.manifest import FileRecord
 from m1local_quantize.calibration import Written
@@ -22,6 +25,8 @@ from m1local_quantize.source import Source
 from m1local_quantize.stream import stage_of
 from m1local_quantize.text import Text
 from m1local_quantize.transfer import BytesFetched
+
+MOST_PENDING = 8  # parts that wait for the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,8 @@ class Passage:
         self.records: dict[str, FileRecord] = {}
         self._source, self._target, self._plan, self._journal = source, target, plan, journal
         self._layers = source.config.num_hidden_layers
-        self._pending: Future[None] | None = None
+        self._pending: deque[Future[None]] = deque()
+        self._failed = False
         self._converter = Converter(source, target, plan, calibrated_on)
         self._text, self._measurement = measured_on, None
         if measured_on is not None:
@@ -123,20 +129,38 @@ class Passage:
         return self._source.files.fetch([self._stored(step) for step in steps])
 
     def _write(self, writer: ShardWriter, step: Step) -> None:
-        converted = self._converter.convert(step)
-        self._settle()
+        """Begin to write what becomes of `step`, part by part while the next is computed."""
+        finished, checksums = set(self._journal.finished), {}
 
-        def store() -> None:
-            missing = {n: t for n, t in converted.items() if n not in self._journal.finished}
-            self._journal.add({name: writer.write(name, t) for name, t in missing.items()})
+        def store(name: str, part: Tensor) -> None:
+            checksum = writer.write(name, part)
+            if checksum is not None:
+                checksums[name] = checksum
 
-        self._pending = self._storing.submit(store)
+        for name, part in self._converter.convert(step):
+            if name not in finished:
+                self._store(store, name, part)
+        self._store(self._journal.add, checksums)
 
-    def _settle(self) -> None:
-        """Wait until what was computed is written."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+    def _store(self, work: Callable[..., None], *arguments: object) -> None:
+        """Let the storing thread do `work` after all before; wait where it is far behind."""
+
+        def attempt() -> None:
+            if self._failed:  # whoever waits is about to hear of it
+                return
+            try:
+                work(*arguments)
+            except BaseException:
+                self._failed = True
+                raise
+
+        self._settle(MOST_PENDING)
+        self._pending.append(self._storing.submit(attempt))
+
+    def _settle(self, most: int = 0) -> None:
+        """Wait until what was computed is written, but for the last `most` parts."""
+        while len(self._pending) > most:
+            self._pending.popleft().result()
 
     @contextmanager
     def _settled(self) -> Iterator[None]:

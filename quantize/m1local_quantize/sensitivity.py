@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from m1local.checkpoint import EMBEDDING, HEAD, load_modules, matrix_names
 from m1local.formats import LinearSpec, format_class
-from m1local.formats.base import ROWS_QUANTIZED, for_slices
+from m1local.formats.slices import ROWS_QUANTIZED, for_slices
 from m1local.model import M1Model
 from m1local_quantize.evaluate import Sample
 from m1local_quantize.methods import quantizer

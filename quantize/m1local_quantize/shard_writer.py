@@ -26,6 +26,7 @@ from torch import Tensor
 from m1local.formats.base import Stored
 from m1local.manifest import HASH_BLOCK, FileRecord, hash_rest
 from m1local.shards import DTYPES
+from m1local_quantize.write_back import WriteBack
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PARTIAL = ".part"
@@ -68,6 +69,14 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
+@dataclass(slots=True)
+class _Begun:
+    """So much of a tensor is written, and its CRC-32."""
+
+    nbytes: int = 0
+    checksum: int = 0
+
+
 class ShardWriter:
     """One safetensors file being written; rename and sync happen on leaving `with` unharmed."""
 
@@ -79,10 +88,12 @@ class ShardWriter:
         self.record: FileRecord | None = None  # of the whole file, once it is in place
         self._partial = partial_path(path)
         self._missing = {name: s for name, s in tensors.items() if name not in finished}
+        self._begun: dict[str, _Begun] = {}
         self._layout = Layout.of(tensors)
         self._digest, self._hashed = hashlib.sha256(), 0  # of the file's beginning: so many bytes
         if len(self._missing) < len(tensors):
             self._file: BinaryIO = self._partial.open("r+b")
+            self._write_back = WriteBack(self._file.fileno())
             return
         self._file = self._partial.open("wb")
         try:
@@ -93,27 +104,39 @@ class ShardWriter:
         except OSError:
             self._file.close()
             raise
+        self._write_back = WriteBack(self._file.fileno())
 
-    def write(self, name: str, tensor: Tensor) -> str:
-        """Write one tensor and return its checksum; raises OSError when the disk is full."""
-        stored = self._missing.pop(name)
-        if (tuple(tensor.shape), tensor.dtype) != (stored.shape, stored.dtype):
-            raise ValueError(f"{name} is {tensor.shape} {tensor.dtype}, laid out as {stored}")
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+    def write(self, name: str, part: Tensor) -> str | None:
+        """Write the next rows of a tensor, or all; once it is whole, return its checksum.
+
+        Raises OSError when the disk is full.
+        """
+        stored, begun = self._missing[name], self._begun.setdefault(name, _Begun())
+        if (
+            part.dtype != stored.dtype
+            or part.shape[1:] != stored.shape[1:]
+            or (begun.nbytes + part.nbytes > stored.nbytes)
+        ):
+            raise ValueError(f"{name} is {part.shape} {part.dtype}, laid out as {stored}")
+        flat = part.detach().cpu().contiguous().reshape(-1)
         content = flat.view(torch.uint8).numpy().data
-        offset = self._layout.offsets[name]
+        offset = self._layout.offsets[name] + begun.nbytes
         follows = offset == self._hashed
         self._hashed += len(content) if follows else 0
-        found = 0
         self._file.seek(offset)
         for at in range(0, len(content), HASH_BLOCK):
             block = content[at : at + HASH_BLOCK]
             self._file.write(block)
-            found = zlib.crc32(block, found)
+            begun.checksum = zlib.crc32(block, begun.checksum)
             if follows:
                 self._digest.update(block)
+        begun.nbytes += len(content)
+        self._write_back.grown(len(content))
+        if begun.nbytes < stored.nbytes:
+            return None
+        del self._missing[name], self._begun[name]
         self._file.flush()  # to the system: a killed process loses nothing any more
-        return f"{found:08x}"
+        return f"{begun.checksum:08x}"
 
     def __enter__(self) -> Self:
         """Begin writing tensors."""
@@ -131,9 +154,10 @@ class ShardWriter:
                 if self._missing:
                     raise ValueError(f"never written: {sorted(self._missing)}")
                 self._file.flush()
-                os.fsync(self._file.fileno())
+                self._write_back.finish()
                 self.record = self._recorded()
         finally:
+            self._write_back.close()
             self._file.close()
         if kind is None:
             os.replace(self._partial, self.path)

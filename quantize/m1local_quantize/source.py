@@ -106,11 +106,13 @@ class Source:
         """As `rows`, in the type they are stored in where that saves a copy."""
         part = whole[start:stop]
         if not all_finite(part):
+            finite = part.reshape(len(part), -1).isfinite().all(dim=1)
             raise CheckpointError(
                 f"{self.folder / self.files.file_of(self.stored_name(name))}: {name} holds values "
-                f"that are no numbers in the rows {start} to {stop - 1}; fetch that file again."
+                f"that are no numbers in its row {start + int(finite.int().argmin())}; fetch that "
+                "file again."
             )
-        return normalize_head(part.float()) if name == f"{HEAD}.weight" else part
+        return normalize_head(part, torch.float32) if name == f"{HEAD}.weight" else part
 
 
 def all_finite(part: Tensor) -> bool:
