@@ -1,7 +1,7 @@
 /* Rows of signed bytes (m1local/formats/int8.py), their lengths, and whether values are numbers.
  *
- * The first and the last look at the bits of a float as an integer: without the sign they are in the same order, and
- * infinities and what is no number lie above everything else.
+ * The first and the last look at the bits of a float as an integer: without the sign they are in
+ * the same order, and infinities and what is no number lie above everything else.
  */
 #include <math.h>
 
