@@ -290,7 +290,9 @@ def test_values_that_are_no_numbers_are_never_quantized(
 ) -> None:
     file_name = json.loads((source / INDEX).read_text())["weight_map"][name]
     change_tensors(source, file_name, lambda tensors: tensors[name].view(-1)[-1].fill_(value))
-    match = rf"{file_name}: {name} holds values that are no numbers in its row {row}; fetch that file"
+    match = (
+        rf"{file_name}: {name} holds values that are no numbers in its row {row}; fetch that file"
+    )
     with refused(CheckpointError, match):
         quantize(source, tmp_path / "out")
     with refused(ConfigError, "has no config.json"):
