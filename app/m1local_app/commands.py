@@ -64,11 +64,12 @@ def quantize(
     from m1local_app.fitting import Size, fitted_recipe
     from m1local_app.progress import dry_run, quantize_with_progress
     from m1local_quantize.recipe import Recipe
-    from m1local_quantize.target import check_contents
 
     chosen = Recipe.find(recipe or DEFAULT_RECIPE)  # before gigabytes are fetched
     found = fetched(source, offline=offline, keep_source=keep_source and not only_say)
-    original = open_source(found, offline=offline)
+    original = open_source(found, offline=offline, whole=not only_say)
+    from m1local_quantize.target import check_contents  # torch, while the original is being read
+
     if chosen.candidates or budget is not None or device is not None:
         check_contents(target, overwrite=overwrite or only_say)  # before an hour is spent
         size = Size(budget, device, ctx_size)

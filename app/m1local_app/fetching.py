@@ -25,6 +25,7 @@ from m1local_app.kept import size_text
 from m1local_app.language import tr
 from m1local_app.notices import show_licence_once
 from m1local_app.options import Chosen
+from m1local_quantize.hashing import FileHashes
 from m1local_quantize.hub import FileFetched, Record, Repository, pull
 from m1local_quantize.transfer import BytesFetched
 
@@ -73,15 +74,19 @@ def completed(chosen: Chosen, *, offline: bool) -> Chosen:
     return library.find(chosen.repository)
 
 
-def open_source(chosen: Chosen, *, offline: bool) -> "Source":
+def open_source(chosen: Chosen, *, offline: bool, whole: bool = True) -> "Source":
     """The original to be quantized, whose weights may still have to come.
 
-    Raises HubError where they would and `offline` is set.
+    Where the `whole` of it is going to be read, that begins while torch is being imported.
+    Raises HubError where weights would have to come and `offline` is set.
     """
+    hashes = FileHashes(chosen.folder)
+    if whole and chosen.repository is None:
+        hashes.begin_early()
     from m1local_quantize.source import Source  # torch, which `m1 --help` must not load
 
     if chosen.repository is None:
-        return Source.open(chosen.folder)
+        return Source.open(chosen.folder, hashes=hashes)
     if offline:
         raise HubError(_not_here(chosen.repository))
     from m1local_quantize.arriving import ArrivingFiles

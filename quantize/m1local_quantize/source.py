@@ -24,6 +24,7 @@ from m1local.generation_config import GenerationConfig
 from m1local.model import normalize_head
 from m1local.native import quantize as native
 from m1local.tokenizer import M1Tokenizer
+from m1local_quantize.hashing import FileHashes
 from m1local_quantize.hub import Record
 from m1local_quantize.source_files import LocalFiles, SourceFiles
 from m1local_quantize.text import Text
@@ -40,8 +41,10 @@ class Source:
     generation: GenerationConfig
 
     @classmethod
-    def open(cls, folder: Path, files: SourceFiles | None = None) -> "Source":
-        """Open `folder`; its weights are `files`, or lie in it.
+    def open(
+        cls, folder: Path, files: SourceFiles | None = None, hashes: FileHashes | None = None
+    ) -> "Source":
+        """Open `folder`; its weights are `files`, or lie in it, some of them hashed already.
 
         Raises CheckpointError naming what is missing, foreign or damaged.
         """
@@ -55,7 +58,9 @@ class Source:
         # What the result could not be used without is found out now, not after an hour.
         tokenizer = M1Tokenizer.from_folder(folder)
         generation = GenerationConfig.from_folder(folder)
-        files = LocalFiles.from_folder(folder) if files is None else files
+        if files is None:
+            files = LocalFiles.from_folder(folder)
+            files.hashes = hashes or files.hashes
         check_tensors(files, expected_tensors(config, {}), tied=config.tie_word_embeddings)
         return cls(folder, config, files, tokenizer, generation)
 

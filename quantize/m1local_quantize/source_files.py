@@ -4,15 +4,14 @@ What it is: what the pipeline may ask of either; `LocalFiles` is the one that li
 not: the transfer (arriving.py is the other one).
 """
 
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 from m1local.manifest import FileRecord
 from m1local.shards import DescribedTensors, TensorFiles
+from m1local_quantize.hashing import FileHashes
 from m1local_quantize.hub import RECORD, Record
 from m1local_quantize.transfer import BytesFetched
 
@@ -56,7 +55,7 @@ class LocalFiles(TensorFiles):
     def __init__(self, folder: Path, file_names: list[str]) -> None:
         """Open `file_names` in `folder`; raises CheckpointError for the first that is damaged."""
         super().__init__(folder, file_names)
-        self._hashing: dict[str, Future[FileRecord]] = {}
+        self.hashes = FileHashes(folder)
 
     def identity(self) -> Mapping[str, object]:
         """Size and time of every file; the published hashes, where they are as they were fetched.
@@ -73,8 +72,9 @@ class LocalFiles(TensorFiles):
 
     def records(self) -> dict[str, FileRecord]:
         """Size and SHA-256 of every file."""
-        self._hash(self.files)
-        return {name: self._hashing[name].result() for name in self.files}
+        for name in self.files:
+            self.hashes.begin(name)
+        return {name: self.hashes.record(name) for name in self.files}
 
     def held(self) -> AbstractContextManager[None]:
         """Do nothing: whoever changes them is noticed by their times."""
@@ -85,22 +85,9 @@ class LocalFiles(TensorFiles):
 
     def fetch(self, names: Collection[str]) -> Iterator[BytesFetched]:
         """Begin to hash the files that are going to be read; all are there."""
-        self._hash({self.file_of(name) for name in names})
+        for name in sorted({self.file_of(name) for name in names}):
+            self.hashes.begin(name)
         return iter(())
 
     def release(self, file_names: Collection[str]) -> None:
         """Do nothing: they are the user's."""
-
-    def _hash(self, file_names: Collection[str]) -> None:
-        for name in sorted(set(file_names) - self._hashing.keys()):
-            found: Future[FileRecord] = Future()
-            self._hashing[name] = found
-
-            def run(path: Path = self.folder / name, found: Future[FileRecord] = found) -> None:
-                try:
-                    found.set_result(FileRecord.of(path))
-                except OSError as error:
-                    found.set_exception(error)
-
-            # A daemon: whoever stops quantizing must not wait for it.
-            threading.Thread(target=run, daemon=True).start()
