@@ -97,19 +97,8 @@ def our_contestant(folder: Path, depth: int, march: str) -> Contestant:
     parameters = sum(_product(shape) for shape in shapes)
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     program = (M1_FOR.format(march=march) if march else "") + M1
-    command = (
-        sys.executable,
-        "-c",
-        program,
-        "bench",
-        str(folder),
-        "-r",
-        "1",
-        "-o",
-        "json",
-        "-n",
-        str(ANSWER),
-    )
+    asked = ("bench", str(folder), "-r", "1", "-o", "json", "-n", str(ANSWER))
+    command = (sys.executable, "-c", program, *asked)
     return Contestant(
         folder.name,
         True,
@@ -191,7 +180,9 @@ def main() -> None:
                   f"{one.late[-1] if one.late else 0:7.2f}", flush=True)  # fmt: skip
     layers = M1Config.from_file(given.ours[0] / "config.json").num_hidden_layers
     result = {
-        "command": "python -m bench.decode_speed --ours … --llama-bench PATH --gguf …",
+        "command": "python -m bench.decode_speed --ours …"
+        + (" --llama-bench PATH --gguf …" if given.gguf else "")
+        + (f" --depth {given.depth}" if given.depth else ""),
         "machine": describe_machine(),
         "peer": given.peer,
         "layers": layers,

@@ -8,7 +8,8 @@
 
 enum {
     X_TOGETHER = 4,
-    AHEAD = 8192,         /* bytes */
+    AHEAD = 8192,         /* bytes of codes */
+    SCALES_AHEAD = 512,   /* bytes of scales, and of zeros: about as many rows */
     BLOCK = 32,           /* rows of W */
     LEAST_WORK = 1 << 20, /* weights: fewer are not worth a second thread */
     BITS_OF_BYTES = 8,
@@ -54,8 +55,8 @@ TEMPLATE void add_groups(
     const Floats of_w = load_widened(stored->scales + row * of_row + group, count);
     const Floats zeros = load_widened(stored->zeros + row * of_row + group, count);
     const Floats lowest = plus_product(zeros, all_of((float)-stored->middle), of_w);
-    will_read((const char *)(stored->scales + row * of_row + group) + 512);
-    will_read((const char *)(stored->zeros + row * of_row + group) + 512);
+    will_read((const char *)(stored->scales + row * of_row + group) + SCALES_AHEAD);
+    will_read((const char *)(stored->zeros + row * of_row + group) + SCALES_AHEAD);
     const int64_t first = group * stored->size / (2 * BYTES);
     Floats scales[X_TOGETHER];
     UNROLL for (int m = 0; m < x_rows; m++) {
