@@ -108,6 +108,32 @@ def test_a_damaged_tensor_is_written_again(
     assert bytes_of(target) == bytes_of(undisturbed)
 
 
+@pytest.mark.parametrize("which", [0, -1])
+def test_of_a_matrix_only_the_tensor_that_is_damaged_is_written_again(
+    source: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    target = tmp_path / "out"
+    interrupted(source, target, 30)
+    journal = target / MARKER
+    lines = journal.read_text().splitlines()
+    several = [at for at, line in enumerate(lines) if len(json.loads(line).get("tensors", {})) > 1]
+    recorded = json.loads(lines[several[which]])
+    damaged = list(recorded["tensors"])[-1]
+    recorded["tensors"][damaged] = "00000000"
+    lines[several[which]] = json.dumps(recorded)
+    journal.write_text("\n".join(lines) + "\n")
+    write, written = ShardWriter.write, set[str]()
+
+    def note(writer: ShardWriter, name: str, part: Tensor) -> str | None:
+        written.add(name)
+        return write(writer, name, part)
+
+    monkeypatch.setattr(ShardWriter, "write", note)
+    list(run(source, target))
+    assert written & recorded["tensors"].keys() == {damaged}
+    assert bytes_of(target) == bytes_of(undisturbed)
+
+
 @pytest.mark.parametrize(
     "damage", ["cut last line", "cut first line", "not text", "another fingerprint", "no line"]
 )
