@@ -152,8 +152,8 @@ def ratios(contestants: Sequence[Contestant]) -> dict[str, dict[str, dict[str, f
     return found
 
 
-def main() -> None:
-    """Read the command line, run the rounds, print and write."""
+def command_line() -> argparse.Namespace:
+    """What is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ours", type=Path, nargs="+", required=True, help="checkpoints")
     parser.add_argument("--llama-bench", type=Path, help="the peer's binary")
@@ -165,7 +165,12 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=0, help="measure answers after so many, too")
     parser.add_argument("--output", type=Path, default=Path("bench/results/decode_speed.json"))
     parser.add_argument("--march", default="", help="ours for these instructions: x86-64-v3")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read the command line, run the rounds, print and write."""
+    given = command_line()
     contestants = [our_contestant(folder, given.depth, given.march) for folder in given.ours]
     contestants += [
         peer_contestant(given.llama_bench, path, given.gguf_parameters, given.threads, given.depth)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from m1local.manifest import FileRecord
+from m1local_app import library
+from m1local_app.fetching import open_source
 from m1local_quantize import hashing
 from m1local_quantize.hashing import FileHashes, record_of
 
@@ -34,6 +36,18 @@ def test_what_was_begun_early_is_not_read_again(
     found = hashes.record("a.safetensors")
     monkeypatch.setattr(hashing, "record_of", None)
     assert hashes.record("a.safetensors") == found == FileRecord.of(tmp_path / "a.safetensors")
+
+
+def test_a_source_is_hashed_from_the_beginning_where_all_of_it_will_be_read(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(FileHashes, "begin", lambda self, name: begun.append(name))
+    chosen = library.find(str(tiny_checkpoint))
+    open_source(chosen, offline=True, whole=False)
+    assert not begun
+    open_source(chosen, offline=True)
+    assert begun == [min(path.name for path in tiny_checkpoint.glob("*.safetensors"))]
 
 
 def test_a_folder_without_files_is_no_error_yet(tmp_path: Path) -> None:
