@@ -41,12 +41,7 @@ static int make_room(Rounded *x)
 {
     const size_t rows = (size_t)x->padded_rows, columns = (size_t)x->padded_columns;
     const size_t groups = rows * (size_t)x->groups;
-    const size_t vectors = rows * columns / (size_t)(x->apart * BYTES);
-    if (x->layout == FOR_FEW) {
-        x->codes = whole(vectors * 2 * BYTES);
-    } else {
-        x->codes = whole(rows * columns * (size_t)x->parts);
-    }
+    x->codes = whole(rows * columns * (size_t)x->parts);
     x->starts = whole(groups * (size_t)x->parts * sizeof(int32_t));
     x->scales = whole(groups * sizeof(float));
     x->sums = whole(groups * sizeof(float));
@@ -87,11 +82,11 @@ static float round_group(
 /* Bytes of a row where W's vectors want them. */
 static void lay_out_for_few(const Rounded *x, const int8_t *line, int64_t row, int part)
 {
-    const int columns = x->apart * BYTES, step = x->apart;
+    const int columns = x->apart * BYTES, step = x->apart, slots = x->apart * x->parts;
     const int64_t vectors = x->padded_columns / columns;
     for (int64_t v = 0; v < vectors; v++) {
         const int8_t *from = line + v * columns;
-        int8_t *to = x->codes + ((row * vectors + v) * 2 + part) * BYTES;
+        int8_t *to = x->codes + ((row * vectors + v) * slots + part) * BYTES;
         for (int p = 0; p < step; p++)
             for (int i = 0; i < BYTES; i++)
                 to[p * BYTES + i] = from[i * step + p];

@@ -11,8 +11,8 @@
 #include "common.h"
 #include "lanes.h"
 
-/* How the bytes lie. FOR_FEW: in vectors that meet W's as they are stored, codes of even columns
- * apart from those of odd ones. FOR_MANY: four columns of TILE rows, the next four, … */
+/* How the bytes lie. FOR_FEW: in vectors that meet W's as they are stored, every second or every
+ * fourth column together (planes.h). FOR_MANY: four columns of TILE rows, the next four, … */
 enum Layout { FOR_FEW, FOR_MANY };
 enum {
     TILE = LANES == 16 ? 6 : 4, /* rows of x: as many as registers hold the sums of */
@@ -24,10 +24,10 @@ typedef struct {
     enum Layout layout;
     int64_t rows, padded_rows, columns, padded_columns, groups;
     int size;        /* of a group */
-    int apart;       /* FOR_FEW: 2 where even and odd columns are apart, else 1 */
+    int apart;       /* FOR_FEW: of so many columns that follow each other, each has its vector */
     int middle;      /* the code of W that means zero */
     int parts;       /* of a value: 2 with the second byte */
-    int8_t *codes;   /* FOR_FEW [row][vector][2][BYTES]; FOR_MANY [tile][part][fours][TILE][FOUR] */
+    int8_t *codes;   /* FOR_FEW [row][vector][apart or part][BYTES]; FOR_MANY [tile][part][fours][TILE][FOUR] */
     int32_t *starts; /* [row][part][group], or [tile][part][group][TILE]: what sums begin with */
     float *scales;   /* [row][group], or [tile][group][TILE] */
     float *sums;     /* the same: of the rounded x */

@@ -49,29 +49,41 @@ INLINE Bytes load_bytes(const void *at) { return _mm512_loadu_si512(at); }
 INLINE Ints load_ints(const int32_t *at) { return _mm512_loadu_si512(at); }
 INLINE Floats load_floats(const float *at) { return _mm512_loadu_ps(at); }
 INLINE Floats all_of(float value) { return _mm512_set1_ps(value); }
-INLINE Bytes low_nibbles(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
-INLINE Bytes high_nibbles(Bytes b) { return low_nibbles(_mm512_srli_epi16(b, 4)); }
-INLINE Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-/* Of 16 bits each: kept by a mask, shifted. */
-INLINE Bytes masked(Bytes b, int mask) { return _mm512_and_si512(b, _mm512_set1_epi16((short)mask)); }
+INLINE Bytes masked(Bytes b, int mask) { return _mm512_and_si512(b, _mm512_set1_epi8((char)mask)); }
+/* Of 16 bits each. */
 INLINE Bytes shifted_left(Bytes b, int by) { return _mm512_slli_epi16(b, by); }
 INLINE Bytes shifted_right(Bytes b, int by) { return _mm512_srli_epi16(b, by); }
-/* Half a vector of bytes, or a quarter, as whole numbers of 16 or 32 bits. */
-INLINE Bytes widened_halves(const void *at)
+/* What is in `b`, and of each byte of `a` the bits of a mask. */
+INLINE Bytes joined(Bytes b, Bytes a, int mask)
 {
-    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(at));
+    return _mm512_ternarylogic_epi64(a, _mm512_set1_epi8((char)mask), b, 0xEA);
 }
-INLINE Bytes widened_quarters(const void *at)
+/* Half a vector of bytes: each twice, the second time four bits lower; what is above is no matter.
+ * A quarter: each four times, every time two bits lower. */
+#ifdef __AVX512VBMI__
+INLINE Bytes spread_halves(const void *at)
 {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(at));
+    const __m512i places = _mm512_set1_epi64(0x1c1814100c080400);
+    return _mm512_multishift_epi64_epi8(places, _mm512_cvtepu32_epi64(_mm256_loadu_si256(at)));
 }
-/* Bits 0, 2, 4 and 6 of each 32 bits, a byte for each. */
-INLINE Bytes four_of(Bytes b)
+INLINE Bytes spread_quarters(const void *at)
 {
-    const Bytes pairs = _mm512_or_si512(b, _mm512_slli_epi32(b, 12));
-    return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 6)),
-                            _mm512_set1_epi8(1));
+    const __m512i places = _mm512_set1_epi64(0x0e0c0a0806040200);
+    return _mm512_multishift_epi64_epi8(places, _mm512_cvtepu16_epi64(_mm_loadu_si128(at)));
 }
+#else
+INLINE Bytes spread_halves(const void *at)
+{
+    const Bytes halves = _mm512_cvtepu8_epi16(_mm256_loadu_si256(at));
+    return _mm512_or_si512(halves, _mm512_slli_epi16(halves, 4));
+}
+INLINE Bytes spread_quarters(const void *at)
+{
+    const Bytes words = _mm512_cvtepu8_epi32(_mm_loadu_si128(at));
+    const Bytes pairs = _mm512_or_si512(words, _mm512_slli_epi32(words, 12));
+    return _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 6));
+}
+#endif
 /* The same four bytes in every lane. */
 INLINE Bytes all_of_four(const void *at)
 {
@@ -131,19 +143,20 @@ INLINE Bytes load_bytes(const void *at) { return _mm256_loadu_si256(at); }
 INLINE Ints load_ints(const int32_t *at) { return _mm256_loadu_si256((const void *)at); }
 INLINE Floats load_floats(const float *at) { return _mm256_loadu_ps(at); }
 INLINE Floats all_of(float value) { return _mm256_set1_ps(value); }
-INLINE Bytes low_nibbles(Bytes b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
-INLINE Bytes high_nibbles(Bytes b) { return low_nibbles(_mm256_srli_epi16(b, 4)); }
-INLINE Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
-INLINE Bytes masked(Bytes b, int mask) { return _mm256_and_si256(b, _mm256_set1_epi16((short)mask)); }
+INLINE Bytes masked(Bytes b, int mask) { return _mm256_and_si256(b, _mm256_set1_epi8((char)mask)); }
 INLINE Bytes shifted_left(Bytes b, int by) { return _mm256_slli_epi16(b, by); }
 INLINE Bytes shifted_right(Bytes b, int by) { return _mm256_srli_epi16(b, by); }
-INLINE Bytes widened_halves(const void *at) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(at)); }
-INLINE Bytes widened_quarters(const void *at) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(at)); }
-INLINE Bytes four_of(Bytes b)
+INLINE Bytes joined(Bytes b, Bytes a, int mask) { return _mm256_or_si256(b, masked(a, mask)); }
+INLINE Bytes spread_halves(const void *at)
 {
-    const Bytes pairs = _mm256_or_si256(b, _mm256_slli_epi32(b, 12));
-    return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi32(pairs, 6)),
-                            _mm256_set1_epi8(1));
+    const Bytes halves = _mm256_cvtepu8_epi16(_mm_loadu_si128(at));
+    return _mm256_or_si256(halves, _mm256_slli_epi16(halves, 4));
+}
+INLINE Bytes spread_quarters(const void *at)
+{
+    const Bytes words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(at));
+    const Bytes pairs = _mm256_or_si256(words, _mm256_slli_epi32(words, 12));
+    return _mm256_or_si256(pairs, _mm256_slli_epi32(pairs, 6));
 }
 INLINE Bytes all_of_four(const void *at)
 {
@@ -212,49 +225,29 @@ INLINE Bytes load_bytes(const void *at) { Bytes b; memcpy(&b, at, sizeof b); ret
 INLINE Ints load_ints(const int32_t *at) { Ints v; memcpy(&v, at, sizeof v); return v; }
 INLINE Floats load_floats(const float *at) { Floats f; memcpy(&f, at, sizeof f); return f; }
 INLINE Floats all_of(float value) { MAKE(Floats, f, LANES, value); }
-INLINE Bytes low_nibbles(Bytes b) { MAKE(Bytes, n, BYTES, (int8_t)(b.of[i] & 15)); }
-INLINE Bytes high_nibbles(Bytes b) { MAKE(Bytes, n, BYTES, (int8_t)((uint8_t)b.of[i] >> 4)); }
-INLINE Bytes either(Bytes a, Bytes b) { MAKE(Bytes, e, BYTES, a.of[i] | b.of[i]); }
+INLINE Bytes masked(Bytes b, int mask) { MAKE(Bytes, m, BYTES, (int8_t)(b.of[i] & mask)); }
+INLINE Bytes joined(Bytes b, Bytes a, int mask)
+{
+    MAKE(Bytes, j, BYTES, (int8_t)(b.of[i] | (a.of[i] & mask)));
+}
 typedef struct { uint16_t of[BYTES / 2]; } Halves;
-#define IN_HALVES(from, expression) \
+#define IN_HALVES(expression) \
     Halves h; \
     Bytes result; \
-    memcpy(&h, &from, sizeof h); \
+    memcpy(&h, &b, sizeof h); \
     for (int i = 0; i < BYTES / 2; i++) \
         h.of[i] = (uint16_t)(expression); \
     memcpy(&result, &h, sizeof h); \
     return result
-INLINE Bytes masked(Bytes b, int mask) { IN_HALVES(b, h.of[i] & mask); }
-INLINE Bytes shifted_left(Bytes b, int by) { IN_HALVES(b, h.of[i] << by); }
-INLINE Bytes shifted_right(Bytes b, int by) { IN_HALVES(b, h.of[i] >> by); }
-INLINE Bytes widened_halves(const void *at)
+INLINE Bytes shifted_left(Bytes b, int by) { IN_HALVES(h.of[i] << by); }
+INLINE Bytes shifted_right(Bytes b, int by) { IN_HALVES(h.of[i] >> by); }
+INLINE Bytes spread_halves(const void *at)
 {
-    const uint8_t *bytes = at;
-    Bytes zero = {{0}};
-    IN_HALVES(zero, bytes[i]);
+    MAKE(Bytes, s, BYTES, (int8_t)(((const uint8_t *)at)[i / 2] >> i % 2 * 4));
 }
-INLINE Bytes from_words(const uint32_t *words)
+INLINE Bytes spread_quarters(const void *at)
 {
-    Bytes result;
-    memcpy(&result, words, sizeof result);
-    return result;
-}
-INLINE Bytes widened_quarters(const void *at)
-{
-    uint32_t words[LANES];
-    for (int i = 0; i < LANES; i++)
-        words[i] = ((const uint8_t *)at)[i];
-    return from_words(words);
-}
-INLINE Bytes four_of(Bytes b)
-{
-    uint32_t words[LANES];
-    memcpy(words, &b, sizeof b);
-    for (int i = 0; i < LANES; i++) {
-        words[i] |= words[i] << 12;
-        words[i] = (words[i] | words[i] << 6) & 0x01010101;
-    }
-    return from_words(words);
+    MAKE(Bytes, s, BYTES, (int8_t)(((const uint8_t *)at)[i / 4] >> i % 4 * 2));
 }
 INLINE Bytes all_of_four(const void *at)
 {

@@ -12,15 +12,15 @@ static int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 
 /* How x is to be rounded for W. */
 static Rounded layout_for(const Stored *w, int64_t rows)
 {
-    const int is_bytes = w->low_bits == 8, few = rows <= FEW_ROWS;
+    const int is_bytes = w->low_bits == 8, few = rows <= FEW_ROWS, apart = parted(w->low_bits);
     Rounded x = {
         .layout = few ? FOR_FEW : FOR_MANY,
         .rows = rows,
         .padded_rows = few && rows < 3 ? rows : up_to_multiple(rows, few ? 4 : TILE),
         .columns = w->columns,
-        .padded_columns = up_to_multiple(w->columns, few && !is_bytes ? 2 * BYTES : w->size),
+        .padded_columns = up_to_multiple(w->columns, few && !is_bytes ? apart * BYTES : w->size),
         .size = w->size,
-        .apart = is_bytes ? 1 : 2,
+        .apart = apart,
         .middle = is_bytes && SHIFTED ? 128 : 0, /* of groups: by the sums */
         .parts = is_bytes ? 2 : 1,
     };
@@ -32,8 +32,7 @@ static Rounded layout_for(const Stored *w, int64_t rows)
 
 static int alike(const Stored *a, const Stored *b)
 {
-    return a->columns == b->columns && a->size == b->size && a->middle == b->middle
-           && (a->low_bits == 8) == (b->low_bits == 8);
+    return a->columns == b->columns && a->size == b->size && a->low_bits == b->low_bits;
 }
 
 int multiply_each(const void *x, int is_wide, int64_t rows, const Stored *const *w,

@@ -1,8 +1,8 @@
 /* A few rows of x by W as it streams from the memory: every byte of W is read once, in order.
  *
- * One vector holds bytes of one row of W; up to four rows of x share what was loaded. The codes of
- * even columns lie in the low bits of bytes, so x is parted into even and odd columns, instead of W
- * being arranged.
+ * One vector holds bytes of one row of W; up to four rows of x share what was loaded. A byte holds
+ * the codes of two columns, or of four, so x is parted into every second column, or every fourth,
+ * instead of W being arranged.
  */
 #include "matmul.h"
 
@@ -13,6 +13,7 @@ enum {
     BLOCK = 32,           /* rows of W */
     LEAST_WORK = 1 << 20, /* weights: fewer are not worth a second thread */
     BITS_OF_BYTES = 8,
+    PARTS = 2,            /* of a value of x, for W of bytes */
     MOST_VECTORS = 16     /* of W, that LANES groups fill */
 };
 
@@ -35,11 +36,13 @@ TEMPLATE void add_vector(
     Floats *sums, const Place *w, const Rows *x, int64_t v, const Floats *scales, Ints lanes,
     int x_rows, int low_bits, int high_bits)
 {
-    const Pair codes = load_codes(w->low, w->high, low_bits, high_bits);
+    const Codes codes = load_codes(w->low, w->high, low_bits, high_bits);
+    const int apart = parted(low_bits);
     UNROLL for (int m = 0; m < x_rows; m++) {
-        const int8_t *at = x->codes + (m * x->vectors + v) * 2 * BYTES;
-        const Bytes even = load_bytes(at), odd = load_bytes(at + BYTES);
-        const Ints dot = dot_codes(dot_codes(all_ints(0), codes.even, even), codes.odd, odd);
+        const int8_t *at = x->codes + (m * x->vectors + v) * apart * BYTES;
+        Ints dot = all_ints(0);
+        UNROLL for (int i = 0; i < apart; i++)
+            dot = dot_codes(dot, codes.of[i], load_bytes(at + i * BYTES));
         sums[m] = plus_product(sums[m], to_floats(dot), from_lanes(scales[m], lanes));
     }
 }
@@ -57,7 +60,8 @@ TEMPLATE void add_groups(
     const Floats lowest = plus_product(zeros, all_of((float)-stored->middle), of_w);
     will_read((const char *)(stored->scales + row * of_row + group) + SCALES_AHEAD);
     will_read((const char *)(stored->zeros + row * of_row + group) + SCALES_AHEAD);
-    const int64_t first = group * stored->size / (2 * BYTES);
+    const int apart = parted(low_bits);
+    const int64_t first = group * stored->size / (apart * BYTES);
     Floats scales[X_TOGETHER];
     UNROLL for (int m = 0; m < x_rows; m++) {
         const int64_t at = m * x->groups + group;
@@ -68,10 +72,10 @@ TEMPLATE void add_groups(
         add_vector(sums, w, x, first + v, scales, load_ints(lanes + v * LANES), x_rows, low_bits,
                    high_bits);
         will_read(w->low + AHEAD); /* the next rows, at the same place */
-        w->low += BYTES / 4 * low_bits;
+        w->low += BYTES;
         if (high_bits) {
             will_read(w->high + AHEAD);
-            w->high += BYTES / 4 * high_bits;
+            w->high += BYTES / 8 * apart * high_bits;
         }
     }
     if (left) { /* it may reach beyond the row, and is read from a copy */
@@ -91,16 +95,17 @@ TEMPLATE void multiply_groups(
     int low_bits, int high_bits, int size, float totals[X_TOGETHER])
 {
     const int64_t columns = stored->columns, whole = columns / size / LANES * LANES;
-    const int64_t rest = columns - whole * size;
+    const int64_t rest = columns - whole * size, of_vector = parted(low_bits) * BYTES;
     Place w = {stored->low + row * bytes_in_row(columns, low_bits),
                high_bits ? stored->high + row * bytes_in_row(columns, high_bits) : NULL};
     Floats sums[X_TOGETHER];
     UNROLL for (int m = 0; m < x_rows; m++) sums[m] = all_of(0);
     for (int64_t group = 0; group < whole; group += LANES)
-        add_groups(sums, &w, x, stored, row, group, size / 8, 0, lanes, x_rows, low_bits, high_bits);
+        add_groups(sums, &w, x, stored, row, group, LANES * size / of_vector, 0, lanes, x_rows, low_bits,
+                   high_bits);
     if (rest)
-        add_groups(sums, &w, x, stored, row, whole, rest / (2 * BYTES), rest % (2 * BYTES), lanes,
-                   x_rows, low_bits, high_bits);
+        add_groups(sums, &w, x, stored, row, whole, rest / of_vector, rest % of_vector, lanes, x_rows,
+                   low_bits, high_bits);
     UNROLL for (int m = 0; m < x_rows; m++) totals[m] = total_of(sums[m]);
 }
 
@@ -128,7 +133,7 @@ TEMPLATE void multiply_bytes(
             const Bytes codes = load_bytes(from);
             will_read(from + AHEAD);
             UNROLL for (int m = 0; m < x_rows; m++) {
-                const int8_t *at = x->codes + (m * x->vectors + first + v) * 2 * BYTES;
+                const int8_t *at = x->codes + (m * x->vectors + first + v) * PARTS * BYTES;
                 coarse[m] = dot_bytes(coarse[m], codes, load_bytes(at));
                 fine[m] = dot_bytes(fine[m], codes, load_bytes(at + BYTES));
             }
@@ -191,7 +196,7 @@ static void multiply_whole_row(
         const int64_t left = x->padded_rows - m;
         const int x_rows = left < X_TOGETHER ? (int)left : X_TOGETHER;
         const Rows rows = {
-            x->codes + m * vectors * 2 * BYTES, x->starts + m * x->parts * x->groups,
+            x->codes + m * x->padded_columns * x->parts, x->starts + m * x->parts * x->groups,
             x->scales + m * x->groups, x->sums + m * x->groups, vectors, x->groups,
         };
         float totals[X_TOGETHER];
@@ -208,8 +213,9 @@ int multiply_few(const Stored *w, const Rounded *x, const Output *output, int th
     const int64_t blocks = (w->rows + BLOCK - 1) / BLOCK;
     const int used = w->rows * w->columns < LEAST_WORK ? 1 : threads;
     int32_t lanes[MOST_VECTORS * LANES]; /* which of LANES scales each lane of a vector takes */
-    for (int i = 0; i < w->size / 8 * LANES; i++)
-        lanes[i] = i / (w->size / 8);
+    const int in_scale = w->size / (FOUR * x->apart);
+    for (int i = 0; i < in_scale * LANES && x->apart > 1; i++)
+        lanes[i] = i / in_scale;
 #pragma omp parallel for num_threads(used) schedule(guided, 1) if (used > 1)
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t row = block * BLOCK; row < (block + 1) * BLOCK && row < w->rows; row++)

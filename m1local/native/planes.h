@@ -26,39 +26,31 @@ INLINE uint32_t spread(uint32_t from, int bits)
     return (from | from << 7) & 0x01010101;
 }
 
-/* What a vector's worth of even, or of odd, columns takes of a plane: BYTES * bits / 4 bytes. Those
- * of a plane of 4 bits fill a vector; of 2 bits half of one, of 1 bit a quarter. */
+/* A vector of the first plane holds `apart` vectors of codes: of every second column, or of every
+ * fourth where a code has two bits there. */
+enum { MOST_APART = 4 };
 typedef struct {
-    Bytes even, odd;
-} Pair;
+    Bytes of[MOST_APART];
+} Codes;
 
-INLINE Pair load_pair(const uint8_t *at, int bits)
-{
-    if (bits == 4) {
-        const Bytes both = load_bytes(at);
-        return (Pair){low_nibbles(both), high_nibbles(both)};
-    }
-    if (bits == 2) { /* a byte holds two even columns and two odd ones: two bytes of each */
-        const Bytes halves = widened_halves(at);
-        const Bytes even = either(masked(halves, 0x0003), masked(shifted_left(halves, 4), 0x0300));
-        const Bytes odd = either(masked(shifted_right(halves, 2), 0x0003),
-                                 masked(shifted_left(halves, 2), 0x0300));
-        return (Pair){even, odd};
-    }
-    const Bytes words = widened_quarters(at); /* a byte holds four of each */
-    const Bytes odd = shifted_right(words, 1);
-    return (Pair){four_of(words), four_of(odd)};
-}
+INLINE int parted(int low_bits) { return low_bits == 2 ? 4 : low_bits == 4 ? 2 : 1; }
 
-/* Both planes of a vector of codes. */
-INLINE Pair load_codes(const uint8_t *low, const uint8_t *high, int low_bits, int high_bits)
+INLINE Codes load_codes(const uint8_t *low, const uint8_t *high, int low_bits, int high_bits)
 {
-    const Pair below = load_pair(low, low_bits);
+    const int apart = parted(low_bits);
+    const Bytes below = load_bytes(low);
+    Codes codes;
+    UNROLL for (int i = 0; i < apart; i++)
+        codes.of[i] = masked(shifted_right(below, i * low_bits), (1 << low_bits) - 1);
     if (!high_bits)
-        return below;
-    const Pair above = load_pair(high, high_bits);
-    return (Pair){either(below.even, shifted_left(above.even, low_bits)),
-                  either(below.odd, shifted_left(above.odd, low_bits))};
+        return codes;
+    const Bytes above = apart * high_bits == 4 ? spread_halves(high) : spread_quarters(high);
+    UNROLL for (int i = 0; i < apart; i++) {
+        const int up = low_bits - i * high_bits;
+        const Bytes there = up < 0 ? shifted_right(above, -up) : shifted_left(above, up);
+        codes.of[i] = joined(codes.of[i], there, ((1 << high_bits) - 1) << low_bits);
+    }
+    return codes;
 }
 
 #endif
