@@ -95,9 +95,18 @@ static void lay_out_for_few(const Rounded *x, const int8_t *line, int64_t row, i
 
 static void lay_out_for_many(const Rounded *x, const int8_t *line, int64_t row, int part)
 {
-    int8_t *to = x->codes + (row / TILE * x->parts + part) * x->padded_columns * TILE;
+    const int64_t tile = x->tile, first = row / tile * x->parts + part;
+    int8_t *to = x->codes + first * x->padded_columns * tile + row % tile * FOUR;
     for (int64_t k = 0; k < x->padded_columns / FOUR; k++)
-        memcpy(to + (k * TILE + row % TILE) * FOUR, line + k * FOUR, FOUR);
+        memcpy(to + k * tile * FOUR, line + k * FOUR, FOUR);
+}
+
+static void lay_out_for_tiles(const Rounded *x, const int8_t *line, int64_t row, int part)
+{
+    const int64_t tile = x->tile, first = row / tile * x->parts + part;
+    int8_t *to = x->codes + first * x->padded_columns * tile + row % tile * x->size;
+    for (int64_t group = 0; group < x->groups; group++)
+        memcpy(to + group * x->size * tile, line + group * x->size, (size_t)x->size);
 }
 
 /* Numbers of a row's groups lie `step` apart, from `at` on. */
@@ -109,7 +118,8 @@ static Numbers numbers_of(const Rounded *x, int64_t row, int parts, int part)
 {
     if (x->layout == FOR_FEW)
         return (Numbers){(row * parts + part) * x->groups, 1};
-    return (Numbers){(row / TILE * parts + part) * x->groups * TILE + row % TILE, TILE};
+    const int64_t tile = x->tile;
+    return (Numbers){(row / tile * parts + part) * x->groups * tile + row % tile, tile};
 }
 
 /* What the integer sums of a row begin with. */
@@ -127,6 +137,8 @@ static void begin_sums(const Rounded *x, const int8_t *line, int64_t row, int pa
 /* A row of x: its bytes, its scales and sums; `line` has room for it twice. */
 static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, int8_t *line)
 {
+    static void (*const lay_out[])(const Rounded *, const int8_t *, int64_t, int) = {
+        lay_out_for_few, lay_out_for_many, lay_out_for_tiles};
     const Numbers numbers = numbers_of(x, row, 1, 0);
     int8_t *lost = line + x->groups * x->size;
     for (int64_t group = 0; group * x->size < x->columns; group++) {
@@ -142,8 +154,7 @@ static void round_row(Rounded *x, const void *source, int is_wide, int64_t row, 
         x->scales[at] = x->parts == 2 ? scale / 256 : scale;
     }
     for (int part = 0; part < x->parts; part++) {
-        (x->layout == FOR_FEW ? lay_out_for_few : lay_out_for_many)(
-            x, part ? lost : line, row, part);
+        lay_out[x->layout](x, part ? lost : line, row, part);
         if (x->middle) /* else they begin with zero */
             begin_sums(x, part ? lost : line, row, part);
     }

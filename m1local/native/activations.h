@@ -12,10 +12,12 @@
 #include "lanes.h"
 
 /* How the bytes lie. FOR_FEW: in vectors that meet W's as they are stored, every second or every
- * fourth column together (planes.h). FOR_MANY: four columns of TILE rows, the next four, … */
-enum Layout { FOR_FEW, FOR_MANY };
+ * fourth column together (planes.h). FOR_MANY: four columns of TILE rows, the next four, …
+ * FOR_TILES: a group of columns of TILE_ROWS rows, row by row, the next group, … */
+enum Layout { FOR_FEW, FOR_MANY, FOR_TILES };
 enum {
     TILE = LANES == 16 ? 6 : 4, /* rows of x: as many as registers hold the sums of */
+    TILE_ROWS = 16,             /* rows of x in a tile of AMX (tiles.h) */
     FOUR = 4                    /* columns: what a lane multiplies at once */
 };
 
@@ -23,13 +25,16 @@ enum {
 typedef struct {
     enum Layout layout;
     int64_t rows, padded_rows, columns, padded_columns, groups;
+    int tile;        /* rows that lie together: TILE or TILE_ROWS */
     int size;        /* of a group */
     int apart;       /* FOR_FEW: of so many columns that follow each other, each has its vector */
     int middle;      /* the code of W that means zero */
     int parts;       /* of a value: 2 with the second byte */
-    int8_t *codes;   /* FOR_FEW [row][vector][apart or part][BYTES]; FOR_MANY [tile][part][fours][TILE][FOUR] */
-    int32_t *starts; /* [row][part][group], or [tile][part][group][TILE]: what sums begin with */
-    float *scales;   /* [row][group], or [tile][group][TILE] */
+    int8_t *codes;   /* FOR_FEW [row][vector][apart or part][BYTES]; FOR_MANY
+                      * [tile][part][fours][TILE][FOUR]; FOR_TILES
+                      * [tile][part][group][TILE_ROWS][size] */
+    int32_t *starts; /* [row][part][group], or [tile][part][group][row]: what sums begin with */
+    float *scales;   /* [row][group], or [tile][group][row] */
     float *sums;     /* the same: of the rounded x */
 } Rounded;
 

@@ -100,6 +100,7 @@ INLINE Ints dot_bytes(Ints sum, Bytes weights, Bytes x)
 {
     return _mm512_dpbusd_epi32(sum, _mm512_xor_si512(weights, _mm512_set1_epi8(-128)), x);
 }
+INLINE Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 /* 256 times a sum, and more. */
 INLINE Ints raised(Ints sum, Ints more) { return _mm512_add_epi32(_mm512_slli_epi32(sum, 8), more); }
 INLINE Floats to_floats(Ints i) { return _mm512_cvtepi32_ps(i); }
@@ -176,6 +177,7 @@ INLINE Ints dot_bytes(Ints sum, Bytes weights, Bytes x)
 {
     return dot_codes(sum, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
 }
+INLINE Ints plus(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 INLINE Ints raised(Ints sum, Ints more) { return _mm256_add_epi32(_mm256_slli_epi32(sum, 8), more); }
 INLINE Floats to_floats(Ints i) { return _mm256_cvtepi32_ps(i); }
 INLINE Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
@@ -266,6 +268,7 @@ INLINE Ints dot_bytes(Ints sum, Bytes weights, Bytes x)
     return sum;
 }
 INLINE Ints dot_codes(Ints sum, Bytes codes, Bytes x) { return dot_bytes(sum, codes, x); }
+INLINE Ints plus(Ints a, Ints b) { MAKE(Ints, p, LANES, a.of[i] + b.of[i]); }
 INLINE Ints raised(Ints sum, Ints more) { MAKE(Ints, r, LANES, sum.of[i] * 256 + more.of[i]); }
 INLINE Floats to_floats(Ints v) { MAKE(Floats, f, LANES, (float)v.of[i]); }
 INLINE Floats times(Floats a, Floats b) { MAKE(Floats, f, LANES, a.of[i] * b.of[i]); }

@@ -44,6 +44,8 @@ FAST = (*PLAIN, "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvis
 # The first that works; whatever a compiler does not know makes it fail.
 FLAGS = (
     (*FAST, "-march=native", "-fopenmp"),
+    # AMX may be there and not work: an old compiler, or a virtual machine that does not enable it.
+    (*FAST, "-march=native", "-mno-amx-tile", "-mno-amx-int8", "-fopenmp"),
     (*FAST, "-fopenmp"),
     (*FAST, "-march=native"),
     FAST,

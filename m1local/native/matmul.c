@@ -3,7 +3,8 @@
  * but what lies in the cache at the moment.
  *
  * x is rounded to bytes first (activations.h). A few rows of x are multiplied by W as it streams
- * from the memory (matmul_few.c), more by panels of W that are unpacked once (matmul_many.c).
+ * from the memory (matmul_few.c), more by panels of W that are unpacked once (matmul_many.c): in
+ * vectors or, where the processor has them, in tiles (matmul_tiles.c), with the same result.
  */
 #include "matmul.h"
 
@@ -13,12 +14,15 @@ static int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 
 static Rounded layout_for(const Stored *w, int64_t rows)
 {
     const int is_bytes = w->low_bits == 8, few = rows <= FEW_ROWS, apart = parted(w->low_bits);
+    const int in_tiles = rows >= LEAST_TILE_ROWS && tiles_usable();
+    const int tile = few ? 4 : in_tiles ? TILE_ROWS : TILE;
     Rounded x = {
-        .layout = few ? FOR_FEW : FOR_MANY,
+        .layout = few ? FOR_FEW : in_tiles ? FOR_TILES : FOR_MANY,
         .rows = rows,
-        .padded_rows = few && rows < 3 ? rows : up_to_multiple(rows, few ? 4 : TILE),
+        .padded_rows = few && rows < 3 ? rows : up_to_multiple(rows, tile),
         .columns = w->columns,
         .padded_columns = up_to_multiple(w->columns, few && !is_bytes ? apart * BYTES : w->size),
+        .tile = tile,
         .size = w->size,
         .apart = apart,
         .middle = is_bytes && SHIFTED ? 128 : 0, /* of groups: by the sums */

@@ -6,7 +6,10 @@
 #include "lanes.h"
 #include "planes.h"
 
-enum { FEW_ROWS = 4 /* of x; more are faster by panels */ };
+enum {
+    FEW_ROWS = 4,        /* of x; more are faster by panels */
+    LEAST_TILE_ROWS = 9, /* a tile takes as long for one row as for 16: below, most of it is zeros */
+};
 
 typedef struct {
     void *at; /* [row of x][row of W] */
@@ -43,5 +46,8 @@ int multiply_each(const void *x, int is_wide, int64_t rows, const Stored *const 
 /* x @ W.T; 0 where there is no memory. */
 int multiply_few(const Stored *w, const Rounded *x, const Output *output, int threads);
 int multiply_many(const Stored *w, const Rounded *x, const Output *output, int threads);
+
+/* Whether there are tiles (tiles.h) and the system lets this process use them: it is asked once. */
+int tiles_usable(void);
 
 #endif

@@ -3,25 +3,17 @@
  *
  * A vector of the panel holds four columns of as many rows of W as there are lanes; four bytes of a
  * row of x, repeated, meet it. So a lane's sum belongs to one row of W, and a group is one integer
- * sum, which its scales are multiplied by once.
+ * sum, which its scales are multiplied by once. Tiles, where there are any, meet the same panels
+ * (matmul_tiles.c).
  */
-#include "matmul.h"
+#include "panels.h"
 
 enum {
-    VECTORS_TOGETHER = 2,
-    BLOCK_VECTORS = 8,                /* rows of W in a panel, in vectors */
+    BLOCK_VECTORS = 8, /* rows of W in a panel, in vectors */
     PANEL_COLUMNS = 4096,
     UNROLLED = 4, /* of the innermost loop: it divides the fours of every group */
     LEAST_WORK = 1 << 20
 };
-
-/* What a thread works with. */
-typedef struct {
-    uint8_t *codes; /* [vector][four columns][lane][FOUR] */
-    float *scales;  /* [vector][group of the panel][lane] */
-    float *zeros;   /* the same: what a code of 0 stands for */
-    float *sums;    /* [row of x][row of the block] */
-} Panel;
 
 /* The bits of eight columns, at `at`, in the lowest bits of a number. */
 INLINE uint32_t eight_of(const uint8_t *at, int bits)
@@ -163,12 +155,10 @@ TEMPLATE void multiply_tile(
     int64_t block, int is_bytes)
 {
     const int64_t groups = end - group, fours = x->size / FOUR, stride = groups * fours * BYTES;
-    const int64_t part = x->padded_columns * TILE, tile = first / TILE;
+    const int64_t part = x->padded_columns * TILE;
     const uint8_t *codes = panel->codes + v * stride;
-    const int8_t *of_x = x->codes + tile * x->parts * part + group * x->size * TILE;
-    const int32_t *starts = x->starts + (tile * x->parts * x->groups + group) * TILE;
-    const float *scales = x->scales + (tile * x->groups + group) * TILE;
-    const float *sums = x->sums + (tile * x->groups + group) * TILE;
+    const TileOfX of_x = tile_at(x, first, group);
+    const int8_t *bytes = of_x.codes;
     float *at = panel->sums + first * block + v * LANES;
     Floats totals[VECTORS_TOGETHER][TILE];
     UNROLL for (int m = 0; m < TILE; m++)
@@ -178,35 +168,42 @@ TEMPLATE void multiply_tile(
         Ints dots[VECTORS_TOGETHER][TILE];
         UNROLL for (int m = 0; m < TILE; m++)
             UNROLL for (int i = 0; i < VECTORS_TOGETHER; i++)
-                dots[i][m] = all_ints(is_bytes ? starts[g * TILE + m] : 0);
-        sum_group(dots, codes + g * fours * BYTES, stride, of_x, fours, is_bytes);
+                dots[i][m] = all_ints(is_bytes ? of_x.starts[g * TILE + m] : 0);
+        sum_group(dots, codes + g * fours * BYTES, stride, bytes, fours, is_bytes);
         if (is_bytes) {
-            raise(dots, starts + (x->groups + g) * TILE);
-            sum_group(dots, codes + g * fours * BYTES, stride, of_x + part, fours, is_bytes);
+            raise(dots, of_x.starts + (x->groups + g) * TILE);
+            sum_group(dots, codes + g * fours * BYTES, stride, bytes + part, fours, is_bytes);
         }
-        of_x += fours * FOUR * TILE;
+        bytes += fours * FOUR * TILE;
         Floats of_w[VECTORS_TOGETHER], zeros[VECTORS_TOGETHER];
         UNROLL for (int i = 0; i < VECTORS_TOGETHER; i++) {
             of_w[i] = load_floats(panel->scales + ((v + i) * groups + g) * LANES);
             zeros[i] = load_floats(panel->zeros + ((v + i) * groups + g) * LANES);
         }
         UNROLL for (int m = 0; m < TILE; m++) {
-            const Floats scale = all_of(scales[g * TILE + m]);
-            const Floats sum = all_of(sums[g * TILE + m]);
-            UNROLL for (int i = 0; i < VECTORS_TOGETHER; i++) {
-                const Floats dot = to_floats(dots[i][m]);
-                if (is_bytes) /* W's scale comes last */
-                    totals[i][m] = plus_product(totals[i][m], dot, scale);
-                else {
-                    totals[i][m] = plus_product(totals[i][m], times(dot, scale), of_w[i]);
-                    totals[i][m] = plus_product(totals[i][m], zeros[i], sum);
-                }
-            }
+            const Floats scale = all_of(of_x.scales[g * TILE + m]);
+            const Floats sum = all_of(of_x.sums[g * TILE + m]);
+            UNROLL for (int i = 0; i < VECTORS_TOGETHER; i++)
+                totals[i][m] = plus_group(totals[i][m], dots[i][m], scale, sum, of_w[i], zeros[i],
+                                          is_bytes);
         }
     }
     UNROLL for (int m = 0; m < TILE; m++)
         UNROLL for (int i = 0; i < VECTORS_TOGETHER; i++)
             store_floats(at + m * block + i * LANES, totals[i][m]);
+}
+
+/* What multiply_by_tiles does, in vectors. */
+static void multiply_by_vectors(
+    Panel *panel, const Rounded *x, int vectors, int64_t group, int64_t end)
+{
+    for (int v = 0; v < vectors; v += VECTORS_TOGETHER) /* which stay in the nearest cache */
+        for (int64_t first = 0; first < x->padded_rows; first += TILE) {
+            if (x->parts == 2)
+                multiply_tile(panel, x, v, first, group, end, vectors * LANES, 1);
+            else
+                multiply_tile(panel, x, v, first, group, end, vectors * LANES, 0);
+        }
 }
 
 /* The sums of `block` rows of W, from `row` on, to where they belong. */
@@ -233,13 +230,8 @@ static void multiply_block(
     for (int64_t group = 0; group < x->groups; group += in_panel) {
         const int64_t end = group + in_panel < x->groups ? group + in_panel : x->groups;
         unpack_panel(panel, w, row, vectors, group, end);
-        for (int v = 0; v < vectors; v += VECTORS_TOGETHER) /* which stay in the nearest cache */
-            for (int64_t first = 0; first < x->padded_rows; first += TILE) {
-                if (w->row_scales)
-                    multiply_tile(panel, x, v, first, group, end, block, 1);
-                else
-                    multiply_tile(panel, x, v, first, group, end, block, 0);
-            }
+        (x->layout == FOR_TILES ? multiply_by_tiles : multiply_by_vectors)(
+            panel, x, vectors, group, end);
     }
     put_block(panel, w, x->rows, row, block, output);
 }
