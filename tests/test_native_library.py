@@ -264,6 +264,33 @@ def test_a_library_that_computes_wrongly_or_crashes_is_not_loaded(
     assert said in status.text
 
 
+@posix
+@needs_compiler
+def test_where_amx_does_not_work_the_library_is_compiled_without_it(
+    m1_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = library.library()
+    assert ready is not None
+    broken, without = tmp_path / "broken.c", "*-march=native*-mno-amx-tile*-mno-amx-int8*"
+    broken.write_text("int m1_self_test(void) { __builtin_trap(); }\n")
+    said = tmp_path / "said"
+    script = (
+        f'echo "$*" >> {said}; flags="$*"; while [ "$1" != -o ]; do shift; done\n'
+        f'case "$flags" in {without}) exec cp "{ready._name}" "$2";; esac\n'
+        f'PATH={os.environ["PATH"]} exec {library._compiler()} -shared -fPIC -o "$2" {broken}'
+    )
+    monkeypatch.setenv(
+        "PATH", os.pathsep.join((fake(tmp_path / "bin", script), "/usr/bin", "/bin"))
+    )
+    found, status = library.load()
+    assert status.active, status.text
+    assert found is not None
+    first, second = said.read_text().splitlines()  # and no third
+    assert "-march=native" in first
+    assert "-mno-amx" not in first
+    assert "-mno-amx-tile" in second
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(m1_home: Path) -> None:
     m1_home.mkdir()
     (m1_home / "native").write_text("a file is in the way")

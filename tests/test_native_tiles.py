@@ -1,13 +1,17 @@
 """Products in AMX's tiles, without a processor that has them: an emulation stands in for them.
 
 The emulation (emulated_tiles.h) is as strict as the processor, and keeps what would have ended the
-program. Its products must have the bits of those in vectors, and be those of the formula.
+program. Its products must have the bits of those in vectors, and be those of the formula. The real
+instructions are tried, too: where they trap, the emulation does what they say (trapped_tiles.c).
 """
 
 import ctypes
+import platform
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +24,21 @@ from m1local.formats.base import QuantizedLinear
 from m1local.native import library, matmul
 from tests.test_native_matmul import SPECS, SUMS, activations, assert_close, build, rounded
 
-EMULATION = Path(__file__).parent / "emulated_tiles.h"
+HERE = Path(__file__).parent
+EMULATION = HERE / "emulated_tiles.h"
 ROWS = [9, 15, 16, 17, 31, 33, 70]
 SHAPES = [(1, 128), (33, 640), (70, 256), (130, 1280), (17, 4224)]
 INT8 = LinearSpec("int8")
+
+# What a process says in which AMX's instructions trap.
+TRAPPED = (
+    "import ctypes, sys\n"
+    "found = ctypes.CDLL(sys.argv[1])\n"
+    "found.m1_emulated_fault.restype = found.m1_instructions.restype = ctypes.c_char_p\n"
+    "right, products = found.m1_self_test(), found.m1_emulated_products()\n"
+    "fault, instructions = found.m1_emulated_fault(), found.m1_instructions().decode()\n"
+    "print(right, products, fault, instructions, sep=',')\n"
+)
 
 pytestmark = pytest.mark.skipif(
     matmul.instructions() != "AVX-512 VNNI",
@@ -251,19 +266,50 @@ def test_a_tile_is_a_number_that_is_written_out(tile: str, tmp_path: Path) -> No
     assert compiled(flags, source, tmp_path / "tile.o") != ""
 
 
+AMX = ("-mamx-tile", "-mamx-int8")
+needs_amx = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64",
+    reason="AMX is used by Linux on x86-64",
+)
+
+
+def skip_unless_known(complaint: str, *flags: str) -> None:
+    """Skip where the compiler complains of anything that is compiled so, not of the tiles."""
+    with tempfile.TemporaryDirectory() as folder:
+        if complaint and compiled(flags, library.SOURCES / "stream.c", Path(folder) / "stream.o"):
+            pytest.skip(f"this compiler does not know {' '.join(flags)}: {complaint}")
+
+
+@needs_amx
 def test_the_real_instructions_are_compiled(tmp_path: Path) -> None:
-    output = tmp_path / "tiles.o"
-    flags = ("-march=sapphirerapids", "-mamx-tile", "-mamx-int8")
-    source = library.SOURCES / "matmul_tiles.c"
-    complaint = compiled(flags, source, output)
-    if complaint and compiled(flags, library.SOURCES / "stream.c", output):
-        pytest.skip(f"this compiler does not know them: {complaint}")
+    output, flags = tmp_path / "tiles.o", ("-march=sapphirerapids", *AMX)
+    complaint = compiled(flags, library.SOURCES / "matmul_tiles.c", output)
+    skip_unless_known(complaint, *flags)
     assert complaint == ""
     if shutil.which("objdump") is None:
         pytest.skip("no objdump shows the instructions")
-    said = subprocess.run(["objdump", "-d", str(output)], capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["objdump", "-d", str(output)], capture_output=True, text=True, check=True
+    )
     for name in ("ldtilecfg", "tilezero", "tileloadd", "tdpbsud", "tilestored", "tilerelease"):
         assert re.search(rf"\b{name}\b", said.stdout), name
-    found = re.findall(r"tdpbsud +%tmm(\d),%tmm(\d),%tmm(\d)", said.stdout)  # W, x, sums
-    expected = {(w, x, s) for w, x, s in (("6", "4", "0"), ("7", "4", "1"), ("6", "5", "2"))}
-    assert set(found) == expected | {("7", "5", "3")}
+    found = re.findall(r"tdpbsud +%tmm(\d),%tmm(\d),%tmm(\d)", said.stdout)
+    of_w_x_and_sums = {("6", "4", "0"), ("7", "4", "1"), ("6", "5", "2"), ("7", "5", "3")}
+    assert set(found) == of_w_x_and_sums
+
+
+@needs_amx
+def test_the_real_instructions_give_the_right_products(tmp_path: Path) -> None:
+    built, compiler = tmp_path / "trapped.so", library._compiler()
+    folders = ("-I", str(library.SOURCES), "-I", str(HERE))
+    command = library._command(compiler, (*library.FLAGS[0], *AMX, *folders), built)
+    complaint = library._run([*command, str(HERE / "trapped_tiles.c")], str(tmp_path))
+    skip_unless_known(complaint, "-march=native", *AMX)
+    assert complaint == ""
+    said = subprocess.run(  # the trap is for that process alone
+        [sys.executable, "-I", "-c", TRAPPED, str(built)], capture_output=True, text=True
+    )
+    assert (said.returncode, said.stderr) == (0, "")
+    right, products, fault, instructions = said.stdout.split(",")
+    assert (right, fault, instructions.strip()) == ("1", "None", "AVX-512 and AMX")
+    assert int(products) > 100
