@@ -24,7 +24,7 @@ typedef struct {
 static _Thread_local Tiles tiles;
 static const char *_Atomic first_fault;
 static atomic_long products, configured_threads;
-static atomic_int refused;
+static atomic_int refused, asked;
 
 /* What the processor forbids; 1 if so. */
 static int faults(int wrong, const char *what)
@@ -120,7 +120,14 @@ EXPORTED const char *m1_emulated_fault(void) { return atomic_exchange(&first_fau
 /* Before the first product: the system then refuses tiles. */
 EXPORTED void m1_emulated_refuse(void) { atomic_store(&refused, 1); }
 
-static int system_lets_tiles(void) { return !atomic_load(&refused); }
+/* How often the system was asked. */
+EXPORTED int m1_emulated_asked(void) { return atomic_load(&asked); }
+
+static int system_lets_tiles(void)
+{
+    atomic_fetch_add(&asked, 1);
+    return !atomic_load(&refused);
+}
 
 /* A bit field has a constant width, and none below zero: other tiles are not compiled. */
 #define NUMBER(tile) ((tile) + 0 * (int)sizeof(struct { int is_tile : (tile) >= 0 && (tile) < 8 ? 1 : -1; }))

@@ -73,7 +73,9 @@ def library_of_tiles(built: Path) -> ctypes.CDLL:
 @pytest.fixture(scope="module")
 def refused(built: Path) -> ctypes.CDLL:
     """The same file once more, and a system that does not let it use tiles."""
-    other = emulated_build(shutil.copy(built, built.with_stem("refused")))
+    copy = built.with_stem("refused")
+    shutil.copy(built, copy)
+    other = emulated_build(copy)
     other.m1_emulated_refuse()
     return other
 
@@ -89,7 +91,8 @@ def tiles(library_of_tiles: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
 def product(of: ctypes.CDLL, module: QuantizedLinear, x: Tensor) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matmul, "library", lambda: of)
-        return module(x)
+        found: Tensor = module(x)
+    return found
 
 
 def in_tiles(of: ctypes.CDLL, module: QuantizedLinear, x: Tensor) -> Tensor:
@@ -130,15 +133,15 @@ def test_rows_of_bytes_may_have_any_length_in_tiles(columns: int, tiles: ctypes.
 def test_fewer_rows_than_half_a_tile_are_left_to_vectors(
     spec: LinearSpec, tiles: ctypes.CDLL
 ) -> None:
-    module, before = build((70, 256), spec), tiles.m1_emulated_products()
-    x = activations(16, 256)
+    module, x = build((70, 256), spec), activations(16, 256)
+    many = in_tiles(tiles, module, x)
     for rows in (1, 4, 5, 8):
+        before = tiles.m1_emulated_products()
         found = product(tiles, module, x[:rows])
+        assert tiles.m1_emulated_products() == before
         assert torch.equal(found, module(x[:rows]))
         if rows > 4:  # a row does not depend on its neighbours, nor on what multiplied it
-            assert torch.equal(found, in_tiles(tiles, module, x)[:rows])
-            before = tiles.m1_emulated_products()
-        assert tiles.m1_emulated_products() == before
+            assert torch.equal(found, many[:rows])
 
 
 @pytest.mark.parametrize("spec", SPECS[:4], ids=str)
@@ -181,6 +184,7 @@ def test_the_self_test_passes_through_the_tiles(tiles: ctypes.CDLL, refused: cty
     assert refused.m1_self_test() == 1
     assert refused.m1_emulated_products() == 0
     assert refused.m1_instructions() == b"AVX-512"
+    assert tiles.m1_emulated_asked() == refused.m1_emulated_asked() == 1  # the system, once
 
 
 def shapes(*tiles: tuple[int, int], palette: int = 1, start: int = 0, reserved: int = 0) -> bytes:
@@ -257,9 +261,9 @@ def compiled(flags: tuple[str, ...], source: Path, output: Path) -> str:
 
 @pytest.mark.parametrize("tile", ["8", "-1", "index"])
 def test_a_tile_is_a_number_that_is_written_out(tile: str, tmp_path: Path) -> None:
-    source, flags = tmp_path / "tile.c", ("-march=native", f'-DM1_EMULATED_TILES="{EMULATION}"')
+    source, emulated = tmp_path / "tile.c", f'-DM1_EMULATED_TILES="{EMULATION}"'
     code = '#include "tiles.h"\nvoid zero(int index) {{ (void)index; tile_zero({}); }}\n'
-    flags = (*flags, "-I", str(library.SOURCES))
+    flags = ("-march=native", emulated, "-I", str(library.SOURCES))
     source.write_text(code.format("7"))
     assert compiled(flags, source, tmp_path / "tile.o") == ""
     source.write_text(code.format(tile))
