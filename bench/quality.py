@@ -1,9 +1,9 @@
 """What each recipe costs in quality: `python -m bench.quality --text medquad_dev.jsonl`.
 
 What it is: the demo (or any checkpoint that fits in memory) quantized by every shipped recipe, by
-mlx-lm, and by `fit` at the sizes of the others, and compared with its 16-bit weights on held-out
-questions and answers. What it is not: a measure of
-medical knowledge. Prints a table last, and writes it as JSON for the README.
+mlx-lm and llama.cpp, and by `fit` at the sizes of the others, and compared with its 16-bit weights
+on held-out questions and answers. What it is not: a measure of medical knowledge. Prints a table
+last, and writes it as JSON for the README.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.gguf_quality import KINDS, quantize_by_gguf
 from bench.machine import describe_machine
 from bench.mlx_peer import quantize_by_mlx
 from m1local.checkpoint import load_model, parameter_shapes
@@ -32,6 +33,7 @@ from m1local_quantize.sensitivity import measure_sensitivity
 from m1local_quantize.source import Source
 from m1local_quantize.text import CALIBRATION
 
+FEW_BITS = 3.9  # what bench.decode_speed has beside int4
 DECODED_ROWS = 3  # token by token is slow: the first few answers are enough to see a difference
 
 
@@ -117,9 +119,9 @@ class Held:
             return self.row(name, model, Plan.of(self.source, recipe).target_bytes)
 
 
-def everywhere(format_name: str, method: str) -> Recipe:
-    """One format with groups of 64 for every matrix, embedding and head included."""
-    spec = LinearSpec(format_name, 64)
+def everywhere(format_name: str, method: str, group_size: int = 64) -> Recipe:
+    """One format for every matrix, embedding and head included."""
+    spec = LinearSpec(format_name, group_size)
     return Recipe(name=format_name, method=method, rules=(Rule("*", spec, method),))
 
 
@@ -133,7 +135,13 @@ def contestants(held: Held) -> Iterator[dict[str, object]]:
             yield held.quantized(f"`{name}`", recipe)
     by_mlx = quantize_by_mlx(held.source.folder, bits=4, group_size=64)
     yield held.row(f"mlx-lm {by_mlx.version}, 4 bits, groups of 64", by_mlx.model, by_mlx.nbytes)
+    for kind in KINDS:
+        by_gguf = quantize_by_gguf(held.source.folder, kind)
+        yield held.row(f"llama.cpp {kind}", by_gguf.model, by_gguf.nbytes)
     yield held.quantized("int4 everywhere, refit", everywhere("int4", "refit"))
+    for method in ("refit", "gptq"):
+        recipe = everywhere("int4", method, 128)
+        yield held.quantized(f"int4 in groups of 128 everywhere, {method}", recipe)
     for name in ("int3", "int4", "int5", "int6"):
         recipe = everywhere(name, "gptq")
         sizes[f"{name} everywhere"] = Plan.of(held.source, recipe).target_bytes
@@ -151,6 +159,8 @@ def contestants(held: Held) -> Iterator[dict[str, object]]:
     ):
         recipe = fitted(fit, held.source, found, sizes[name])
         yield held.quantized(f"`fit`, size of {name}", recipe)
+    recipe = fitted(fit, held.source, found, int(held.parameters * FEW_BITS / 8))
+    yield held.quantized(f"`fit`, {FEW_BITS} bits", recipe)
 
 
 def main() -> None:

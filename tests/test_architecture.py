@@ -35,6 +35,7 @@ RUNTIME_ORDER = (
     ("folder", "home", "formats", "sums", "kv_store"),
     ("native.library", "native.recycled", "native"),
     ("native.quantize", "native.matmul", "native.attention", "native.neighbours", "native.stream"),
+    ("native.sha256",),
     ("config", "rope", "cuda", "cuda.card", "cuda.matrix", "cuda.transfer"),
     ("cuda.words", "cuda.support", "cuda.int4pack", "cuda.kept"),
     ("cuda.products",),

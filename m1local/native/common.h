@@ -135,6 +135,9 @@ typedef struct {
 M1_EXPORT int m1_step(const Step *step, int64_t position, int64_t rows, int64_t first_wanted,
                       void *logits, int threads);
 
+M1_EXPORT int m1_sha256(
+    uint32_t *const *states, const uint8_t *const *blocks, int64_t count, int streams);
+
 M1_EXPORT uint64_t m1_read(const uint64_t *words, int64_t count, int threads);
 
 #define BFLOAT16_MAX 3.3895313892515355e38f

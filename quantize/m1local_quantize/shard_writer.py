@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -91,6 +93,7 @@ class ShardWriter:
         self._begun: dict[str, _Begun] = {}
         self._layout = Layout.of(tensors)
         self._digest, self._hashed = hashlib.sha256(), 0  # of the file's beginning: so many bytes
+        self._hashing = ThreadPoolExecutor(max_workers=1)
         if len(self._missing) < len(tensors):
             self._file: BinaryIO = self._partial.open("r+b")
             self._write_back = WriteBack(self._file.fileno())
@@ -121,15 +124,12 @@ class ShardWriter:
         flat = part.detach().cpu().contiguous().reshape(-1)
         content = flat.view(torch.uint8).numpy().data
         offset = self._layout.offsets[name] + begun.nbytes
-        follows = offset == self._hashed
-        self._hashed += len(content) if follows else 0
         self._file.seek(offset)
-        for at in range(0, len(content), HASH_BLOCK):
-            block = content[at : at + HASH_BLOCK]
-            self._file.write(block)
-            begun.checksum = zlib.crc32(block, begun.checksum)
-            if follows:
-                self._digest.update(block)
+        with self._hashed_meanwhile(content, offset):
+            for at in range(0, len(content), HASH_BLOCK):
+                block = content[at : at + HASH_BLOCK]
+                self._file.write(block)
+                begun.checksum = zlib.crc32(block, begun.checksum)
         begun.nbytes += len(content)
         self._write_back.grown(len(content))
         if begun.nbytes < stored.nbytes:
@@ -137,6 +137,22 @@ class ShardWriter:
         del self._missing[name], self._begun[name]
         self._file.flush()  # to the system: a killed process loses nothing any more
         return f"{begun.checksum:08x}"
+
+    @contextmanager
+    def _hashed_meanwhile(self, content: memoryview, offset: int) -> Iterator[None]:
+        """Hash what follows on what is hashed, on a thread of its own where that is worth it."""
+        follows = offset == self._hashed
+        self._hashed += len(content) if follows else 0
+        if not follows or len(content) < HASH_BLOCK:
+            if follows:
+                self._digest.update(content)
+            yield
+            return
+        done = self._hashing.submit(self._digest.update, content)
+        try:
+            yield
+        finally:
+            done.result()
 
     def __enter__(self) -> Self:
         """Begin writing tensors."""
@@ -157,6 +173,7 @@ class ShardWriter:
                 self._write_back.finish()
                 self.record = self._recorded()
         finally:
+            self._hashing.shutdown()
             self._write_back.close()
             self._file.close()
         if kind is None:

@@ -9,11 +9,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from m1local.manifest import FileRecord
+from m1local.memory import free_bytes
 from m1local.shards import DescribedTensors, TensorFiles
 from m1local_quantize.hashing import FileHashes
 from m1local_quantize.hub import RECORD, Record
 from m1local_quantize.transfer import BytesFetched
+
+KEPT = 4  # files that follow are hashed ahead while they fill so small a part of the free memory
 
 
 class SourceFiles(DescribedTensors, Protocol):
@@ -84,9 +89,17 @@ class LocalFiles(TensorFiles):
         """Do nothing: all are there."""
 
     def fetch(self, names: Collection[str]) -> Iterator[BytesFetched]:
-        """Begin to hash the files that are going to be read; all are there."""
-        for name in sorted({self.file_of(name) for name in names}):
-            self.hashes.begin(name)
+        """Begin to hash the files that are going to be read; all are there.
+
+        And those that follow, as far as the system surely keeps what was read of them.
+        """
+        wanted = {self.file_of(name) for name in names}
+        ahead = free_bytes(torch.device("cpu")) // KEPT if wanted else 0
+        for name in sorted(name for name in self.files if name >= min(wanted, default=name)):
+            if name not in wanted:
+                ahead -= (self.folder / name).stat().st_size
+            if name in wanted or ahead >= 0:
+                self.hashes.begin(name)
         return iter(())
 
     def release(self, file_names: Collection[str]) -> None:
