@@ -26,7 +26,7 @@ M1_FOR = (
     "from m1local.native import library; library.FLAGS = ("
     "tuple(flag.replace('native', {march!r}) for flag in library.FLAGS[0]),); "
 )
-PROMPT, ANSWER = 512, 32
+PROMPT, ANSWER = 512, 64
 
 
 @dataclass(slots=True)

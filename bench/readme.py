@@ -185,12 +185,15 @@ def prefix_reuse(result: dict[str, Any]) -> str:
 
 
 def decode_speed(result: dict[str, Any]) -> str:
-    """Rates of prompts and answers beside llama.cpp's."""
+    """Rates of prompts and answers beside llama.cpp's, and what the formats cost."""
     return (
         f"{_rates(result)}\n\n{_conditions(result)} The last columns say how many times as fast as "
         "llama.cpp (a LLaMA of the same dimensions). `int4-64` and `int4-128` are int4 everywhere "
-        "in groups of so many; the default `int4` has its head in 8 bits; `bnb-nf4` runs on "
-        f"bitsandbytes' own kernels. Peer: {result['peer']}. {machine_line(result)}"
+        "in groups of so many; `fit-3.9` is what `fit` chooses for the demo at 3.9 bits, matrix by "
+        "matrix; the default `int4` has its head in 8 bits; `bnb-nf4` runs on bitsandbytes' own "
+        "kernels. KL is what the same formats cost the demo (first table), by the data-free method "
+        f"/ by gptq; llama.cpp's Q4_0 has its head there in Q8_0. Peer: {result['peer']}. "
+        f"{machine_line(result)}"
     )
 
 
@@ -209,9 +212,34 @@ def decode_memory(result: dict[str, Any]) -> str:
     )
 
 
+# Rows of bench.quality that are quantized as those of bench.decode_speed: data-free, calibrated.
+SAME_FORMAT = {
+    "int4-64": ("int4 everywhere, refit", "int4 everywhere, gptq"),
+    "int4-128": (
+        "int4 in groups of 128 everywhere, refit",
+        "int4 in groups of 128 everywhere, gptq",
+    ),
+    "fit-3.9": ("`fit`, 3.9 bits",),
+    "int4": ("`int4`", "`int4-gptq`"),
+    "int8": ("`int8`",),
+    "bnb-nf4": ("`bnb-nf4`",),
+    "llama.cpp Q4_0pure": ("llama.cpp Q4_0 --pure",),
+    "llama.cpp Q4_0": ("llama.cpp Q4_0",),
+    "llama.cpp Q8_0": ("llama.cpp Q8_0",),
+}
+
+
+def _divergences() -> dict[str, str]:
+    """What each contestant's format costs the demo, by the name of its checkpoint."""
+    rows = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))["rows"]
+    found = {row["recipe"]: f"{row['mean_kl']:.4f}" for row in rows}
+    return {name: " / ".join(found[row] for row in same) for name, same in SAME_FORMAT.items()}
+
+
 def _rates(result: dict[str, Any]) -> str:
     peers = [row["name"] for row in result["rows"] if not row["ours"]]
-    header = ["", "bits per weight", "prompt, tokens/s", "answer, tokens/s"]
+    header = ["", "bits per weight", "KL", "prompt, tokens/s", "answer, tokens/s"]
+    divergences = _divergences()
     kinds = ["prompt", "answer"]
     if result["depth"]:
         header.append(f"after {result['depth']:,} tokens")
@@ -220,6 +248,7 @@ def _rates(result: dict[str, Any]) -> str:
         (
             f"`{row['name']}`" if row["ours"] else row["name"],
             row["bits_per_weight"],
+            divergences.get(row["name"], ""),
             f"{row['prompt']:.0f}",
             f"{row['answer']:.1f}",
             *([f"{row['late']:.1f}"] if result["depth"] else []),
