@@ -141,6 +141,7 @@ def contestants(held: Held) -> Iterator[dict[str, object]]:
     yield held.quantized("int4 everywhere, refit", everywhere("int4", "refit"))
     for method in ("refit", "gptq"):
         recipe = everywhere("int4", method, 128)
+        sizes["int4 in groups of 128 everywhere"] = Plan.of(held.source, recipe).target_bytes
         yield held.quantized(f"int4 in groups of 128 everywhere, {method}", recipe)
     for name in ("int3", "int4", "int5", "int6"):
         recipe = everywhere(name, "gptq")
@@ -152,10 +153,12 @@ def contestants(held: Held) -> Iterator[dict[str, object]]:
     found = Sensitivities({event.module: event.costs for event in measured})
     for name in (
         "int3 everywhere",
+        "int4 in groups of 128 everywhere",
         "int4 everywhere",
         "int5 everywhere",
         "int4",
         "int6 everywhere",
+        "int8",
     ):
         recipe = fitted(fit, held.source, found, sizes[name])
         yield held.quantized(f"`fit`, size of {name}", recipe)

@@ -192,8 +192,8 @@ def decode_speed(result: dict[str, Any]) -> str:
         "in groups of so many; `fit-3.9` is what `fit` chooses for the demo at 3.9 bits, matrix by "
         "matrix; the default `int4` has its head in 8 bits; `bnb-nf4` runs on bitsandbytes' own "
         "kernels. KL is what the same formats cost the demo (first table), by the data-free method "
-        f"/ by gptq; llama.cpp's Q4_0 has its head there in Q8_0. Peer: {result['peer']}. "
-        f"{machine_line(result)}"
+        "/ by gptq (`fit` is gptq's); llama.cpp's Q4_0 has its head there in Q8_0. Peer: "
+        f"{result['peer']}. {machine_line(result)}"
     )
 
 

@@ -238,6 +238,19 @@ static void run_step(int kind, int is_wide)
     free(step.positions), free(logits);
 }
 
+static void run_hashes(int streams, int64_t blocks)
+{
+    uint32_t *states[3];
+    const uint8_t *from[3];
+    for (int i = 0; i < streams; i++) {
+        states[i] = exactly(8 * sizeof *states[i]);
+        from[i] = exactly((size_t)blocks * 64);
+    }
+    m1_sha256(states, from, blocks, streams);
+    for (int i = 0; i < streams; i++)
+        free(states[i]), free((void *)from[i]);
+}
+
 static void run_all_of_attention(int is_wide)
 {
     static const int64_t rows[] = {1, 3, 8}, used[] = {8, 31, 33, 100};
@@ -288,6 +301,11 @@ int main(void)
                 }
         }
     }
+    for (int32_t size = 32; size <= 128; size *= 2) /* more groups than a vector has lanes */
+        for (int rows = 1; rows < 4; rows += 2)
+            run_products(rows, 3, 17 * size, size, 0, 1);
+    for (int streams = 1; streams <= 3; streams++)
+        run_hashes(streams, 5);
     puts(m1_self_test() ? "all right" : "the self-test failed");
     return 0;
 }

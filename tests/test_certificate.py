@@ -13,7 +13,9 @@ from m1local.checkpoint import load_model
 from m1local.errors import CalibrationError, CheckpointError
 from m1local.manifest import CheckpointManifest
 from m1local.tokenizer import M1Tokenizer
+from m1local_app import conversing
 from m1local_app.cli import cli
+from m1local_app.terminal import Terminal
 from m1local_quantize import certificate, stream
 from m1local_quantize.certificate import StageMeasured, certify
 from m1local_quantize.evaluate import Divergence, Sample, compare
@@ -90,6 +92,25 @@ def test_one_layer_at_a_time_is_loaded(
         assert all(p.is_meta for p in passing._model.model.layers.parameters())
     assert passing.logits(0, slice(0, 3)).shape == (3, 512)
     assert passing._model.lm_head.weight.is_meta  # never whole in 32 bits
+
+
+def test_the_terminal_says_at_the_start_what_quantizing_has_cost(
+    checkpoints: dict[str, Path],
+    tiny_checkpoint: Path,
+    m1_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Terminal, "run", lambda *_: None)
+    monkeypatch.setattr(conversing, "_piped_text", lambda: None)
+    quantized = CliRunner().invoke(cli, ["chat", str(checkpoints["int4"])])
+    manifest = CheckpointManifest.read(checkpoints["int4"])
+    assert manifest.certificate is not None
+    expected = f"KL divergence {manifest.certificate['mean_kl']:.4f}"
+    assert "against the original: same top token" in quantized.stderr
+    assert expected in quantized.stderr
+    original = CliRunner().invoke(cli, ["chat", str(tiny_checkpoint)])
+    assert "not medical advice" in original.stderr
+    assert "against the original" not in original.stderr
 
 
 def test_without_certification_there_is_none(tiny_checkpoint: Path, tmp_path: Path) -> None:

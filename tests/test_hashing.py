@@ -2,6 +2,7 @@
 
 import hashlib
 import mmap
+import threading
 from pathlib import Path
 
 import numpy
@@ -83,16 +84,15 @@ def test_blocks_of_a_file_are_hashed_as_the_whole(
     assert record_of(tmp_path / "x") == FileRecord.of(tmp_path / "x")
 
 
-def test_what_was_begun_early_is_not_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_begun_early_is_not_read_again(tmp_path: Path) -> None:
     for name in ("b.safetensors", "a.safetensors", "a.json"):
         (tmp_path / name).write_bytes(name.encode())
     hashes = FileHashes(tmp_path)
     hashes.begin_early()
     found = hashes.record("a.safetensors")
-    monkeypatch.setattr(hashing, "record_of", None)
-    assert hashes.record("a.safetensors") == found == FileRecord.of(tmp_path / "a.safetensors")
+    expected = FileRecord.of(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").unlink()
+    assert hashes.record("a.safetensors") == found == expected
 
 
 def test_a_source_is_hashed_from_the_beginning_where_all_of_it_will_be_read(
@@ -107,8 +107,55 @@ def test_a_source_is_hashed_from_the_beginning_where_all_of_it_will_be_read(
     assert begun == [min(path.name for path in tiny_checkpoint.glob("*.safetensors"))]
 
 
+@needs_streams
+def test_a_stopped_run_reads_no_more_and_another_may_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"1" * 1000)
+    (tmp_path / "b").write_bytes(b"2" * 1000)
+    hashes, goes_on = FileHashes(tmp_path), threading.Event()
+    advance = hashing._advance
+
+    def wait(lanes: list[hashing._Lane]) -> None:
+        assert goes_on.wait(60)
+        advance(lanes)
+
+    monkeypatch.setattr(hashing, "_advance", wait)
+    hashes._begin_alone("b")
+    assert hashes.record("b") == FileRecord.of(tmp_path / "b")
+    hashes.begin("a")
+    begun = hashes._begun["a"]
+    hashes.stop()
+    assert set(hashes._begun) == {"b"}
+    goes_on.set()
+    assert hashes.record("a") == FileRecord.of(tmp_path / "a")
+    assert not begun.done()
+
+
+@needs_streams
+def test_an_error_that_nobody_expects_reaches_whoever_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"1" * 1000)
+    hashes = FileHashes(tmp_path)
+    monkeypatch.setattr(sha256, "add_blocks", lambda *_: False)
+    with pytest.raises(RuntimeError, match="no longer"):
+        hashes.record("a")
+
+
+def test_leaving_a_source_stops_its_hashing(tiny_checkpoint: Path) -> None:
+    files = LocalFiles(
+        tiny_checkpoint, [path.name for path in tiny_checkpoint.glob("*.safetensors")]
+    )
+    stopped: list[bool] = []
+    files.hashes.stop = lambda: stopped.append(True)  # type: ignore[method-assign]
+    with pytest.raises(KeyError), files.held():
+        raise KeyError
+    assert stopped
+
+
 @pytest.mark.parametrize(
-    ("percent", "begun"), [(0, "b"), (399, "b"), (400, "bc"), (799, "bc"), (800, "bcd")]
+    ("percent", "begun"), [(0, "b"), (399, "b"), (400, "bc"), (799, "bc"), (800, "bcd"), (801, "b")]
 )
 def test_the_files_that_follow_are_hashed_while_they_are_sure_to_be_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, percent: int, begun: str
@@ -119,6 +166,7 @@ def test_the_files_that_follow_are_hashed_while_they_are_sure_to_be_kept(
     files = LocalFiles(tmp_path, list("abcd"))
     found: list[str] = []
     monkeypatch.setattr(files.hashes, "begin", found.append)
+    monkeypatch.setattr(files.hashes, "side_by_side", lambda: percent != 801)
     monkeypatch.setattr(source_files, "free_bytes", lambda device: percent * nbytes // 100)
     assert not list(files.fetch([]))
     assert not found

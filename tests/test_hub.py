@@ -216,6 +216,33 @@ def test_a_kept_source_is_there_for_the_next_recipe(
     assert "original, not quantized" in shown.stdout
 
 
+def test_a_revision_is_quantized_as_it_arrives_and_stays_the_one(
+    m1: Callable[..., Result], served: Hub, m1_home: Path
+) -> None:
+    first = m1("quantize", NAME, str(m1_home / "a"), "-r", "int8", "--revision", "v1")
+    assert first.exit_code == 0, first.stderr
+    assert any("/revision/v1" in request for request in served.requests)
+    assert CheckpointManifest.read(m1_home / "a").source_revision == served.commit
+    assert not list((m1_home / "sources").rglob("*.safetensors"))
+    served.requests.clear()
+    again = m1("quantize", NAME, str(m1_home / "b"), "-r", "int8", "--keep-source")
+    assert again.exit_code == 0, again.stderr
+    assert any(f"/revision/{served.commit}" in request for request in served.requests)
+    served.requests.clear()
+    assert m1("quantize", NAME, str(m1_home / "c"), "-r", "int8").exit_code == 0
+    assert not served.requests
+    other = m1("quantize", NAME, str(m1_home / "d"), "-r", "int8", "--revision", "v2", "--offline")
+    assert other.exit_code == 1
+    assert m1("quantize", NAME, str(m1_home / "d"), "-r", "int8", "--revision", "v2").exit_code == 0
+    assert any("/revision/v2" in request for request in served.requests)
+
+
+def test_a_folder_has_no_revision(m1: Callable[..., Result], tiny_checkpoint: Path) -> None:
+    said = m1("quantize", str(tiny_checkpoint), "x", "--revision", "v1")
+    assert said.exit_code == 2
+    assert "--revision is of a repository on the hub" in said.stderr
+
+
 def test_fit_keeps_the_source_and_says_so(
     m1: Callable[..., Result], served: Hub, m1_home: Path
 ) -> None:

@@ -163,7 +163,7 @@ def test_a_method_leaves_other_formats_to_rounding() -> None:
 
 
 @pytest.mark.slow
-def test_on_the_demo_refit_is_nearer_to_the_original_than_rtn() -> None:
+def test_on_the_demo_refit_and_hqq_are_nearer_to_the_original_than_rtn() -> None:
     tokenizer = M1Tokenizer.from_folder(DEMO)
     card = (DEMO / "MODEL_CARD.md").read_text(encoding="utf-8")
     answers = re.findall(r"^- \*\*(.*?)\*\* (.*)$", card, re.MULTILINE)
@@ -175,7 +175,7 @@ def test_on_the_demo_refit_is_nearer_to_the_original_than_rtn() -> None:
         samples.append(Sample(tuple(ids), len(prompt) + 1))
     reference = load_model(DEMO, dtype=torch.float32)
     divergence = {}
-    for method in ("rtn", "refit"):
+    for method in ("rtn", "refit", "hqq"):
         model, spec = load_model(DEMO, dtype=torch.float32), INT4[1]
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "layers" in name:
@@ -184,3 +184,4 @@ def test_on_the_demo_refit_is_nearer_to_the_original_than_rtn() -> None:
                 parameter.data.copy_(dequantized(tensors, shape, spec))
         divergence[method] = compare(reference, model, samples).mean_kl
     assert divergence["refit"] < divergence["rtn"]
+    assert divergence["hqq"] < divergence["rtn"]

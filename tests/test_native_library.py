@@ -15,6 +15,7 @@ from m1local.native import library
 from tests.conftest import ROOT, lend_library
 
 DRIVER = Path(__file__).parent / "native_driver.c"
+EMULATION = Path(__file__).parent / "emulated_tiles.h"
 posix = pytest.mark.skipif(os.name == "nt", reason="scripts stand in for compilers")
 needs_compiler = pytest.mark.skipif(library.library() is None, reason=library.status().text)
 # What a fresh process says and makes.
@@ -323,8 +324,10 @@ def test_torch_and_the_library_share_one_openmp(m1_home: Path) -> None:
     assert ran.stdout.strip() == "1", ran.stderr
 
 
+# Plain C, and what this very processor has, with the tiles it may lack.
 @needs_compiler
-def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [(), ("-march=native", f'-DM1_EMULATED_TILES="{EMULATION}"')])
+def test_the_sanitizers_find_nothing(tmp_path: Path, wanted: tuple[str, ...]) -> None:
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("the sanitizers are gcc's and clang's")
@@ -333,7 +336,7 @@ def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
     exact = ["-ffp-contract=off", "-fno-strict-aliasing", "-I", str(library.SOURCES)]
     sources = [str(path) for path in (*library._sources(), DRIVER)]
     compiled = subprocess.run(  # without OpenMP, whose own memory the sanitizers would report
-        [compiler, *flags, *exact, "-o", str(program), *sources, "-lm"],
+        [compiler, *flags, *wanted, *exact, "-o", str(program), *sources, "-lm"],
         capture_output=True,
         text=True,
     )

@@ -5,6 +5,7 @@ import json
 import os
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from m1local.formats.base import Stored
 from m1local.manifest import FileRecord
 from m1local.shards import DTYPES
-from m1local_quantize import write_back
+from m1local_quantize import shard_writer, write_back
 from m1local_quantize.shard_writer import ShardWriter
 
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (3,), (9,), (5, 7), (0, 4), (1, 1, 2, 1, 2)]
@@ -75,10 +76,12 @@ def test_a_tensor_that_is_not_contiguous_is_written_in_its_order(tmp_path: Path)
     assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], tensor)
 
 
+@pytest.mark.parametrize("hash_block", [16, 1 << 18])  # hashed beside being written, or at once
 def test_a_tensor_in_parts_is_the_same_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hash_block: int
 ) -> None:
     monkeypatch.setattr(write_back, "AT_ONCE", 100)
+    monkeypatch.setattr(shard_writer, "HASH_BLOCK", hash_block)
     tensors = {"a": torch.arange(77 * 16).view(77, 16), "b": torch.arange(5.0), "c": torch.ones(64)}
     write_all(tmp_path / "whole.safetensors", tensors)
     layout = {name: Stored(tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -92,6 +95,43 @@ def test_a_tensor_in_parts_is_the_same_file(
         assert writer.write("b", tensors["b"][3:])
     assert writer.record == FileRecord.of(tmp_path / "parts.safetensors")
     assert writer.record == FileRecord.of(tmp_path / "whole.safetensors")
+
+
+class Filling:
+    """A file on a disk that is full after so many bytes."""
+
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self._file, self._room = file, room
+
+    def write(self, block: memoryview) -> int:
+        self._room -= len(block)
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._file.write(block)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("hash_block", [16, 1 << 18])
+def test_a_disk_that_fills_in_the_middle_of_a_part_costs_that_tensor_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hash_block: int
+) -> None:
+    monkeypatch.setattr(shard_writer, "HASH_BLOCK", hash_block)
+    tensors = {"a": torch.arange(77 * 16).view(77, 16), "c": torch.arange(640).view(40, 16)}
+    layout = {name: Stored(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    path = tmp_path / "x.safetensors"
+    writer = ShardWriter(path, layout)
+    writer.write("a", tensors["a"])
+    writer._file = Filling(writer._file, 1000)  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space"), writer:
+        writer.write("c", tensors["c"])
+    assert not path.exists()
+    with ShardWriter(path, layout, finished={"a"}) as again:
+        again.write("c", tensors["c"])
+    assert again.record == FileRecord.of(path)
+    assert torch.equal(load_file(path)["a"], tensors["a"])
+    assert torch.equal(load_file(path)["c"], tensors["c"])
 
 
 def test_what_the_disk_lost_on_the_way_is_not_called_written(

@@ -46,6 +46,7 @@ def quantize(
     ] = True,
     offline: options.Offline = False,
     keep_source: options.KeepSource = False,
+    revision: options.Revision = None,
     budget: options.Budget = None,
     device: options.Device = None,
     ctx_size: options.ContextSize = None,
@@ -66,7 +67,9 @@ def quantize(
     from m1local_quantize.recipe import Recipe
 
     chosen = Recipe.find(recipe or DEFAULT_RECIPE)  # before gigabytes are fetched
-    found = fetched(source, offline=offline, keep_source=keep_source and not only_say)
+    found = fetched(
+        source, offline=offline, keep_source=keep_source and not only_say, revision=revision
+    )
     original = open_source(found, offline=offline, whole=not only_say)
     from m1local_quantize.target import check_contents  # torch, while the original is being read
 
@@ -131,9 +134,7 @@ def plan(
 @checkpoints.command("pull")
 def pull_model(
     repository: Annotated[str, typer.Argument(help="OWNER/NAME on the model hub.")],
-    revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit. (default: main, then as it was)")
-    ] = None,
+    revision: options.Revision = None,
 ) -> None:
     """Fetch a model from the hub and check every file; called again, it goes on.
 

@@ -106,6 +106,21 @@ def question(wanted: ChatOptions) -> str | None:
     return text
 
 
+def _greet(chosen: Chosen, *, raw: bool) -> None:
+    """Say what answers, and what quantizing has cost it."""
+    from m1local.checkpoint import is_quantized
+    from m1local.manifest import CheckpointManifest
+    from m1local_app.answer_view import note
+    from m1local_app.progress import quality_in_short
+
+    kind = tr("continues your text") if raw else tr("chat")
+    note(tr("{label}: {kind}; not medical advice.", label=chosen.label, kind=kind))
+    if is_quantized(chosen.folder):
+        cost = quality_in_short(CheckpointManifest.read(chosen.folder))
+        if cost is not None:
+            note(cost)
+
+
 def converse(chosen: Chosen, wish: Wish, timings: Timings) -> None:
     """Answer the one question, or talk until the user leaves."""
     from m1local_app.answer_view import note
@@ -127,8 +142,7 @@ def converse(chosen: Chosen, wish: Wish, timings: Timings) -> None:
     if asked is not None:
         _answer(conversation, asked, wanted, raw=raw)
         return
-    kind = tr("continues your text") if raw else tr("chat")
-    note(tr("{label}: {kind}; not medical advice.", label=chosen.label, kind=kind))
+    _greet(chosen, raw=raw)
     Terminal(
         conversation,
         folder=chosen.folder,

@@ -21,6 +21,7 @@ from rich.progress import (
 from m1local import home
 from m1local.errors import HubError
 from m1local_app import library
+from m1local_app.boundary import usage_error
 from m1local_app.kept import size_text
 from m1local_app.language import tr
 from m1local_app.notices import show_licence_once
@@ -33,15 +34,25 @@ if TYPE_CHECKING:
     from m1local_quantize.source import Source
 
 
-def fetched(model: str | None, *, offline: bool, keep_source: bool) -> Chosen:
+def fetched(
+    model: str | None, *, offline: bool, keep_source: bool, revision: str | None = None
+) -> Chosen:
     """What `model` names; of a repository the whole, or with `keep_source` unset all but weights.
 
-    Raises HubError where something would have to be fetched and `offline` is set.
+    Without a `revision` it stays the one that was asked for before. Raises HubError where something
+    would have to be fetched and `offline` is set.
     """
     if model is None or not library.is_repository(model):
+        if revision is not None:
+            raise usage_error(
+                tr("--revision is of a repository on the hub; {model} is none.", model=model or "")
+            )
         return library.find(model)
     folder = library.source_folder(model)
     record = Record.read(folder)
+    asked = revision if revision is not None or record is None else record.asked
+    if record is not None and record.asked != asked:
+        record = None  # of another revision
     if record is not None and record.complete:
         return library.find(model)
     if keep_source or record is None or not record.described:
@@ -52,7 +63,7 @@ def fetched(model: str | None, *, offline: bool, keep_source: bool) -> Chosen:
                     model=model,
                 )
             )
-        pull_with_progress(model, folder, weights=keep_source)
+        pull_with_progress(model, folder, revision=asked, weights=keep_source)
     record = Record.read(folder)
     if record is not None and record.complete:
         return library.find(model)

@@ -117,6 +117,9 @@ Threads = Annotated[
 Offline = Annotated[
     bool, typer.Option("--offline", help="Fetch nothing; fail where something is missing.")
 ]
+Revision = Annotated[
+    str | None, typer.Option(help="A branch, tag or commit. (default: main, then as it was)")
+]
 KeepSource = Annotated[
     bool,
     typer.Option(

@@ -90,15 +90,20 @@ def _say_what_was_made(
             peak=size_text(peak),
         )
     )
-    if manifest.certificate is not None:
-        found = manifest.certificate
-        console.print(
-            tr(
-                "against the original: same top token {same:.1%}, KL divergence {kl:.4f}",
-                same=float(found["top1_agreement"]),
-                kl=float(found["mean_kl"]),
-            )
-        )
+    if (cost := quality_in_short(manifest)) is not None:
+        console.print(cost)
+
+
+def quality_in_short(manifest: CheckpointManifest) -> str | None:
+    """What quantizing has cost, in few words; None where that was not measured."""
+    found = manifest.certificate
+    if found is None:
+        return None
+    return tr(
+        "against the original: same top token {same:.1%}, KL divergence {kl:.4f}",
+        same=float(found["top1_agreement"]),
+        kl=float(found["mean_kl"]),
+    )
 
 
 def dry_run(opened: "Source", recipe: "Recipe", calibration: Path | None = None) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-ROWS_QUANTIZED = 256  # at a time: quantizing holds several copies of a slice, in 32 bits
+ROWS_QUANTIZED = 64  # at a time: quantizing holds several copies of a slice, in 32 bits
 AHEAD = 2  # slices that a thread may be ahead of whoever takes the results
 
 

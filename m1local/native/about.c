@@ -79,6 +79,28 @@ static int rows_are_right(void)
     return scale == 1.0f && !memcmp(codes, expected, sizeof codes);
 }
 
+/* "abc", FIPS 180-4's own example, in every stream. */
+static int hashes_are_right(void)
+{
+    static const uint32_t initial[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                        0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    static const uint32_t expected[8] = {0xba7816bf, 0x8f01cfea, 0x414140de, 0x5dae2223,
+                                         0xb00361a3, 0x96177a9c, 0xb410ff61, 0xf20015ad};
+    static const uint8_t block[64] = {'a', 'b', 'c', 0x80, [63] = 24 /* bits */};
+    const uint8_t *const blocks[3] = {block, block, block};
+    for (int streams = 1; streams <= 3; streams++) {
+        uint32_t states[3][8], *at[3] = {states[0], states[1], states[2]};
+        for (int s = 0; s < streams; s++)
+            memcpy(states[s], initial, sizeof initial);
+        if (!m1_sha256(at, blocks, 1, streams))
+            return 1; /* this processor has no instructions for it */
+        for (int s = 0; s < streams; s++)
+            if (memcmp(states[s], expected, sizeof expected))
+                return 0;
+    }
+    return 1;
+}
+
 /* A matrix of groups and one of rows of bytes, and x; more rows than two tiles have. */
 enum { COLUMNS = 192, N = 5, M = 33 };
 typedef struct {
@@ -156,5 +178,5 @@ M1_EXPORT int m1_self_test(void)
             || !groups_are_right(is_wide, 3, &whole) || !products_are_right(is_wide, SIZE)
             || !products_are_right(is_wide, 2 * SIZE))
             return 0;
-    return rows_are_right();
+    return rows_are_right() && hashes_are_right();
 }

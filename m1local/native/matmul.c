@@ -34,9 +34,14 @@ static Rounded layout_for(const Stored *w, int64_t rows)
     return x;
 }
 
-static int alike(const Stored *a, const Stored *b)
+/* Whether x is rounded alike for both. */
+static int alike(const Stored *a, const Stored *b, int64_t rows)
 {
-    return a->columns == b->columns && a->size == b->size && a->low_bits == b->low_bits;
+    const int are_bytes = a->low_bits == 8 && b->low_bits == 8;
+    const int are_groups = a->low_bits != 8 && b->low_bits != 8;
+    const int parted_alike = rows > FEW_ROWS || parted(a->low_bits) == parted(b->low_bits);
+    return a->columns == b->columns && a->size == b->size && (are_bytes || are_groups)
+           && parted_alike;
 }
 
 int multiply_each(const void *x, int is_wide, int64_t rows, const Stored *const *w,
@@ -46,7 +51,7 @@ int multiply_each(const void *x, int is_wide, int64_t rows, const Stored *const 
     int done = 1;
     for (int i = 0; i < count && done; i++) {
         const Output output = {targets[i], is_wide};
-        if (i == 0 || !alike(w[i - 1], w[i])) {
+        if (i == 0 || !alike(w[i - 1], w[i], rows)) {
             forget(&rounded_x);
             rounded_x = layout_for(w[i], rows);
             done = round_rows(&rounded_x, x, is_wide, threads);

@@ -47,9 +47,9 @@ INLINE void store_state(Halves halves, uint32_t *state)
 INLINE __m128i next_words(__m128i words[4], const uint8_t *block, int i)
 {
     const __m128i swapped = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-    const __m128i last = words[(i + 3) % 4];
     if (i < 4)
         return _mm_shuffle_epi8(_mm_loadu_si128((const void *)(block + 16 * i)), swapped);
+    const __m128i last = words[(i + 3) % 4];
     const __m128i first = _mm_sha256msg1_epu32(words[i % 4], words[(i + 1) % 4]);
     const __m128i seven = _mm_alignr_epi8(last, words[(i + 2) % 4], 4);
     return _mm_sha256msg2_epu32(_mm_add_epi32(first, seven), last);
@@ -95,6 +95,8 @@ M1_EXPORT int m1_sha256(
         add_blocks(states, blocks, count, 2);
     else if (streams == 1)
         add_blocks(states, blocks, count, 1);
+    else
+        return 0;
     return 1;
 }
 

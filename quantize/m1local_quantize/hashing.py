@@ -29,26 +29,32 @@ class FileHashes:
     def __init__(self, folder: Path) -> None:
         """Nothing is read yet."""
         self._folder = folder
+        self._lock = threading.Lock()  # of all that follows
         self._begun: dict[str, Future[FileRecord]] = {}
-        self._waiting: deque[tuple[Path, Future[FileRecord]]] = deque()
-        self._lock, self._working = threading.Lock(), False  # of the two above
+        self._waiting: deque[_Lane] = deque()
+        self._worker = 0  # the number of the one that may go on
+        self._working = False
+
+    def side_by_side(self) -> bool:
+        """Whether several files take less time together than one after the other."""
+        from m1local.native import sha256  # torch, which must not be imported before `begin_early`
+
+        return sha256.usable()
 
     def begin(self, name: str) -> None:
         """Begin with a file, unless that was done before; others are hashed beside it."""
-        from m1local.native import sha256  # torch, which must not be imported before `begin_early`
-
-        if not sha256.usable():
+        if not self.side_by_side():
             self._begin_alone(name)
             return
         with self._lock:
             if name in self._begun:
                 return
             found = self._begun[name] = Future[FileRecord]()
-            self._waiting.append((self._folder / name, found))
+            self._waiting.append(_Lane(self._folder / name, found))
             if not self._working:
-                self._working = True
+                self._working, self._worker = True, self._worker + 1
                 # A daemon: whoever stops quantizing must not wait for it.
-                threading.Thread(target=self._work, daemon=True).start()
+                threading.Thread(target=self._work, args=(self._worker,), daemon=True).start()
 
     def begin_early(self) -> None:
         """Begin with what is likely to be needed first."""
@@ -61,6 +67,13 @@ class FileHashes:
         self.begin(name)
         return self._begun[name].result()
 
+    def stop(self) -> None:
+        """Give up what is not hashed yet, for which nobody waits; `begin` begins it again."""
+        with self._lock:
+            self._working, self._worker = False, self._worker + 1
+            self._waiting.clear()
+            self._begun = {name: found for name, found in self._begun.items() if found.done()}
+
     def _begin_alone(self, name: str) -> None:
         with self._lock:
             if name in self._begun:
@@ -70,32 +83,36 @@ class FileHashes:
         def run() -> None:
             try:
                 found.set_result(record_of(self._folder / name))
-            except OSError as error:
+            except Exception as error:
                 found.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
 
-    def _work(self) -> None:
+    def _work(self, worker: int) -> None:
         """Hash all that waits, as many files at once as there are streams."""
-        from m1local.native import sha256
-
         lanes: list[_Lane] = []
-        while True:
+        try:
+            while self._join(lanes, worker):
+                lanes = [lane for lane in lanes if lane.goes_on()]
+                _advance(lanes)
+        except Exception as error:  # whoever waits has to hear of it
             with self._lock:
-                while self._waiting and len(lanes) < sha256.STREAMS:
-                    lanes.append(_Lane(*self._waiting.popleft()))
-                if not lanes:
-                    self._working = False
-                    return
-            lanes = [lane for lane in lanes if lane.goes_on()]
-            if lanes:
-                nbytes = min(STEP, *(lane.mapped_bytes for lane in lanes))
-                nbytes -= nbytes % sha256.BLOCK_BYTES
-                sha256.add_blocks(
-                    [lane.digest for lane in lanes], [lane.address for lane in lanes], nbytes
-                )
-                for lane in lanes:
-                    lane.passed(nbytes)
+                waiting, self._working = list(self._waiting), False
+                self._waiting.clear()
+            for lane in (*lanes, *waiting):
+                lane.fail(error)
+
+    def _join(self, lanes: list["_Lane"], worker: int) -> bool:
+        """Let what waits join `lanes`; whether there is anything to be done."""
+        from m1local.native.sha256 import STREAMS
+
+        with self._lock:
+            if worker != self._worker:
+                return False
+            while self._waiting and len(lanes) < STREAMS:
+                lanes.append(self._waiting.popleft())
+            self._working = bool(lanes)
+            return self._working
 
 
 class _Lane:
@@ -120,6 +137,11 @@ class _Lane:
     def passed(self, nbytes: int) -> None:
         self._mapped = self._mapped[nbytes:]
 
+    def fail(self, error: Exception) -> None:
+        """Say that there is no record, where none has been found."""
+        if not self._found.done():
+            self._found.set_exception(error)
+
     def goes_on(self) -> bool:
         """Whether there are whole blocks left to be hashed; at the end, or an error, say so."""
         from m1local.native.sha256 import BLOCK_BYTES
@@ -135,13 +157,27 @@ class _Lane:
                     )
                 self._at += size
         except OSError as error:
-            self._found.set_exception(error)
+            self.fail(error)
             return False
         if self.mapped_bytes >= BLOCK_BYTES:
             return True
         digest = self.digest.finish(self._mapped.tobytes())
         self._found.set_result(FileRecord(self._nbytes, digest))
         return False
+
+
+def _advance(lanes: list[_Lane]) -> None:
+    """Hash as many blocks of each as all of them have mapped."""
+    from m1local.native import sha256
+
+    if lanes:
+        nbytes = min(STEP, *(lane.mapped_bytes for lane in lanes))
+        nbytes -= nbytes % sha256.BLOCK_BYTES
+        digests = [lane.digest for lane in lanes]
+        if not sha256.add_blocks(digests, [lane.address for lane in lanes], nbytes):
+            raise RuntimeError("the compiled library hashes no longer")
+        for lane in lanes:
+            lane.passed(nbytes)
 
 
 def record_of(path: Path) -> FileRecord:

@@ -5,7 +5,7 @@ not: the transfer (arriving.py is the other one).
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -81,9 +81,13 @@ class LocalFiles(TensorFiles):
             self.hashes.begin(name)
         return {name: self.hashes.record(name) for name in self.files}
 
-    def held(self) -> AbstractContextManager[None]:
-        """Do nothing: whoever changes them is noticed by their times."""
-        return nullcontext()
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Stop hashing at the end. Whoever changes the files is noticed by their times."""
+        try:
+            yield
+        finally:
+            self.hashes.stop()
 
     def expect(self, names: Sequence[str]) -> None:
         """Do nothing: all are there."""
@@ -94,7 +98,9 @@ class LocalFiles(TensorFiles):
         And those that follow, as far as the system surely keeps what was read of them.
         """
         wanted = {self.file_of(name) for name in names}
-        ahead = free_bytes(torch.device("cpu")) // KEPT if wanted else 0
+        ahead = 0
+        if wanted and self.hashes.side_by_side():
+            ahead = free_bytes(torch.device("cpu")) // KEPT
         for name in sorted(name for name in self.files if name >= min(wanted, default=name)):
             if name not in wanted:
                 ahead -= (self.folder / name).stat().st_size
