@@ -69,7 +69,8 @@ def test_files_of_all_sizes_are_hashed_side_by_side(
         assert hashes.record(name) == FileRecord.of(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         hashes.record("missing.safetensors")
-    (tmp_path / "late").write_bytes(b"1" * 1000)  # the thread may have ended
+    assert_ended()
+    (tmp_path / "late").write_bytes(b"1" * 1000)  # begins another thread
     assert hashes.record("late") == FileRecord.of(tmp_path / "late")
 
 
@@ -107,16 +108,25 @@ def test_a_source_is_hashed_from_the_beginning_where_all_of_it_will_be_read(
     assert begun == [min(path.name for path in tiny_checkpoint.glob("*.safetensors"))]
 
 
+def assert_ended() -> None:
+    """No thread goes on when nothing waits."""
+    for thread in threading.enumerate():
+        if thread.name == "hashing":
+            thread.join(60)
+            assert not thread.is_alive()
+
+
 @needs_streams
 def test_a_stopped_run_reads_no_more_and_another_may_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").write_bytes(b"1" * 1000)
     (tmp_path / "b").write_bytes(b"2" * 1000)
-    hashes, goes_on = FileHashes(tmp_path), threading.Event()
+    hashes, in_midst, goes_on = FileHashes(tmp_path), threading.Event(), threading.Event()
     advance = hashing._advance
 
     def wait(lanes: list[hashing._Lane]) -> None:
+        in_midst.set()
         assert goes_on.wait(60)
         advance(lanes)
 
@@ -125,10 +135,12 @@ def test_a_stopped_run_reads_no_more_and_another_may_begin(
     assert hashes.record("b") == FileRecord.of(tmp_path / "b")
     hashes.begin("a")
     begun = hashes._begun["a"]
+    assert in_midst.wait(60)
     hashes.stop()
     assert set(hashes._begun) == {"b"}
     goes_on.set()
     assert hashes.record("a") == FileRecord.of(tmp_path / "a")
+    assert_ended()
     assert not begun.done()
 
 

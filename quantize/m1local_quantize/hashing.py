@@ -54,7 +54,8 @@ class FileHashes:
             if not self._working:
                 self._working, self._worker = True, self._worker + 1
                 # A daemon: whoever stops quantizing must not wait for it.
-                threading.Thread(target=self._work, args=(self._worker,), daemon=True).start()
+                asked = (self._worker,)
+                threading.Thread(target=self._work, args=asked, name="hashing", daemon=True).start()
 
     def begin_early(self) -> None:
         """Begin with what is likely to be needed first."""
