@@ -25,9 +25,9 @@ pre {{ margin: 0; font: 15px/{line}px "DejaVu Sans Mono", "Noto Sans Mono CJK SC
 </style><pre>{code}</pre>"""
 # What is typed, and what must be there before the next is.
 ENGLISH = (
-    ("What is glaucoma?\r", r"context \d"),
-    ("How is asthma treated?\r", r"(?s)context \d.*context \d"),
-    ("/edit 2 What are the symptoms of asthma?\r", r"(?s)symptoms of asthma.*context \d"),
+    ("What is glaucoma?\r", r"context\s+\d"),
+    ("How is asthma treated?\r", r"(?s)context\s+\d.*context\s+\d"),
+    ("/edit 2 What are the symptoms of asthma?\r", r"(?s)symptoms of asthma.*context\s+\d"),
     ("/history\r", r"  2  What are"),
     ("/set temp 0.2\r", r"temp +0\.2"),
     ("/nonsense\r", r"no command"),
