@@ -187,7 +187,7 @@ static void forget_stored(Stored w)
 /* Two kinds of layer, a global one and a ring, some tokens further than the ring has slots. */
 static void run_step(int kind, int is_wide)
 {
-    enum { HIDDEN = 64, INNER = 96, VOCABULARY = 37, ROWS = 4, RAW = 16, TOKENS = 40 };
+    enum { HIDDEN = 64, INNER = 96, VOCABULARY = 37, ROWS = 4, RAW = 16, TOKENS = 40, LENT = 12000 };
     const int kept = kind == KV_BYTES ? KV_BYTES : is_wide ? KV_FLOAT : KV_BFLOAT16;
     Layer layers[2];
     for (int i = 0; i < 2; i++) {
@@ -213,8 +213,8 @@ static void run_step(int kind, int is_wide)
         room_for(ROWS * (HIDDEN + 128), is_wide), room_for(ROWS * HIDDEN, is_wide),
         room_for(ROWS * 64, is_wide), room_for(ROWS * 64, is_wide),
         room_for(ROWS * HIDDEN, is_wide), room_for(ROWS * INNER, is_wide),
-        room_for(ROWS * INNER, is_wide), exactly(ROWS * sizeof(int64_t)), 2, HIDDEN, RAW, is_wide,
-        kept, 1e-6f,
+        room_for(ROWS * INNER, is_wide), exactly(ROWS * sizeof(int64_t)),
+        exactly(LENT), LENT, 2, HIDDEN, RAW, is_wide, kept, 1e-6f,
     };
     void *logits = room_for(ROWS * VOCABULARY, is_wide);
     for (int64_t position = 0, rows = 1; position + rows <= TOKENS; position += rows) {
@@ -235,7 +235,7 @@ static void run_step(int kind, int is_wide)
     forget_stored(step.head);
     free((void *)step.norm), free(step.x), free(step.normed), free(step.packed), free(step.q);
     free(step.k), free(step.v), free(step.product), free(step.gate), free(step.up);
-    free(step.positions), free(logits);
+    free(step.positions), free(step.room), free(logits);
 }
 
 static void run_hashes(int streams, int64_t blocks)

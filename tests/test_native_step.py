@@ -4,6 +4,7 @@ Whatever is read before, between and after, by whichever of the two, and rolled 
 all that the cache holds stay the same.
 """
 
+import ctypes
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -137,6 +138,35 @@ def test_a_remembered_boundary_is_gone_on_from(boundary: int) -> None:
     found = CompiledStep(model, cache).read([3, 4], last_only=False)
     assert found is not None
     assert torch.equal(found, ordinary(model, expected, [3, 4]))
+
+
+@pytest.mark.parametrize("format_", ["int3", "int4", "int8"])
+@pytest.mark.parametrize("kv_type", [FLOAT, BYTES])
+def test_tokens_are_read_without_allocating(format_: str, kv_type: str) -> None:
+    compiled = library.library()
+    assert compiled is not None
+    compiled.m1_allocations.restype = ctypes.c_int64
+    model = model_of(format_, None if format_ == "int8" else 32, torch.bfloat16)
+    reader = CompiledStep(model, new_cache(torch.bfloat16, kv_type))
+    before = compiled.m1_allocations()
+    for rows in (1, 1, 4, 3, 2, 1):
+        assert reader.read(list(range(rows)), last_only=True) is not None
+    assert compiled.m1_allocations() == before
+    model.lm_head(torch.randn(1, CONFIG.hidden_size, dtype=torch.bfloat16))
+    assert compiled.m1_allocations() > before  # what counts them does
+
+
+def test_with_too_little_room_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = model_of("int5", 32, torch.bfloat16), []
+    for nbytes in (step.MEANWHILE_BYTES, 0, 3000 - 16 * step.ROWS * CONFIG.intermediate_size):
+        monkeypatch.setattr(step, "MEANWHILE_BYTES", nbytes)
+        reader = CompiledStep(model, new_cache(torch.bfloat16))
+        found.append([reader.read([3, 4, 5, 6], last_only=False) for _ in range(5)])
+    for others in found[1:]:
+        for expected, logits in zip(found[0], others, strict=True):
+            assert expected is not None
+            assert logits is not None
+            assert torch.equal(expected, logits)
 
 
 def test_gate_and_up_may_be_stored_differently() -> None:

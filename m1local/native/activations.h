@@ -43,7 +43,8 @@ int round_rows(Rounded *x, const void *source, int is_wide, int threads);
 void forget(Rounded *x);
 
 /* Memory where vectors begin at multiples of their size: zeros, or whatever was there. `give_back`
- * frees it. */
+ * frees it. They take what was lent to this thread first, which then is the same again and again. */
+void lend(void *room, size_t bytes); /* NULL: no longer */
 void *whole(size_t bytes);
 void *room_for(size_t bytes);
 void give_back(void *aligned);

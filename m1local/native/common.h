@@ -127,7 +127,8 @@ typedef struct {
     void *x;                                            /* (rows, hidden): in */
     void *normed, *packed, *q, *k, *v, *product, *gate, *up; /* room for as many rows */
     int64_t *positions;
-    int64_t layer_count, hidden, raw_slots;
+    void *room; /* for what products and attention need meanwhile: else they allocate it */
+    int64_t room_bytes, layer_count, hidden, raw_slots;
     int32_t is_wide, kind; /* of x and the weights; of keys and values */
     float eps;
 } Step;

@@ -143,14 +143,9 @@ static int read_layer(const Step *s, const Layer *l, int64_t position, int64_t r
     return 1;
 }
 
-/* Read `rows` tokens from `position` on, at most FEW_ROWS; the logits of those from row `first_wanted` on
- * follow each other. 0 where there is no memory: then the same call, or any other way, may be tried
- * again, since what was written lies where it will be written again. */
-M1_EXPORT int m1_step(const Step *s, int64_t position, int64_t rows, int64_t first_wanted,
-                      void *logits, int threads)
+static int read_step(const Step *s, int64_t position, int64_t rows, int64_t first_wanted,
+                     void *logits, int threads)
 {
-    if (rows < 1 || rows > FEW_ROWS || first_wanted >= rows)
-        return 0;
     for (int64_t row = 0; row < rows; row++)
         s->positions[row] = position + row;
     for (int64_t i = 0; i < s->layer_count; i++) {
@@ -166,4 +161,18 @@ M1_EXPORT int m1_step(const Step *s, int64_t position, int64_t rows, int64_t fir
     m1_norm(s->x, s->norm, s->is_wide, rows, s->hidden, s->eps, s->normed, threads);
     const char *wanted = (const char *)s->normed + bytes_of(s, first_wanted * s->hidden);
     return m1_multiply(wanted, s->is_wide, rows - first_wanted, &s->head, logits, threads);
+}
+
+/* Read `rows` tokens from `position` on, at most FEW_ROWS; the logits of those from row `first_wanted` on
+ * follow each other. 0 where there is no memory: then the same call, or any other way, may be tried
+ * again, since what was written lies where it will be written again. */
+M1_EXPORT int m1_step(const Step *s, int64_t position, int64_t rows, int64_t first_wanted,
+                      void *logits, int threads)
+{
+    if (rows < 1 || rows > FEW_ROWS || first_wanted >= rows)
+        return 0;
+    lend(s->room, (size_t)s->room_bytes);
+    const int done = read_step(s, position, rows, first_wanted, logits, threads);
+    lend(NULL, 0);
+    return done;
 }

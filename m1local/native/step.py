@@ -19,6 +19,7 @@ from m1local.native.library import address, library
 from m1local.native.matmul import Matrix
 
 ROWS = 4  # tokens at a time: the products sum so many as they sum one
+MEANWHILE_BYTES = 4 << 20  # for attention by many threads; where that is too little, it allocates
 TYPES = (torch.bfloat16, torch.float32)
 
 
@@ -42,8 +43,8 @@ class _Step(ctypes.Structure):
         ("layers", ctypes.POINTER(_Layer)),
         ("head", Matrix),
         *((name, ctypes.c_void_p) for name in ("norm", "x", "normed", "packed", "q", "k", "v")),
-        *((name, ctypes.c_void_p) for name in ("product", "gate", "up", "positions")),
-        *((name, ctypes.c_int64) for name in ("layer_count", "hidden", "raw_slots")),
+        *((name, ctypes.c_void_p) for name in ("product", "gate", "up", "positions", "room")),
+        *((name, ctypes.c_int64) for name in ("room_bytes", "layer_count", "hidden", "raw_slots")),
         *((name, ctypes.c_int32) for name in ("is_wide", "kind")),
         ("eps", ctypes.c_float),
     )
@@ -138,11 +139,12 @@ class CompiledStep:
         widths = [hidden, hidden + 2 * kv, hidden, kv, kv, hidden, inner, inner]
         rooms = [self._room(width) for width in widths]
         positions = torch.zeros(ROWS, dtype=torch.int64)
-        self._held += [*rooms, positions]
+        meanwhile = torch.empty(MEANWHILE_BYTES + 16 * ROWS * inner, dtype=torch.uint8)
+        self._held += [*rooms, positions, meanwhile]
         return _Step(
             self._layers, self._matrix(self.model.lm_head), self._norm(self.model.model.norm),
             address(self._x), *map(address, rooms), address(positions),
-            len(self._layers), hidden, RAW_TOKENS,
+            address(meanwhile), meanwhile.nbytes, len(self._layers), hidden, RAW_TOKENS,
             self._dtype == torch.float32, KINDS[kept.k.values.dtype], config.rms_norm_eps,
         )  # fmt: skip
 
