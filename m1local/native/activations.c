@@ -34,20 +34,20 @@ void lend(void *room, size_t bytes)
 
 M1_EXPORT int64_t m1_allocations(void) { return allocated; }
 
-static char *some(size_t bytes)
+static char *some(size_t bytes, int are_zeros)
 {
     if (bytes > lent.bytes - lent.taken) {
         allocated++;
-        return malloc(bytes);
+        return are_zeros ? calloc(bytes, 1) : malloc(bytes);
     }
+    char *found = lent.at + lent.taken;
     lent.held++;
     lent.taken += bytes;
-    return lent.at + lent.taken - bytes;
+    return are_zeros ? memset(found, 0, bytes) : found;
 }
 
-void *room_for(size_t bytes)
+static void *aligned_in(char *all)
 {
-    char *all = some(bytes + 128);
     if (!all)
         return NULL;
     char *aligned = all + 64 - (uintptr_t)all % 64;
@@ -55,11 +55,9 @@ void *room_for(size_t bytes)
     return aligned;
 }
 
-void *whole(size_t bytes)
-{
-    void *found = room_for(bytes);
-    return found ? memset(found, 0, bytes) : NULL;
-}
+void *whole(size_t bytes) { return aligned_in(some(bytes + 128, 1)); }
+
+void *room_for(size_t bytes) { return aligned_in(some(bytes + 128, 0)); }
 
 void give_back(void *aligned)
 {

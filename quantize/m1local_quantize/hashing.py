@@ -97,9 +97,11 @@ class FileHashes:
                 lanes = [lane for lane in lanes if lane.goes_on()]
                 _advance(lanes)
         except Exception as error:  # whoever waits has to hear of it
+            waiting: list[_Lane] = []
             with self._lock:
-                waiting, self._working = list(self._waiting), False
-                self._waiting.clear()
+                if worker == self._worker:  # else they are another's
+                    waiting, self._working = list(self._waiting), False
+                    self._waiting.clear()
             for lane in (*lanes, *waiting):
                 lane.fail(error)
 
