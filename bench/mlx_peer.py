@@ -42,7 +42,8 @@ def quantize_by_mlx(folder: Path, *, bits: int, group_size: int) -> QuantizedByM
     theirs = baichuan_m1.Model(baichuan_m1.ModelArgs.from_dict(raw))
     weights: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        weights.update(mx.load(str(path)))  # type: ignore[arg-type]  # a dict for this file type
+        loaded: Any = mx.load(str(path))  # a dict for this file type
+        weights.update(loaded)
     theirs.load_weights(list(theirs.sanitize(weights).items()), strict=True)
     theirs, _ = quantize_model(theirs, raw, group_size, bits)
     nbytes = sum(array.nbytes for _, array in tree_flatten(theirs.parameters()))
