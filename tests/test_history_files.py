@@ -3,6 +3,7 @@
 Processes are real ones, started from this file's sources as texts.
 """
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -10,7 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ while True:
     print(len(ids), flush=True)
 """
 
+Process = Callable[..., "subprocess.Popen[str]"]
+
 
 @pytest.fixture
 def path(m1_home: Path) -> Path:
@@ -57,15 +60,26 @@ def store(path: Path) -> Iterator[History]:
         yield history
 
 
-def process(code: str, *arguments: str) -> "subprocess.Popen[str]":
+@pytest.fixture
+def process() -> Iterator[Process]:
+    """Starts a source text with arguments; what still runs when the test ends is killed."""
     folders = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "quantize", ROOT / "app"))
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | {"PYTHONPATH": folders},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    with contextlib.ExitStack() as started:
+
+        def start(code: str, *arguments: str) -> "subprocess.Popen[str]":
+            one = started.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, *arguments],
+                    env=os.environ | {"PYTHONPATH": folders},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            started.callback(one.kill)
+            return one
+
+        yield start
 
 
 def say(store: History, *texts: str) -> int:
@@ -264,7 +278,7 @@ def test_an_old_sqlite_is_named(m1_home: Path, monkeypatch: pytest.MonkeyPatch) 
         History.open()
 
 
-def test_two_processes_lose_nothing(path: Path) -> None:
+def test_two_processes_lose_nothing(path: Path, process: Process) -> None:
     writers = [process(WRITER, name) for name in ("first", "second")]
     for writer in writers:
         assert writer.stdout is not None
@@ -283,7 +297,7 @@ def test_two_processes_lose_nothing(path: Path) -> None:
             assert len(store.search(name, limit=1000)) == 100
 
 
-def test_processes_that_make_the_file_at_once_all_succeed(path: Path) -> None:
+def test_processes_that_make_the_file_at_once_all_succeed(path: Path, process: Process) -> None:
     writers = [process(WRITER.replace("range(100)", "range(1)"), str(n)) for n in range(4)]
     for writer in writers:
         writer.communicate("go\n", timeout=60)
@@ -292,7 +306,34 @@ def test_processes_that_make_the_file_at_once_all_succeed(path: Path) -> None:
         assert len(store.conversations()) == 4
 
 
-def test_a_killed_process_leaves_what_it_had_of_the_answer(path: Path) -> None:
+def test_a_file_that_is_made_while_it_is_looked_at_is_ours(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may finish a new file between two questions about it."""
+    value = database.Database._value
+    made = threading.Event()
+
+    def make() -> None:
+        History.open().close()
+        made.set()
+
+    other = threading.Thread(target=make)
+
+    def slow(opened: database.Database, pragma: str) -> object:
+        found = value(opened, pragma)
+        if pragma == "application_id" and not other.ident:
+            other.start()
+            made.wait(0.5)  # it waits for us where what is read has to be true at one moment
+        return found
+
+    monkeypatch.setattr(database.Database, "_value", slow)
+    with History.open() as store:
+        store.begin()
+    other.join(60)
+    assert made.is_set()
+
+
+def test_a_killed_process_leaves_what_it_had_of_the_answer(path: Path, process: Process) -> None:
     writer = process(STREAMING)
     assert writer.stdout is not None
     for number in range(1, 31):
@@ -308,7 +349,7 @@ def test_a_killed_process_leaves_what_it_had_of_the_answer(path: Path) -> None:
         assert [hit.message.id for hit in store.search("word29")] == [answer.id]
 
 
-def test_another_process_writes_while_one_streams(store: History) -> None:
+def test_another_process_writes_while_one_streams(store: History, process: Process) -> None:
     """A lock held by one thread's change is waited for, not an error."""
     conversation = say(store, "q")
     answer = store.add(conversation, "assistant", "", parent=1)

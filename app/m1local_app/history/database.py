@@ -146,7 +146,9 @@ class Database:
 
     def _prepare(self) -> None:
         with _explained(self.path):
-            if not self._is_current():
+            with self._snapshot():  # another process may be making the file just now
+                current = self._is_current()
+            if not current:
                 self._migrate()
             self._use_wal()
             for pragma in (
@@ -159,6 +161,16 @@ class Database:
         if os.name == "posix" and self.path.stat().st_mode & 0o077:
             with contextlib.suppress(PermissionError):  # another user's file stays as it is
                 self.path.chmod(0o600)
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """What is read inside was true at one moment, whatever others write meanwhile."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
 
     def _is_current(self) -> bool:
         """Whether the schema is this version's; raises StorageError for what is not ours."""
