@@ -1,11 +1,14 @@
 """What every test may use: a tiny model, a tiny checkpoint, a tiny tokenizer, and no network."""
 
+import contextlib
 import io
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ CARD = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where ker
 # Material that may not be redistributed (see docs/architecture.md); tests skip where it is absent.
 REFERENCE = ROOT.parent / "shared"
 LOOPBACK = ("127.", "localhost", "::1")
+Process = Callable[..., "subprocess.Popen[str]"]
 
 # Sliding and global layers have different head counts on purpose: mixing them up must fail.
 TINY: dict[str, Any] = {
@@ -187,6 +191,28 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(tiny_checkpoint: Path) -> M1Tokenizer:
     """The tokenizer of the tiny checkpoint."""
     return M1Tokenizer.from_folder(tiny_checkpoint)
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    """Starts a source text with arguments; what still runs when the test ends is killed."""
+    folders = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "quantize", ROOT / "app"))
+    with contextlib.ExitStack() as started:
+
+        def start(code: str, *arguments: str) -> "subprocess.Popen[str]":
+            one = started.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, *arguments],
+                    env=os.environ | {"PYTHONPATH": folders},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            started.callback(one.kill)
+            return one
+
+        yield start
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,7 +18,7 @@ from m1local_app.boundary import M1Group
 from m1local_app.columns import width
 from m1local_app.history import History
 from m1local_app.history_commands import parse_age, snippet
-from tests.test_history_files import process
+from tests.conftest import Process
 from tests.test_history_purge import bytes_of
 
 cli = typer.Typer(cls=M1Group)
@@ -229,7 +229,7 @@ def test_every_command_has_an_example_that_names_it() -> None:
         assert m1(str(name), "--help").exit_code == 0
 
 
-def test_help_loads_neither_sqlite_nor_rich_cells() -> None:
+def test_help_loads_neither_sqlite_nor_rich_cells(process: Process) -> None:
     code = (
         "import sys\n"
         "import m1local_app.history_commands\n"

@@ -3,22 +3,19 @@
 Processes are real ones, started from this file's sources as texts.
 """
 
-import contextlib
 import os
 import signal
 import sqlite3
 import stat
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from m1local.errors import StorageError
 from m1local_app.history import History, database
-from tests.conftest import ROOT
+from tests.conftest import Process
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 WRITER = """
@@ -46,8 +43,6 @@ while True:
     print(len(ids), flush=True)
 """
 
-Process = Callable[..., "subprocess.Popen[str]"]
-
 
 @pytest.fixture
 def path(m1_home: Path) -> Path:
@@ -58,28 +53,6 @@ def path(m1_home: Path) -> Path:
 def store(path: Path) -> Iterator[History]:
     with History.open() as history:
         yield history
-
-
-@pytest.fixture
-def process() -> Iterator[Process]:
-    """Starts a source text with arguments; what still runs when the test ends is killed."""
-    folders = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "quantize", ROOT / "app"))
-    with contextlib.ExitStack() as started:
-
-        def start(code: str, *arguments: str) -> "subprocess.Popen[str]":
-            one = started.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-c", code, *arguments],
-                    env=os.environ | {"PYTHONPATH": folders},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            started.callback(one.kill)
-            return one
-
-        yield start
 
 
 def say(store: History, *texts: str) -> int:
