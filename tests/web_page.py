@@ -27,6 +27,7 @@ from tests.conftest import TINY, write_checkpoint
 PATIENCE_SECONDS = 120
 ANSWER_TOKENS = 6000
 TOKEN_SECONDS = 0.03
+SAYING = "#status, #work, #send, #stop"
 LABEL = "tiny <b>model</b></title></script><script>window.evil = 1</script>"
 MARKS = [
     pytest.mark.slow,
@@ -138,7 +139,7 @@ class Window:
         """What `condition` says once it is true."""
         end = time.monotonic() + PATIENCE_SECONDS
         while not (found := condition()):
-            assert time.monotonic() < end, complaint
+            assert time.monotonic() < end, f"{complaint}; the page says {self.texts(SAYING)}"
             time.sleep(0.1)
         return found
 
