@@ -61,7 +61,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiles") / f"emulated{library.SUFFIX}"
     quick = [flag.replace("-O3", "-O1") for flag in library.FLAGS[0]]
     flags = (*quick, f'-DM1_EMULATED_TILES="{EMULATION}"')
-    assert library._run(library._command(library._compiler(), flags, path), str(path.parent)) == ""
+    assert library._build(library._compiler(), flags, path) == ""
     return path
 
 
@@ -256,7 +256,7 @@ def compiled(flags: tuple[str, ...], source: Path, output: Path) -> str:
     """What the compiler complained of."""
     plain = [flag for flag in library.FAST if flag != "-shared"]
     command = [str(library._compiler()), *plain, *flags, "-c", str(source), "-o", str(output)]
-    return library._run(command, str(output.parent))
+    return library._run(command, output.parent)
 
 
 @pytest.mark.parametrize("tile", ["8", "-1", "index"])
@@ -307,11 +307,14 @@ def test_the_real_instructions_are_compiled(tmp_path: Path) -> None:
     any(" amx_tile" in line for line in library._processor()),
     reason="nothing traps on a processor that has AMX: its products are test_native_matmul.py's",
 )
-def test_the_real_instructions_give_the_right_products(tmp_path: Path) -> None:
+def test_the_real_instructions_give_the_right_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built, compiler = tmp_path / "trapped.so", library._compiler()
     folders = ("-I", str(library.SOURCES), "-I", str(HERE))
-    command = library._command(compiler, (*library.FLAGS[0], *AMX, *folders), built)
-    complaint = library._run([*command, str(HERE / "trapped_tiles.c")], str(tmp_path))
+    sources = [*library._sources(), HERE / "trapped_tiles.c"]
+    monkeypatch.setattr(library, "_sources", lambda: sources)
+    complaint = library._build(compiler, (*library.FLAGS[0], *AMX, *folders), built)
     skip_unless_known(complaint, "-march=native", *AMX)
     assert complaint == ""
     said = subprocess.run(  # the trap is for that process alone

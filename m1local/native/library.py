@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -54,7 +55,7 @@ FLAGS = (
 MSVC_FLAGS = ("/nologo", "/std:c11", "/O2", "/fp:precise", "/LD")
 MSVC_WIDE = {"AVX512": ("/arch:AVX512",), "AVX2": ("/arch:AVX2",)}
 UNUSED_SECONDS = 30 * 24 * 3600
-SECONDS = 120  # a compiler may take; it needs one or two
+SECONDS = 120  # a compiler may take; it needs some
 TRY = (
     "import ctypes, sys\n"
     "sys.exit(0 if ctypes.CDLL(sys.argv[1]).m1_self_test() == 1 else 'the self-test failed')\n"
@@ -125,7 +126,7 @@ def _folder() -> Path:
 
 
 def _compiler() -> Path:
-    if sys.platform == "darwin" and _run(["xcode-select", "-p"], os.curdir):
+    if sys.platform == "darwin" and _run(["xcode-select", "-p"], Path()):
         # There is a `cc` all the same, which opens a window that offers to install one.
         raise _UnusableError(f"There is no C compiler; {HINT}.")
     for name in COMPILERS:
@@ -169,12 +170,21 @@ def _all_flags(compiler: Path) -> Iterator[tuple[str, ...]]:
         yield from FLAGS
 
 
-def _command(compiler: Path, flags: tuple[str, ...], output: Path) -> list[str]:
-    sources = [str(path) for path in _sources()]
+def _build(compiler: Path, flags: tuple[str, ...], output: Path) -> str:
+    """Compile the sources, several at once, to a library; what was complained of last, or ""."""
+    folder, sources = output.parent, _sources()
     if flags[0] == MSVC_FLAGS[0]:
-        return [str(compiler), *flags, *sources, f"/Fe:{output}"]
+        return _run([str(compiler), *flags, *map(str, sources), f"/Fe:{output}"], folder)
+
+    def compiled(source: Path) -> str:
+        made = folder / f"{source.stem}.o"
+        return _run([str(compiler), *flags, "-c", "-o", str(made), str(source)], folder)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        said = next(filter(None, threads.map(compiled, sources)), "")
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
     math = [] if sys.platform == "win32" else ["-lm"]
-    return [str(compiler), *flags, "-o", str(output), *sources, *math]
+    return said or _run([str(compiler), *flags, "-o", str(output), *objects, *math], folder)
 
 
 def _make(compiler: Path, path: Path) -> None:
@@ -182,8 +192,8 @@ def _make(compiler: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built, said = Path(folder) / f"built{SUFFIX}", ""
         for flags in _all_flags(compiler):
-            said = _run(_command(compiler, flags, built), folder)
-            said = said or _run([sys.executable, "-I", "-c", TRY, str(built)], folder)
+            said = _build(compiler, flags, built)
+            said = said or _run([sys.executable, "-I", "-c", TRY, str(built)], built.parent)
             if not said:
                 break
         else:
@@ -207,7 +217,7 @@ def _remove_unused(folder: Path) -> None:
                     path.unlink(missing_ok=True)
 
 
-def _run(command: list[str], folder: str) -> str:
+def _run(command: list[str], folder: Path) -> str:
     """Run a command; what it complained of last, or "" where it ended well."""
     try:
         ended = subprocess.run(
