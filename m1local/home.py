@@ -1,7 +1,7 @@
 """Where a user's things are kept: M1_HOME, or the platform's data directory.
 
-What it is: paths, without torch. What it is not: a configuration; M1_HOME is the only environment
-variable of this project.
+What it is: paths, and how a small file is replaced, without torch. What it is not: a configuration;
+M1_HOME is the only environment variable of this project.
 """
 
 import os
@@ -53,3 +53,11 @@ def native() -> Path:
 def settings() -> Path:
     """What was chosen on the page, by checkpoint."""
     return home() / "settings.toml"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` to `path`: a reader, or a cut, finds what was there before or all of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from m1local import home
+from m1local_app import notices
 from m1local_app.cli import cli
 from m1local_app.notices import MEDICAL
 from m1local_quantize.hub import Record
@@ -71,3 +72,19 @@ def test_the_medical_notice_is_shown_once_and_recorded(
     assert "no medical advice" in " ".join(first.stderr.split())
     assert MEDICAL in json.loads((m1_home / "licences.json").read_text())
     assert "no medical advice" not in " ".join(m1("chat", tiny_checkpoint, *SHORT).stderr.split())
+
+
+def test_a_disk_that_is_full_loses_nothing_that_was_accepted(
+    m1_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notices.accept("one")
+
+    def cut(path: Path, text: str, **named: str) -> int:
+        path.write_bytes(text.encode()[:9])
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", cut)
+        notices.accept("other")
+    assert notices.is_accepted("one")
+    assert not notices.is_accepted("other")

@@ -77,5 +77,4 @@ def _record(key: str) -> None:
     shown[key] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     # Where nothing can be recorded it is shown again next time; that stops nobody's work.
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+        home.replace_text(path, json.dumps(shown, indent=1) + "\n")

@@ -16,6 +16,7 @@ from typing import Self
 import numpy
 import torch
 
+from m1local import home
 from m1local.checkpoint import matrix_names, parameter_shapes
 from m1local.config import M1Config
 from m1local.errors import RecipeError
@@ -45,10 +46,7 @@ class Sensitivities:
             module: [[spec.format, spec.group_size, cost] for spec, cost in costs.items()]
             for module, costs in self.costs.items()
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.part")
-        unfinished.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        home.replace_text(path, json.dumps(rows, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self | None:

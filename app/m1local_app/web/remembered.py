@@ -7,10 +7,8 @@ change. What it is not: the conversations (history/), or anything of one browser
 import contextlib
 import json
 import math
-import os
 import tomllib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from m1local import home
@@ -54,8 +52,7 @@ def remember(label: str, form: Form, defaults: Form, *, given: frozenset[str]) -
     path = home.settings()
     # Where nothing can be kept the page works all the same; it begins with the usual next time.
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, text)
+        home.replace_text(path, text)
 
 
 def _tables() -> dict[str, dict[str, Any]]:
@@ -92,9 +89,3 @@ def _is_scalar(value: object) -> bool:
 def _value(value: object) -> str:
     """As TOML writes it, which for strings and numbers is as JSON does."""
     return json.dumps(printable(value) if isinstance(value, str) else value, ensure_ascii=False)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
