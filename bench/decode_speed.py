@@ -4,7 +4,8 @@ What it is: `m1 bench` on our checkpoints and `llama-bench` on LLaMAs with the s
 (bench/gguf_peer.py), in turns, several rounds of all; the medians of the ratios of one round. A
 checkpoint in a format of bitsandbytes runs on its own kernels, and so is a peer too. What it is
 not: a comparison of the models' quality: bits per weight stand beside the speed, what they cost in
-bench/quality.py. Nothing else may run meanwhile.
+bench/quality.py. Nothing else may run meanwhile; all models are read anew into the page cache first
+(bench/page_cache.py).
 """
 
 import argparse
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.machine import describe_machine
+from bench.page_cache import read_anew, share_in_huge_pages
 from m1local.checkpoint import parameter_shapes
 from m1local.config import M1Config
 
@@ -45,6 +47,21 @@ class Contestant:
     share: list[float] = field(default_factory=list)  # of the bandwidth, ours only
     held: int = 0  # bytes, ours only
     resident: int = 0  # the same with what is mapped
+    huge_pages: float | None = None  # share of the model that is mapped by them
+
+    @property
+    def files(self) -> list[Path]:
+        """Its weights."""
+        return sorted(self.model.glob("*.safetensors")) if self.ours else [self.model]
+
+    def look(self) -> None:
+        """Note how much of the weights is mapped by huge pages."""
+        shares = {path: share_in_huge_pages(path) for path in self.files}
+        known = {path: share for path, share in shares.items() if share is not None}
+        if known:
+            sizes = {path: path.stat().st_size for path in known}
+            mapped = sum(share * sizes[path] for path, share in known.items())
+            self.huge_pages = round(mapped / sum(sizes.values()), 2)
 
     def run(self, depth: int) -> None:
         """Measure once more."""
@@ -85,6 +102,7 @@ class Contestant:
             "share_of_bandwidth": round(statistics.median(self.share), 3) if self.share else None,
             "held_gib": round(self.held / 2**30, 2) if self.held else None,
             "resident_gib": round(self.resident / 2**30, 2) if self.resident else None,
+            "huge_pages": self.huge_pages,
             "all_prompt": [round(rate, 2) for rate in self.prompt],
             "all_answer": [round(rate, 2) for rate in self.answer],
             "all_late": [round(rate, 2) for rate in self.late],
@@ -176,6 +194,10 @@ def main() -> None:
         peer_contestant(given.llama_bench, path, given.gguf_parameters, given.threads, given.depth)
         for path in given.gguf
     ]
+    read_anew(path for one in contestants for path in one.files)
+    for one in contestants:
+        one.look()
+        print(f"{one.name:26} {one.huge_pages} in huge pages", flush=True)
     for number in range(given.rounds):
         for one in (
             contestants[number % len(contestants) :] + contestants[: number % len(contestants)]

@@ -192,8 +192,19 @@ def decode_speed(result: dict[str, Any]) -> str:
         "in groups of so many; `fit-3.9` is what `fit` chooses for the demo at 3.9 bits, matrix by "
         "matrix; the default `int4` has its head in 8 bits; `bnb-nf4` runs on bitsandbytes' own "
         "kernels. KL is what the same formats cost the demo (first table), by the data-free method "
-        "/ by gptq (`fit` is gptq's); llama.cpp's Q4_0 has its head there in Q8_0. Peer: "
-        f"{result['peer']}. {machine_line(result)}"
+        "/ by gptq (`fit` is gptq's); llama.cpp's Q4_0 has its head there in Q8_0. "
+        f"{_large_pages(result)}Peer: {result['peer']}. {machine_line(result)}"
+    )
+
+
+def _large_pages(result: dict[str, Any]) -> str:
+    """How the models lay in memory."""
+    shares = [row["huge_pages"] for row in result["rows"] if row.get("huge_pages") is not None]
+    if not shares:
+        return ""
+    return (
+        f"All models were read anew before, so that {min(shares):.0%} of each and more lay in huge "
+        "pages: scattered ones take up to twice as long to read. "
     )
 
 
