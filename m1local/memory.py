@@ -28,7 +28,8 @@ from m1local.native.stream import read_through
 
 FLOAT32_BYTES = 4
 MASK_BYTES = 8 + 1 + 1 + 1  # a query and a key: distance, visible, within the window, both
-CUDA_BYTES = 450 << 20  # of the context, cuBLAS and kernels: presumed, not measured yet
+CONTEXT_BYTES = 300 << 20  # of a card's context: presumed, not measured yet
+LIBRARY_BYTES = 150 << 20  # of cuBLAS and kernels, which come after it: presumed as well
 PROCESS_BYTES = 350 << 20  # of Python and torch besides (bench/results/memory.json)
 GRAPH_BYTES = 64 << 10  # of each launch that a captured graph holds: presumed
 LAUNCHES_PER_LAYER = 11
@@ -45,6 +46,14 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return int(psutil.virtual_memory().available)
+
+
+def room(device: torch.device) -> int:
+    """Bytes of `device` that a plan may fill: what is free but for what libraries take later.
+
+    Asking has made a card's context, so that is not among what is free.
+    """
+    return free_bytes(device) - (LIBRARY_BYTES if device.type == "cuda" else 0)
 
 
 def used_device() -> torch.device:
@@ -173,7 +182,7 @@ class Model:
             )
             + (self.slices(setting, device) if self.quantized else 0),
             graphs=on_card * LAUNCHES_PER_LAYER * GRAPH_BYTES if device.type == "cuda" else 0,
-            runtime=CUDA_BYTES if device.type == "cuda" else PROCESS_BYTES,
+            runtime=CONTEXT_BYTES + LIBRARY_BYTES if device.type == "cuda" else PROCESS_BYTES,
             host=host_layers + away + sum(caches[:first]),
             read=weights - (embedding - away) + sum(seen[first:]),
             host_read=host_layers + sum(seen[:first]),
@@ -293,12 +302,24 @@ def next_step(setting: Setting) -> str:
     return "closing other programs, or a checkpoint of fewer bits (m1 plan shows them)"
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a card had no room, whoever asked: torch's allocator, the driver, Triton or cuBLAS.
+
+    Only the first has an exception of its own.
+    """
+    said = str(error)
+    of_driver = "CUDA" in said and "out of memory" in said
+    return isinstance(error, torch.OutOfMemoryError) or of_driver or "ALLOC_FAILED" in said
+
+
 @contextmanager
 def telling(setting: Setting) -> Iterator[None]:
     """Turn a failed allocation into a message that names the next setting to try."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
         raise MemoryLimitError(

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu_model import M1_14B
+from m1local import memory
 from m1local.cache import KVCache
 from m1local.config import M1Config
+from m1local.context import Context, Decoder
 from m1local.errors import MemoryLimitError
 from m1local.formats import LinearSpec, format_class
 from m1local.memory import (
@@ -120,8 +122,30 @@ def test_the_next_step_names_an_option_each_time() -> None:
 def test_a_failed_allocation_becomes_advice() -> None:
     said = r"kept\. Try a smaller context: --ctx-size 4096"
     short = Setting(8192, embedding_on_host=True)
-    with pytest.raises(MemoryLimitError, match=said), telling(short):
+    for error in (
+        torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ):  # fmt: skip
+        with pytest.raises(MemoryLimitError, match=said), telling(short):
+            raise error
+    with pytest.raises(RuntimeError, match="misaligned"), telling(short):
+        raise RuntimeError("CUDA error: misaligned address")
+
+
+def test_no_room_for_a_decoder_becomes_advice(tiny_model: M1Model) -> None:
+    def full(cache: KVCache) -> Decoder:
         raise torch.OutOfMemoryError
+
+    cache = KVCache.allocate(tiny_model.config, 64, dtype=torch.float32)
+    with pytest.raises(MemoryLimitError, match="Try --gpu-layers auto"):
+        assert Context(tiny_model, cache, full).decoder
+
+
+def test_what_libraries_take_later_is_left_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * GIB)
+    assert memory.room(CUDA) == 8 * GIB - memory.LIBRARY_BYTES
+    assert memory.room(CPU) == 8 * GIB
 
 
 class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped

@@ -31,7 +31,7 @@ CONFIG = M1Config.from_dict(TINY)
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card that is not there, with a gigabyte."""
     monkeypatch.setattr(placing, "used_device", lambda: CARD)
-    monkeypatch.setattr(placing, "free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(placing, "room", lambda device: 1 << 30)
     monkeypatch.setattr(placing, "compute_dtype", lambda device: torch.bfloat16)
 
 
@@ -72,7 +72,7 @@ def test_what_goes_where(tiny_checkpoint: Path) -> None:
 def test_too_little_memory_is_said_before_anything_is_read(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placing, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(placing, "room", lambda device: 1000)
     with pytest.raises(MemoryLimitError, match="--gpu-layers auto"):
         place(tiny_checkpoint, Setting(64), "all")
     assert place(tiny_checkpoint, Setting(64), "auto").card == CPU

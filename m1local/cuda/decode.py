@@ -117,7 +117,8 @@ class Replay:
         try:
             self._launch = captured(work, prepare)
         except RuntimeError as error:  # what cannot be captured can still be launched
-            self.reason = f"capturing failed: {str(error).splitlines()[0]}"
+            said = str(error) or type(error).__name__
+            self.reason = f"capturing failed: {said.splitlines()[0]}"
 
     def __call__(self) -> None:
         """Launch it once."""
@@ -126,15 +127,21 @@ class Replay:
 
 def captured(work: Callable[[], None], prepare: Callable[[], object]) -> Callable[[], None]:
     """`work` as a CUDA graph's replay."""
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             prepare()
             work()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Where capturing fails torch leaves the thread on the graph's stream: the outer one takes it
+    # back. What other threads do with the card meanwhile is no business of the capture.
+    with (
+        torch.cuda.stream(current),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
         work()
     return graph.replay
 
