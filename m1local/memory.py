@@ -18,7 +18,7 @@ import torch
 from m1local.cache import DEFAULT_MAX_CHUNK, REWIND_TOKENS, KVCache
 from m1local.checkpoint import EMBEDDING, HEAD, expected_tensors
 from m1local.config import HeadLayout, M1Config
-from m1local.cuda.matrix import RESTORED_WEIGHTS
+from m1local.cuda.card import restored_weights
 from m1local.errors import MemoryLimitError
 from m1local.formats import LinearSpec
 from m1local.formats.base import ROWS_PER_SLICE, Stored
@@ -192,7 +192,7 @@ class Model:
         """Bytes of the weights that are restored at a time for the many rows of a chunk."""
         widest = max(self.config.hidden_size, self.config.intermediate_size)
         if device.type == "cuda":
-            return RESTORED_WEIGHTS * self.dtype.itemsize
+            return restored_weights(device) * self.dtype.itemsize
         if setting.max_chunk <= matmul.ROWS and matmul.usable():
             return 0
         return ROWS_PER_SLICE * widest * SLICE_COPIES * FLOAT32_BYTES

@@ -58,8 +58,9 @@ def _products(tiles: Any, half: str) -> Iterator[Case]:
         numbers = {"rows": "i32", "blocks": "i32", "steps": "i32"}
         yield Case(
             f"vector {name}", products.vector_kernel,
-            {"x": half} | stored | {"out": "*fp32"} | numbers,
-            of_kind | {"ROWS": tiles.vector_rows, "LOADS": card.LANES}, card.WARPS,
+            {"x": half} | stored | {"out": "*fp32"} | numbers | {"zero_bits": "i32"},
+            of_kind | {"ROWS": tiles.vector_rows, "WARPS": card.WARPS, "LOADS": card.LANES},
+            card.WARPS,
         )  # fmt: skip
         if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
             continue
@@ -180,21 +181,37 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
         "shared": made.metadata.shared,
         "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.b(?:32|64)", ptx)),
         "barriers": ptx.count("bar.sync"),
+        "loop": _instructions_of_loop(made.asm["cubin"]),
+        "rows": case.fixed.get("ROWS", 1),
     } | _resources(made.asm["cubin"])
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _dumped(cubin, "-res-usage")))
+    return {name.lower(): int(number) for name, number in found.items()}
+
+
+def _instructions_of_loop(cubin: bytes) -> int:
+    """How many instructions lie in the longest loop."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _dumped(cubin, "-sass"), re.MULTILINE)
+    loops = [
+        (int(to[1], 16), int(at, 16))
+        for at, said in found
+        if (to := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", said)) and int(to[1], 16) < int(at, 16)
+    ]
+    begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    return sum(begin <= int(at, 16) <= end for at, _ in found)
+
+
+def _dumped(cubin: bytes, what: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        said = subprocess.run(
-            [tool, "-res-usage", path], check=True, capture_output=True, text=True
-        ).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
-    return {name.lower(): int(number) for name, number in found.items()}
+        done = subprocess.run([tool, what, path], check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 def main() -> None:
