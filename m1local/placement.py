@@ -146,11 +146,11 @@ def load(folder: Path, placement: Placement) -> tuple[M1Model, Moved | None]:
     parts = list(placement.parts(config))
     model = load_model(folder, device=placement.card, parts=parts, move=transfer)
     if placement.embedding_on_host:
-        _pin(model)
+        pin_embedding(model)
     return model, transfer.finish()
 
 
-def _pin(model: M1Model) -> None:
+def pin_embedding(model: M1Model) -> None:
     """Put the embedding where a card can read single rows of it."""
     table = model.model.embed_tokens
     for tensor in (*table.parameters(), *table.buffers()):

@@ -162,7 +162,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.wanted.kv_type,
         size_text(demand.weights),
         size_text(demand.cache),
-        size_text(demand.workspace + demand.graphs),
+        size_text(demand.workspace + demand.graphs + demand.gaps),
         size_text(total),
         _fits(row),
         f"{row.tokens_per_second:.1f}" if row.setting else "–",

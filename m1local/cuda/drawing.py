@@ -101,6 +101,12 @@ class CardSampler(Sampler):
         self._read = torch.zeros(1, dtype=torch.long, pin_memory=pinned)
         self._turn = 0
 
+    @property
+    def reason(self) -> str:
+        """Why no graph draws; "" where one does, or none was tried yet."""
+        replay = self._replays.get(self._draw)
+        return replay.reason if replay else ""
+
     def observe(self, token_ids: Iterable[int]) -> None:
         """Count `token_ids` as seen, on the card."""
         seen = torch.tensor(array("q", token_ids), dtype=torch.long)
