@@ -23,6 +23,11 @@ from m1local.sampling import Sampler, SamplingParams
 class Decoder(Protocol):
     """One token at a time, as m1local/cuda/decode.py does it."""
 
+    @property
+    def reason(self) -> str:
+        """Why no graph is used; "" where one is, or none was tried yet."""
+        ...
+
     def feed(self, token_id: int) -> Tensor:
         """Append one token; returns the next one's logits (V,)."""
         ...

@@ -1,5 +1,9 @@
 """What is chosen by a card's compute capability, and how work is split to fill it."""
 
+import subprocess
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -12,6 +16,7 @@ from m1local.cuda.card import (
     card,
     restored_weights,
 )
+from tests.conftest import CARD
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,24 @@ def test_why_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "card", lambda device: Card((6, 1), 20))
     assert support.missing.__wrapped__(device) == "compute capability 6.1 is older than 7.5"
     monkeypatch.setattr(support, "card", lambda device: Card((8, 6), 28))
+
+    def no_headers(device: torch.device) -> None:
+        raise subprocess.CalledProcessError(1, ["gcc", "driver.c"])
+
+    trial, tried = ModuleType("trial"), list[torch.device]()
+    vars(trial).update(launch=no_headers)
+    monkeypatch.setitem(sys.modules, "m1local.cuda.trial", trial)
+    assert "takes a C compiler and Python's headers" in (support.missing.__wrapped__(device) or "")
+    vars(trial).update(launch=tried.append)
     assert support.missing.__wrapped__(device) is None
+    assert tried == [device]
+
+
+def test_the_kernel_that_is_tried() -> None:
+    pytest.importorskip("triton")
+    from m1local.cuda import trial
+
+    trial.launch(CARD)
 
 
 def test_the_cpu_stands_for_a_small_card() -> None:

@@ -73,7 +73,7 @@ def test_a_step_is_captured(tiny_checkpoint: Path) -> None:
     engine.context.feed([8])
     decoder = engine.context.decoder
     assert decoder is not None
-    assert decoder.reason == ""  # type: ignore[attr-defined]
+    assert decoder.reason == ""
 
 
 @pytest.mark.gpu

@@ -121,6 +121,20 @@ def test_tensors_arrive_whole_through_small_buffers(monkeypatch: pytest.MonkeyPa
     assert moved.seconds > 0
 
 
+def test_matrices_as_they_were_go_through_the_buffers_too(tiny_checkpoint: Path) -> None:
+    moved: list[torch.Size] = []
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tensor.shape)
+        return tensor.to("meta")
+
+    model = load_model(
+        tiny_checkpoint, device=torch.device("meta"), dtype=torch.bfloat16, move=move
+    )
+    matrices = [each.shape for each in model.parameters() if each.dim() == 2]
+    assert sorted(moved) == sorted(matrices)
+
+
 def test_the_engine_keeps_where_it_lies(tiny_checkpoint: Path) -> None:
     engine = Engine.load(tiny_checkpoint, context_tokens=32)
     assert engine.placement == Placement(CPU, 0, False, Setting(32))
