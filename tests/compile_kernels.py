@@ -153,7 +153,7 @@ def _attention(chosen: Any, half: str) -> Iterator[Case]:
             f"join {width}", attention.join_kernel,
             {"partial": "*fp32", "greatest": "*fp32", "sums": "*fp32", "natural": half,
              "planes": half, "heads": "i32", "width": "i32", "parts": "i32"},
-            {"PARTS": 32, "WIDTH": width}, card.WARPS,
+            {"PARTS": card.MOST_KEY_PARTS, "WIDTH": width}, attention.JOIN_WARPS,
         )  # fmt: skip
 
 
