@@ -59,7 +59,7 @@ def _products(tiles: Any, half: str) -> Iterator[Case]:
         yield Case(
             f"vector {name}", products.vector_kernel,
             {"x": half} | stored | {"out": "*fp32"} | numbers | {"zero_bits": "i32"},
-            of_kind | {"ROWS": tiles.vector_rows, "WARPS": card.WARPS, "LOADS": card.LANES},
+            of_kind | {"WARPS": card.WARPS, "LOADS": card.LANES},
             card.WARPS,
         )  # fmt: skip
         if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
@@ -180,10 +180,9 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
         "capability": capability,
         "shared": made.metadata.shared,
         "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.b(?:32|64)", ptx)),
-        "barriers": ptx.count("bar.sync"),
-        "loop": _instructions_of_loop(made.asm["cubin"]),
-        "rows": case.fixed.get("ROWS", 1),
-    } | _resources(made.asm["cubin"])
+        **_longest_loop(made.asm["cubin"]),
+        **_resources(made.asm["cubin"]),
+    }
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -191,8 +190,8 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(number) for name, number in found.items()}
 
 
-def _instructions_of_loop(cubin: bytes) -> int:
-    """How many instructions lie in the longest loop."""
+def _longest_loop(cubin: bytes) -> dict[str, int]:
+    """How many instructions lie in the longest loop, and how many of them wait for other warps."""
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _dumped(cubin, "-sass"), re.MULTILINE)
     loops = [
         (int(to[1], 16), int(at, 16))
@@ -200,7 +199,9 @@ def _instructions_of_loop(cubin: bytes) -> int:
         if (to := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", said)) and int(to[1], 16) < int(at, 16)
     ]
     begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
-    return sum(begin <= int(at, 16) <= end for at, _ in found)
+    inside = [said for at, said in found if begin <= int(at, 16) <= end]
+    waits = sum(bool(re.search(r"\bBAR\b", said)) for said in inside)
+    return {"loop": len(inside), "loop_barriers": waits}
 
 
 def _dumped(cubin: bytes, what: str) -> str:

@@ -24,45 +24,58 @@ EXPANDED_ROWS, EXPANDED_WORDS = 4, 128
 @triton.jit
 def vector_kernel(
     x, codes, scales, zeros, levels, outer, out, rows, blocks, steps, zero_bits,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    LOADS: tl.constexpr,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
-    """Part `program 1` of x (K,) @ W.T for ROWS rows: out (parts, N) float32."""
+    """Part `program 1` of x (K,) @ W.T for 2 * WARPS rows: out (parts, N) float32."""
     WORDS: tl.constexpr = 2 if KIND == INT8 else 4  # that are 16 bytes, a thread's load
     loads = blocks * 4 // WORDS
-    # Each warp reads a row at a time, several one after the other; x is the same for all of them.
-    # It is loaded for each warp as if it had rows, so that it comes in the codes' layout.
-    warp = tl.arange(0, WARPS)[None, :, None, None]
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS // WARPS)[:, None, None, None] * WARPS + warp
-    place = tl.arange(0, LOADS)[None, None, :, None]
-    inside = tl.arange(0, WORDS)[None, None, None, :]
+    # Each warp reads two rows side by side, for which x is loaded once. The warp is in the address
+    # of x so that it comes in the same layout as the codes: nothing is exchanged.
+    warp = tl.arange(0, WARPS)[:, None, None]
+    upper = tl.program_id(0) * (2 * WARPS) + warp
+    lower = upper + WARPS
+    place = tl.arange(0, LOADS)[None, :, None]
+    inside = tl.arange(0, WORDS)[None, None, :]
     one = ONE | warp * zero_bits  # in a register: an operand of an instruction that takes no second
-    total = tl.zeros((ROWS // WARPS, WARPS, LOADS, WORDS), tl.float32)
+    total = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
+    second_total = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
     begin = tl.program_id(1) * steps
     for step in range(begin, begin + steps):
         load = step * LOADS + place
-        here = (load < loads) & (row < rows)
-        raw = load_words(codes, levels, (row * loads + load) * WORDS + inside, here, KIND)
-        mixed = tl.zeros((ROWS // WARPS, WARPS, LOADS, WORDS), tl.float32)
-        plain = tl.zeros((1, WARPS, LOADS, WORDS), tl.float32)
+        here, second_here = (load < loads) & (upper < rows), (load < loads) & (lower < rows)
+        raw = load_words(codes, levels, (upper * loads + load) * WORDS + inside, here, KIND)
+        second = load_words(
+            codes, levels, (lower * loads + load) * WORDS + inside, second_here, KIND
+        )
+        mixed = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
+        second_mixed = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
+        plain = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
         x_at = x + load * WORDS + inside + warp * 0
         for column in tl.static_range(8):
             factor = tl.load(x_at + column * blocks * 4, mask=load < loads, other=0.0)
-            mixed += factor.to(tl.float32) * coded(raw, column, levels, one, KIND)
-            plain += factor.to(tl.float32)
-        scale, zero = 1.0, 0.0  # that of a row of bytes is applied to the sums
+            factor = factor.to(tl.float32)
+            mixed += factor * coded(raw, column, levels, one, KIND)
+            second_mixed += factor * coded(second, column, levels, one, KIND)
+            plain += factor
+        scale, zero, second_scale, second_zero = 1.0, 0.0, 1.0, 0.0  # of bytes: that of the sums
         if KIND != INT8:
             block = load * WORDS // 4
             scale, zero = statistics(
-                scales, zeros, outer, row, block, blocks, here, KIND, PER_GROUP
+                scales, zeros, outer, upper, block, blocks, here, KIND, PER_GROUP
+            )
+            second_scale, second_zero = statistics(
+                scales, zeros, outer, lower, block, blocks, second_here, KIND, PER_GROUP
             )
         total += product_of(mixed, plain, scale, zero, KIND)
-    sums = tl.sum(tl.sum(total, 3), 2)
-    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS // WARPS)[:, None] * WARPS
-    out_row += tl.arange(0, WARPS)[None, :]
+        second_total += product_of(second_mixed, plain, second_scale, second_zero, KIND)
+    sums, second_sums = tl.sum(tl.sum(total, 2), 1), tl.sum(tl.sum(second_total, 2), 1)
+    out_row = tl.program_id(0) * (2 * WARPS) + tl.arange(0, WARPS)
     if KIND == INT8:
         sums *= tl.load(scales + out_row, mask=out_row < rows, other=0.0)
-    tl.store(out + tl.program_id(1) * rows + out_row, sums, mask=out_row < rows)
+        second_sums *= tl.load(scales + out_row + WARPS, mask=out_row + WARPS < rows, other=0.0)
+    part = out + tl.program_id(1) * rows + out_row
+    tl.store(part, sums, mask=out_row < rows)
+    tl.store(part + WARPS, second_sums, mask=out_row + WARPS < rows)
 
 
 @triton.jit(do_not_specialize=["x_rows"])
@@ -122,15 +135,14 @@ def expand_kernel(
 def vector_product(x: Tensor, matrix: Matrix) -> Tensor:
     """x (1, K) in planes @ W.T -> (parts, N) float32, the sum of whose parts is the product."""
     chosen = card(x.device)
-    rows = chosen.tiles.vector_rows
     loads = matrix.blocks * (2 if matrix.kind == INT8_KIND else 1)
-    programs, steps = _pieces(matrix.rows, rows), _pieces(loads, LANES)
+    programs, steps = _pieces(matrix.rows, 2 * WARPS), _pieces(loads, LANES)
     parts = chosen.column_parts(programs, steps)
     out = torch.empty((parts, matrix.rows), dtype=torch.float32, device=x.device)
     vector_kernel[(programs, parts)](
         x, *matrix.tensors, out, matrix.rows, matrix.blocks, _pieces(steps, parts), 0,
-        KIND=matrix.kind, PER_GROUP=matrix.per_group, ROWS=rows, WARPS=WARPS,
-        LOADS=LANES, num_warps=WARPS,
+        KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WARPS, LOADS=LANES,
+        num_warps=WARPS,
     )  # fmt: skip
     return out
 
