@@ -29,8 +29,7 @@ def vector_kernel(
     """Part `program 1` of x (K,) @ W.T for 2 * WARPS rows: out (parts, N) float32."""
     WORDS: tl.constexpr = 2 if KIND == INT8 else 4  # that are 16 bytes, a thread's load
     loads = blocks * 4 // WORDS
-    # Each warp reads two rows side by side, for which x is loaded once. The warp is in the address
-    # of x so that it comes in the same layout as the codes: nothing is exchanged.
+    # A warp reads two rows, for which x is loaded once, in the codes' layout by its address.
     warp = tl.arange(0, WARPS)[:, None, None]
     upper = tl.program_id(0) * (2 * WARPS) + warp
     lower = upper + WARPS
@@ -39,43 +38,57 @@ def vector_kernel(
     one = ONE | warp * zero_bits  # in a register: an operand of an instruction that takes no second
     total = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
     second_total = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
-    begin = tl.program_id(1) * steps
-    for step in range(begin, begin + steps):
+    for step in range(tl.program_id(1) * steps, (tl.program_id(1) + 1) * steps):
         load = step * LOADS + place
         here, second_here = (load < loads) & (upper < rows), (load < loads) & (lower < rows)
-        raw = load_words(codes, levels, (upper * loads + load) * WORDS + inside, here, KIND)
-        second = load_words(
-            codes, levels, (lower * loads + load) * WORDS + inside, second_here, KIND
-        )
+        at = (upper * loads + load) * WORDS + inside
+        raw = load_words(codes, levels, at, here, KIND)
+        at = (lower * loads + load) * WORDS + inside
+        second = load_words(codes, levels, at, second_here, KIND)
         mixed = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
         second_mixed = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
         plain = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
         x_at = x + load * WORDS + inside + warp * 0
         for column in tl.static_range(8):
-            factor = tl.load(x_at + column * blocks * 4, mask=load < loads, other=0.0)
-            factor = factor.to(tl.float32)
+            factor = tl.load(x_at + column * blocks * 4, mask=load < loads, other=0.0).to(
+                tl.float32
+            )
             mixed += factor * coded(raw, column, levels, one, KIND)
             second_mixed += factor * coded(second, column, levels, one, KIND)
             plain += factor
-        scale, zero, second_scale, second_zero = 1.0, 0.0, 1.0, 0.0  # of bytes: that of the sums
-        if KIND != INT8:
-            block = load * WORDS // 4
-            scale, zero = statistics(
-                scales, zeros, outer, upper, block, blocks, here, KIND, PER_GROUP
-            )
-            second_scale, second_zero = statistics(
-                scales, zeros, outer, lower, block, blocks, second_here, KIND, PER_GROUP
-            )
-        total += product_of(mixed, plain, scale, zero, KIND)
-        second_total += product_of(second_mixed, plain, second_scale, second_zero, KIND)
-    sums, second_sums = tl.sum(tl.sum(total, 2), 1), tl.sum(tl.sum(second_total, 2), 1)
-    out_row = tl.program_id(0) * (2 * WARPS) + tl.arange(0, WARPS)
+        block = load * WORDS // 4
+        total += _weighed(
+            mixed, plain, scales, zeros, outer, upper, block, blocks, here, KIND, PER_GROUP
+        )
+        second_total += _weighed(
+            second_mixed, plain, scales, zeros, outer, lower, block, blocks, second_here,
+            KIND, PER_GROUP,
+        )  # fmt: skip
+    first, out = tl.program_id(0) * (2 * WARPS), out + tl.program_id(1) * rows
+    _store_sums(total, scales, out, first, rows, WARPS, KIND)
+    _store_sums(second_total, scales, out, first + WARPS, rows, WARPS, KIND)
+
+
+@triton.jit
+def _weighed(
+    mixed, plain, scales, zeros, outer, row, block, blocks, here,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    """A step's sums with scale and zero; the scale of a row of bytes is that of all its sums."""
+    scale, zero = 1.0, 0.0
+    if KIND != INT8:
+        scale, zero = statistics(scales, zeros, outer, row, block, blocks, here, KIND, PER_GROUP)
+    return product_of(mixed, plain, scale, zero, KIND)
+
+
+@triton.jit
+def _store_sums(total, scales, out, first, rows, WARPS: tl.constexpr, KIND: tl.constexpr):
+    """The sums of WARPS rows from `first` on, each of one warp's numbers."""
+    row = first + tl.arange(0, WARPS)
+    sums = tl.sum(tl.sum(total, 2), 1)
     if KIND == INT8:
-        sums *= tl.load(scales + out_row, mask=out_row < rows, other=0.0)
-        second_sums *= tl.load(scales + out_row + WARPS, mask=out_row + WARPS < rows, other=0.0)
-    part = out + tl.program_id(1) * rows + out_row
-    tl.store(part, sums, mask=out_row < rows)
-    tl.store(part + WARPS, second_sums, mask=out_row + WARPS < rows)
+        sums *= tl.load(scales + row, mask=row < rows, other=0.0)
+    tl.store(out + row, sums, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["x_rows"])
