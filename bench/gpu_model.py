@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from bench.synthetic import DIMENSIONS
 from m1local.cache import KVCache
-from m1local.checkpoint import EMBEDDING, HEAD, matrix_names, parameter_shapes
+from m1local.checkpoint import EMBEDDING, HEAD, compute_dtype, matrix_names, parameter_shapes
 from m1local.config import M1Config
 from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import QuantizedEmbedding, QuantizedLinear
 from m1local.model import M1Model
-from m1local.placement import Placement
+from m1local.placement import Placement, pin_embedding
 
 M1_14B = M1Config.from_dict(
     DIMENSIONS | {"num_hidden_layers": 40, "sliding_window_layers": list(range(1, 40, 2))}
@@ -58,28 +58,34 @@ def random_matrix(
 
 
 def random_model(config: M1Config, name: str, placement: Placement, dtype: torch.dtype) -> M1Model:
-    """The model of `config` in the format `name`, its parts where `placement` says."""
+    """The model of `config` in the format `name`, its parts where `placement` says.
+
+    `dtype` is the card's type of activations; a part on the CPU has the CPU's.
+    """
     with torch.device("meta"):
         model = M1Model(config)
     shapes, wanted = parameter_shapes(config), specs(config, name)
     for prefix, device in placement.parts(config):
+        kind = dtype if device == placement.card else compute_dtype(device)
         for module, spec in wanted.items():
             if module.startswith(prefix):
                 rows, columns = shapes[f"{module}.weight"]
                 matrix = random_matrix((rows, columns), spec, device)
                 made: nn.Module = (
-                    QuantizedEmbedding(matrix, dtype) if module == EMBEDDING else matrix
+                    QuantizedEmbedding(matrix, kind) if module == EMBEDDING else matrix
                 )
                 parent, _, child = module.rpartition(".")
                 setattr(model.get_submodule(parent), child, made)
         for parameter_name, parameter in model.named_parameters():
             if parameter.is_meta and parameter_name.startswith(prefix):
                 owner, _, attribute = parameter_name.rpartition(".")
-                value = torch.ones(parameter.shape, dtype=dtype, device=device)
+                value = torch.ones(parameter.shape, dtype=kind, device=device)
                 if len(parameter.shape) == 2:  # a matrix that stays as it was
                     value.normal_(std=parameter.shape[1] ** -0.5)
                 new = nn.Parameter(value, requires_grad=False)
                 setattr(model.get_submodule(owner), attribute, new)
+    if placement.embedding_on_host and placement.card.type == "cuda":
+        pin_embedding(model)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ and what the plan finds under a hard cap. What it is not: the order of the parts
 table, which are gpu.py's. On the CPU, in tests, the kernels run in Triton's interpreter.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,9 +26,13 @@ from m1local.kv_store import BYTES, FLOAT
 from m1local.memory import Model, Setting, bandwidth, free_bytes, settle
 from m1local.model import M1Model
 from m1local.placement import Placement, settled
+from m1local.sampling import SamplingParams
 
 WHOLE = "bf16"  # the name of the model whose matrices are as they were
 MOST_ERROR = 0.02
+TOGETHER = 8  # steps that are timed as one
+WARMING = 3  # tokens of an answer before the first that counts: graphs are captured
+DRAWN = SamplingParams(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05, seed=1)
 CAPPED = (Setting(8192), Setting(2048, BYTES))
 
 
@@ -46,6 +51,8 @@ class Subject:
     chunk: int = 512
     repeats: int = 20
     warm_ups: int = 3
+    warm_seconds: float = 0.2  # at least: an idle card's clocks rise slowly
+    answer: int = 64
     copied: int = 1 << 30
     caches: int = 256 << 20
     cap: int = int(7.2 * 2**30)
@@ -71,23 +78,33 @@ class Subject:
         return Model(self.config, specs(self.config, name), self.dtype)
 
 
-def milliseconds(work: Callable[[], object], subject: Subject, most: int = 20) -> float:
-    """The median of `work`'s time, of at most `most` runs, on a card by its own clock."""
-    device, times = subject.device, []
-    for _ in range(subject.warm_ups):
+def milliseconds(
+    work: Callable[[], object], subject: Subject, most: int = 20, together: int = 1
+) -> float:
+    """The median of `work`'s time, of at most `most` runs, on a card by its own clock.
+
+    So many runs are timed `together`, since in an answer a step is launched behind the one before.
+    """
+    on_card, times, begun = subject.device.type == "cuda", [], time.perf_counter()
+    warmed = 0
+    while warmed < subject.warm_ups or time.perf_counter() - begun < subject.warm_seconds:
         work()
+        warmed += 1
+        if on_card:
+            torch.cuda.synchronize()
     for _ in range(min(most, subject.repeats)):
-        if device.type != "cuda":
+        if not on_card:
             begun = time.perf_counter()
             work()
             times.append(1000 * (time.perf_counter() - begun))
             continue
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
-        work()
+        for _ in range(together):
+            work()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(begin.elapsed_time(end) / together)
     return float(statistics.median(times))
 
 
@@ -97,19 +114,28 @@ def copy(subject: Subject) -> dict[str, Any]:
 
 
 def check_kernels(subject: Subject) -> dict[str, Any]:
-    """Relative error of each format's product for 1, 5 and many rows; raises where one is wrong."""
-    errors = {}
-    width = subject.config.hidden_size
-    for name, spec in FORMATS.items():
-        module = random_matrix((width, width), spec, subject.device)
-        whole = module.dequantize().float()
-        for rows in (1, 5, subject.chunk):
-            x = torch.randn((rows, width), device=subject.device).to(subject.dtype)
-            wanted = x.float() @ whole.T
-            error = float((module(x).float() - wanted).norm() / wanted.norm())
-            errors[f"{name}, {rows} rows"] = round(error, 5)
-            if not error < MOST_ERROR:
-                raise ArithmeticError(f"{name} with {rows} rows is off by {error}")
+    """Relative error of each format's product for 1, 5 and many rows, and which are `wrong`."""
+    found: dict[str, Any] = {"wrong": []}
+    for name in FORMATS:
+        try:
+            errors = _errors(name, subject)
+        except Exception as error:  # the other formats may work all the same
+            found["wrong"].append(f"{name}: {type(error).__name__}: {error}"[:200])
+            continue
+        found |= errors
+        found["wrong"] += [what for what, error in errors.items() if not error < MOST_ERROR]
+    return found
+
+
+def _errors(name: str, subject: Subject) -> dict[str, float]:
+    width, device = subject.config.hidden_size, subject.device
+    module = random_matrix((width, width), FORMATS[name], device)
+    whole, errors = module.dequantize().float(), {}
+    for rows in (1, 5, subject.chunk):
+        x = torch.randn((rows, width), device=device).to(subject.dtype)
+        wanted = x.float() @ whole.T
+        error = float((module(x).float() - wanted).norm() / wanted.norm())
+        errors[f"{name}, {rows} rows"] = round(error, 5)
     return errors
 
 
@@ -130,8 +156,8 @@ def decode(name: str, kv_type: str, subject: Subject) -> dict[str, Any]:
     replay = Replay(step, device)
     for context in fitting:
         at = partial(_at, step.position, context)
-        graph = milliseconds(partial(at, replay), subject)
-        plain = milliseconds(partial(at, step), subject)
+        graph = milliseconds(partial(at, replay), subject, together=TOGETHER)
+        plain = milliseconds(partial(at, step), subject, together=TOGETHER)
         read = planned.demand(replace(setting, context_tokens=context), device).read
         rows.append(
             {
@@ -161,7 +187,7 @@ def _at(position: Tensor, context: int, work: Callable[[], None]) -> None:
 
 
 def prompt(name: str, subject: Subject) -> dict[str, Any]:
-    """A prompt, a token after it, and the peak of memory with 8k of context, graph and all."""
+    """A prompt, an answer after it, and the peak of memory with 8k of context, graphs and all."""
     device, setting = subject.device, subject.setting(8192)
     planned = subject.planned(name).demand(setting, device)
     if planned.device + planned.runtime > free_bytes(device):
@@ -170,28 +196,27 @@ def prompt(name: str, subject: Subject) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     placement = Placement(device, 0, False, setting)
     model = random_model(subject.config, name, placement, subject.dtype)
-    taken = _read(model, placement, subject)
-    found = {
-        "format": name, "prompt_ms": taken, "peak_planned": planned.device,
-        "runtime_planned": planned.runtime,
-    }  # fmt: skip
+    found = {"format": name, **_read_and_answer(model, placement, subject)}
+    found |= {"peak_planned": planned.device, "runtime_planned": planned.runtime}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.max_memory_reserved()
+        context = total - free - torch.cuda.memory_reserved()
         found |= {
-            "peak_allocated": torch.cuda.max_memory_allocated(),
-            "peak_reserved": torch.cuda.max_memory_reserved(),
-            "used_on_the_card": total - free,
-        }
+            "peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": reserved,
+            "context_bytes": context, "peak_on_the_card": reserved + context,
+            "percent_of_plan": 100 * reserved / planned.device,
+        }  # fmt: skip
     return found
 
 
-def _read(model: M1Model, placement: Placement, subject: Subject) -> float:
-    """Milliseconds of a prompt; a graph is captured behind it."""
-    from m1local.cuda.decode import Decoder
+def _read_and_answer(model: M1Model, placement: Placement, subject: Subject) -> dict[str, Any]:
+    """Milliseconds of a prompt, and tokens per second of an answer drawn on the card behind it."""
+    from m1local.cuda.drawing import CardSampler, DrawingDecoder
 
+    vocab_size = subject.config.vocab_size
     cache = filled_cache(subject.config, placement, 0)
-    size = (1, subject.prompt)
-    ids = torch.randint(0, subject.config.vocab_size, size, device=subject.device)
+    ids = torch.randint(0, vocab_size, (1, subject.prompt), device=subject.device)
 
     def read() -> None:
         cache.position = 0
@@ -199,10 +224,17 @@ def _read(model: M1Model, placement: Placement, subject: Subject) -> float:
             model(ids[:, start : start + subject.chunk], cache, last_only=True)
 
     taken = milliseconds(read, subject, 3)
-    decoder = Decoder(model, cache)
-    for _ in range(2):
-        decoder.feed(5)
-    return taken
+    decoder = DrawingDecoder(model, cache)
+    sampler = decoder.sampler(DRAWN, vocab_size)
+    assert isinstance(sampler, CardSampler)
+    logits = decoder.feed(5)
+    for step in range(WARMING + subject.answer):
+        if step == WARMING:
+            begun = time.perf_counter()
+        logits = decoder.feed(sampler(logits))
+    speed = subject.answer / (time.perf_counter() - begun)  # each draw waits for the card
+    why = decoder.reason or sampler.reason
+    return {"prompt_ms": taken, "answer_tokens_per_second": speed, "why_no_graph": why}
 
 
 Multiply = Callable[[tuple[int, int], torch.device], Callable[[Tensor], object]]
@@ -218,22 +250,28 @@ def peers(subject: Subject) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     for name, (multiply, bits) in ways.items():
         try:
-            token = _all(multiply, bits, 1, subject)
-            found[name] = {"token_ms": token}
+            found[name] = _all(multiply, bits, 1, subject, "token_ms")
         except Exception as error:  # a peer that fails here is a finding, not the end
             found[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
     chunks = -(-subject.prompt // subject.chunk)
-    found["bf16 cuBLAS"]["prompt_ms"] = chunks * _all(_bf16, 16, subject.chunk, subject)
+    chunk = _all(_bf16, 16, subject.chunk, subject, "chunk_ms")
+    found["bf16 cuBLAS"]["prompt_ms"] = chunks * chunk["chunk_ms"]
     return found
 
 
-def _all(multiply: Multiply, bits: float, rows: int, subject: Subject) -> float:
-    return sum(n * _timed(multiply, at, bits, rows, subject) for at, n in subject.shapes.items())
+def _all(multiply: Multiply, bits: float, rows: int, subject: Subject, name: str) -> dict[str, Any]:
+    """Milliseconds of all of a token's products; and why one was launched without a graph."""
+    total, reasons = 0.0, set()
+    for shape, count in subject.shapes.items():
+        taken, reason = _timed(multiply, shape, bits, rows, subject)
+        total += count * taken
+        reasons.add(reason)
+    return {name: total, "why_no_graph": "; ".join(sorted(reasons - {""}))}
 
 
 def _timed(
     multiply: Multiply, shape: tuple[int, int], bits: float, rows: int, subject: Subject
-) -> float:
+) -> tuple[float, str]:
     """Milliseconds of one product: of many on copies of the matrix, launched as one graph."""
     from m1local.cuda.decode import Replay
 
@@ -246,11 +284,17 @@ def _timed(
         for product in products:
             product(x)
 
-    return milliseconds(Replay(work, device), subject) / copies
+    replay = Replay(work, device)
+    return milliseconds(replay, subject) / copies, replay.reason
 
 
 def _ours(name: str, shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], object]:
-    return random_matrix(shape, FORMATS[name], device)
+    """As a step multiplies: x lies in the order of planes, and who reads the parts sums them."""
+    from m1local.cuda.products import vector_product
+
+    matrix = random_matrix(shape, FORMATS[name], device).on_card()
+    assert matrix is not None
+    return lambda x: vector_product(x, matrix)
 
 
 def _bf16(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], object]:
@@ -288,6 +332,7 @@ def _under(subject: Subject, wanted: Setting, room: int) -> dict[str, Any]:
     from m1local.cuda.decode import Decoder
 
     device, layers = subject.device, subject.config.num_hidden_layers
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -45,6 +45,7 @@ class Measured:
     seconds: tuple[float, ...]
     bytes_per_token: int  # weights, keys and values read for a token of an answer
     bandwidth: float  # bytes per second that the device read in between
+    card_bytes: int = 0  # at most allocated on a card meanwhile
 
     @property
     def tokens_per_second(self) -> float:
@@ -81,11 +82,14 @@ def measure(engine: Engine, wanted: Sequence[Case], repetitions: int) -> Iterato
     """
     for case in wanted:
         seconds, rates, parts = [], [], bytes_by_device(engine, case)
-        _run(engine, warm_up(case, engine.context.device))
+        peaks = [_peak(engine, warm_up(case, engine.context.device))[1]]
         for _ in range(repetitions):
             rates.append(joint_bandwidth(parts, {device: bandwidth(device) for device in parts}))
-            seconds.append(_run(engine, case))
-        yield Measured(case, tuple(seconds), sum(parts.values()), statistics.median(rates))
+            taken, peak = _peak(engine, case)
+            seconds.append(taken)
+            peaks.append(peak)
+        read, rate = sum(parts.values()), statistics.median(rates)
+        yield Measured(case, tuple(seconds), read, rate, max(peaks))
 
 
 def warm_up(case: Case, device: torch.device) -> Case:
@@ -102,6 +106,14 @@ def joint_bandwidth(
 ) -> float:
     """Bytes per second of what is read from several devices, one after the other."""
     return sum(nbytes.values()) / sum(n / speeds[device] for device, n in nbytes.items())
+
+
+def _peak(engine: Engine, case: Case) -> tuple[float, int]:
+    """Seconds of one repetition, and the most that a card held; what the bandwidth took is gone."""
+    if engine.context.device.type != "cuda":
+        return _run(engine, case), 0
+    torch.cuda.reset_peak_memory_stats()
+    return _run(engine, case), torch.cuda.max_memory_allocated()
 
 
 def _run(engine: Engine, case: Case) -> float:

@@ -209,7 +209,9 @@ def install(
         tensor = files.tensor(stored_name)
         if name == HEAD:
             tensor = normalize_head_sliced(tensor, dtype)
-        set_parameter(model, f"{name}.weight", tensor.to(device=device, dtype=dtype))
+        tensor = tensor.to(dtype)
+        moved = move(tensor) if move and device.type != "cpu" else tensor.to(device)
+        set_parameter(model, f"{name}.weight", moved)
         return
     shape = tuple(model.get_submodule(name).get_parameter("weight").shape)
     chosen = format_class(spec.format)

@@ -5,6 +5,7 @@ cache holds and can keep the common beginning of two prompts. What it is not: ab
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import chain
 from typing import Protocol
@@ -21,6 +22,11 @@ from m1local.sampling import Sampler, SamplingParams
 
 class Decoder(Protocol):
     """One token at a time, as m1local/cuda/decode.py does it."""
+
+    @property
+    def reason(self) -> str:
+        """Why no graph is used; "" where one is, or none was tried yet."""
+        ...
 
     def feed(self, token_id: int) -> Tensor:
         """Append one token; returns the next one's logits (V,)."""
@@ -79,11 +85,16 @@ class Context:
     @cached_property
     def decoder(self) -> Decoder | None:
         """What single tokens are fed through; None where that is the model."""
-        return self._decoder_of(self.cache) if self._decoder_of else None
+        with self.telling():
+            return self._decoder_of(self.cache) if self._decoder_of else None
 
     @cached_property
     def _reader(self) -> Reader | None:
         return self._reader_of(self.cache)
+
+    def telling(self) -> AbstractContextManager[None]:
+        """Within it a card's failed allocation becomes a MemoryLimitError with advice."""
+        return telling(self._setting)
 
     @property
     def capacity(self) -> int:
@@ -133,7 +144,7 @@ class Context:
 
         Raises MemoryLimitError where a card has too little memory; what was fed before is kept.
         """
-        with telling(self._setting):
+        with self.telling():
             if len(token_ids) == 1 and self.decoder is not None:
                 last = self.decoder.feed(token_ids[0])
             else:
@@ -144,7 +155,7 @@ class Context:
     @torch.inference_mode()
     def feed_all(self, token_ids: Sequence[int]) -> Tensor:
         """As `feed`, but returns the logits behind every id (T, V)."""
-        with telling(self._setting):
+        with self.telling():
             logits = self._read(token_ids, last_only=False)
         self.token_ids += token_ids
         return logits

@@ -120,7 +120,8 @@ def generate(
     the prompt does not fit.
     """
     context.check_prompt(prompt)
-    answer = _Answer(tokenizer, prompt, settings, context.decoder)
+    with context.telling():
+        answer = _Answer(tokenizer, prompt, settings, context.decoder)
     cached_tokens = context.keep_common(prompt)
     begun = time.perf_counter()
     logits = yield from _prefill(context, prompt, cached_tokens)
@@ -154,7 +155,8 @@ def _decode(
     away = 0.0
     try:
         while True:
-            reason = answer.extend(logits)
+            with context.telling():
+                reason = answer.extend(logits)
             if piece := answer.released():
                 given = time.perf_counter()
                 yield piece

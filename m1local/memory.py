@@ -8,17 +8,17 @@ Source of the formulas: what model.py and cache.py allocate; checked by tests/te
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
-from m1local.cache import DEFAULT_MAX_CHUNK, REWIND_TOKENS, KVCache
+from m1local.cache import DEFAULT_MAX_CHUNK, REWIND_TOKENS, KVCache, LayerCache
 from m1local.checkpoint import EMBEDDING, HEAD, expected_tensors
 from m1local.config import HeadLayout, M1Config
-from m1local.cuda.matrix import RESTORED_WEIGHTS
+from m1local.cuda.card import restored_weights
 from m1local.errors import MemoryLimitError
 from m1local.formats import LinearSpec
 from m1local.formats.base import ROWS_PER_SLICE, Stored
@@ -28,14 +28,17 @@ from m1local.native.stream import read_through
 
 FLOAT32_BYTES = 4
 MASK_BYTES = 8 + 1 + 1 + 1  # a query and a key: distance, visible, within the window, both
-CUDA_BYTES = 450 << 20  # of the context, cuBLAS and kernels: presumed, not measured yet
+CONTEXT_BYTES = 300 << 20  # of a card's context: presumed, not measured yet
+LIBRARY_BYTES = 150 << 20  # of cuBLAS and kernels, which come after it: presumed as well
 PROCESS_BYTES = 350 << 20  # of Python and torch besides (bench/results/memory.json)
 GRAPH_BYTES = 64 << 10  # of each launch that a captured graph holds: presumed
 LAUNCHES_PER_LAYER = 11
+ALLOCATED_PIECE, LEAST_OF_ITS_OWN = 2 << 20, 10 << 20  # of torch's allocator on a card
 SLICE_COPIES = 3  # of a slice while it is dequantized, in float32
 MEASURED_BYTES = 512 << 20
 LEAST_MEASURED_BYTES = 64 << 20  # less would stay in the caches of some cards
 TRIES = 5
+WARMING_SECONDS = 0.3
 LAYERS = "model.layers."
 
 
@@ -45,6 +48,14 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return int(psutil.virtual_memory().available)
+
+
+def room(device: torch.device) -> int:
+    """Bytes of `device` that a plan may fill: what is free but for what libraries take later.
+
+    Asking has made a card's context, so that is not among what is free.
+    """
+    return free_bytes(device) - (LIBRARY_BYTES if device.type == "cuda" else 0)
 
 
 def used_device() -> torch.device:
@@ -59,21 +70,34 @@ def bandwidth(device: torch.device, nbytes: int = MEASURED_BYTES) -> float:
     Where a card is nearly full, less than `nbytes` is copied.
     """
     if device.type == "cuda":
-        nbytes = copied_bytes(nbytes, free_bytes(device))
+        return _copy_bandwidth(device, copied_bytes(nbytes, free_bytes(device)))
     source = torch.zeros(nbytes // 8, dtype=torch.int64, device=device)
-    target = torch.empty_like(source) if device.type == "cuda" else None
     rates = []
     for _ in range(TRIES + 1):  # the first touches what was never touched
         begun = time.perf_counter()
-        read = nbytes
-        if target is not None:
-            target.copy_(source)
-            torch.cuda.synchronize(device)
-            read = 2 * nbytes
-        elif not read_through(source):
+        if not read_through(source):
             source.sum()
-        rates.append(read / (time.perf_counter() - begun))
+        rates.append(nbytes / (time.perf_counter() - begun))
     return statistics.median(rates[1:])
+
+
+def _copy_bandwidth(device: torch.device, nbytes: int) -> float:
+    """The same of a card by its own clock, after a while: an idle one's memory runs slowly."""
+    source = torch.empty(nbytes // 8, dtype=torch.int64, device=device).random_()
+    target = torch.empty_like(source)
+
+    def copied() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        return float(2000 * nbytes / begin.elapsed_time(end))
+
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < WARMING_SECONDS:
+        copied()
+    return statistics.median([copied() for _ in range(TRIES)])
 
 
 def copied_bytes(wanted: int, free: int) -> int:
@@ -104,6 +128,7 @@ class Demand:
     cache: int
     workspace: int
     graphs: int
+    gaps: int  # what a card's allocator leaves unused behind what it gives
     runtime: int
     host: int
     read: int
@@ -112,7 +137,7 @@ class Demand:
     @property
     def device(self) -> int:
         """All that is allocated on the device, without what the system takes for the process."""
-        return self.weights + self.cache + self.workspace + self.graphs
+        return self.weights + self.cache + self.workspace + self.graphs + self.gaps
 
     def tokens_per_second(self, device_bandwidth: float, host_bandwidth: float) -> float:
         """What the bandwidths, in bytes per second, allow at most."""
@@ -130,10 +155,12 @@ class Model:
         self.dtype = dtype
         self.quantized = bool(specs)
         self.parts: dict[str, int] = {}
+        self._gaps: dict[str, int] = {}  # of the same parts, on a card
         for name, stored in expected_tensors(config, specs).items():
             found = stored if isinstance(stored, Stored) else Stored(stored, dtype)
             part = _part(name)
             self.parts[part] = self.parts.get(part, 0) + found.nbytes
+            self._gaps[part] = self._gaps.get(part, 0) + gap(found.nbytes)
 
     @property
     def weights(self) -> int:
@@ -153,15 +180,16 @@ class Model:
         layers = self.config.num_hidden_layers
         on_card = layers if setting.gpu_layers is None else min(setting.gpu_layers, layers)
         first = layers - on_card
-        caches = layer_caches(self.config, setting, self.dtype)
+        kept = layer_caches(self.config, setting, self.dtype)
+        caches = [layer.nbytes for layer in kept]
         host_layers = sum(self.layer_bytes(layer) for layer in range(first))
         embedding = self.parts[EMBEDDING]
         seen = [read_bytes(self.config.heads(layer), setting) for layer in range(layers)]
         if on_card == 0:
-            kept, read = self.weights + sum(caches), self.weights - embedding + sum(seen)
+            all_of_it, read = self.weights + sum(caches), self.weights - embedding + sum(seen)
             return Demand(
-                weights=0, cache=0, workspace=0, graphs=0, runtime=0,
-                host=kept, read=0, host_read=read,
+                weights=0, cache=0, workspace=0, graphs=0, gaps=0, runtime=0,
+                host=all_of_it, read=0, host_read=read,
             )  # fmt: skip
         away = embedding if setting.embedding_on_host or first else 0
         weights = self.weights - host_layers - away
@@ -173,20 +201,39 @@ class Model:
             )
             + (self.slices(setting, device) if self.quantized else 0),
             graphs=on_card * LAUNCHES_PER_LAYER * GRAPH_BYTES if device.type == "cuda" else 0,
-            runtime=CUDA_BYTES if device.type == "cuda" else PROCESS_BYTES,
+            gaps=self._gaps_of(first, kept[first:], away) if device.type == "cuda" else 0,
+            runtime=CONTEXT_BYTES + LIBRARY_BYTES if device.type == "cuda" else PROCESS_BYTES,
             host=host_layers + away + sum(caches[:first]),
             read=weights - (embedding - away) + sum(seen[first:]),
             host_read=host_layers + sum(seen[:first]),
         )
 
+    def _gaps_of(self, first: int, caches: Sequence[LayerCache], away: int) -> int:
+        """Of what lies on a card: the layers from `first` on, and the rest but for what is away."""
+        elsewhere = {f"{LAYERS}{layer}" for layer in range(first)} | (
+            {EMBEDDING} if away else set()
+        )
+        of_weights = sum(size for part, size in self._gaps.items() if part not in elsewhere)
+        buffers = [each for layer in caches for each in (*layer.k.tensors, *layer.v.tensors)]
+        return of_weights + sum(gap(each.nbytes) for each in buffers)
+
     def slices(self, setting: Setting, device: torch.device) -> int:
         """Bytes of the weights that are restored at a time for the many rows of a chunk."""
         widest = max(self.config.hidden_size, self.config.intermediate_size)
         if device.type == "cuda":
-            return RESTORED_WEIGHTS * self.dtype.itemsize
+            return restored_weights(device) * self.dtype.itemsize
         if setting.max_chunk <= matmul.ROWS and matmul.usable():
             return 0
         return ROWS_PER_SLICE * widest * SLICE_COPIES * FLOAT32_BYTES
+
+
+def gap(nbytes: int) -> int:
+    """What torch's allocator leaves behind an allocation of so many bytes on a card.
+
+    From 10 MiB on it asks the driver for whole pieces of 2 MiB, and hardly anything fits behind
+    what is used of the last; smaller ones share pieces. (c10/cuda/CUDACachingAllocator.cpp)
+    """
+    return -nbytes % ALLOCATED_PIECE if nbytes >= LEAST_OF_ITS_OWN else 0
 
 
 def _part(tensor_name: str) -> str:
@@ -207,8 +254,8 @@ def cache_bytes(config: M1Config, tokens: int, kv_type: str = FLOAT) -> int:
     return total
 
 
-def layer_caches(config: M1Config, setting: Setting, dtype: torch.dtype) -> list[int]:
-    """Bytes of each layer's cache as it is allocated: with room for a chunk and for going back."""
+def layer_caches(config: M1Config, setting: Setting, dtype: torch.dtype) -> Sequence[LayerCache]:
+    """Each layer's cache as it is allocated, but without memory."""
     cache = KVCache.allocate(
         config,
         setting.context_tokens,
@@ -218,7 +265,7 @@ def layer_caches(config: M1Config, setting: Setting, dtype: torch.dtype) -> list
         rewind_tokens=setting.rewind_tokens,
         kv_type=setting.kv_type,
     )
-    return [layer.nbytes for layer in cache.layers]
+    return cache.layers
 
 
 def read_bytes(layout: HeadLayout, setting: Setting) -> int:
@@ -293,12 +340,24 @@ def next_step(setting: Setting) -> str:
     return "closing other programs, or a checkpoint of fewer bits (m1 plan shows them)"
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a card had no room, whoever asked: torch's allocator, the driver, Triton or cuBLAS.
+
+    Only the first has an exception of its own.
+    """
+    said = str(error)
+    of_driver = "CUDA" in said and "out of memory" in said
+    return isinstance(error, torch.OutOfMemoryError) or of_driver or "ALLOC_FAILED" in said
+
+
 @contextmanager
 def telling(setting: Setting) -> Iterator[None]:
     """Turn a failed allocation into a message that names the next setting to try."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
         raise MemoryLimitError(

@@ -27,7 +27,7 @@ from m1local.memory import (
     Model,
     Setting,
     check,
-    free_bytes,
+    room,
     settle,
     used_device,
 )
@@ -107,10 +107,10 @@ def place(folder: Path, wanted: Setting, gpu_layers: GpuLayers) -> Placement:
         )
     model = planned_model(folder, card)
     if gpu_layers == "auto":
-        return settled(settle(model, wanted, card, free_bytes(card)), layers, card)
+        return settled(settle(model, wanted, card, room(card)), layers, card)
     if gpu_layers != "all" and gpu_layers < layers:
         wanted = replace(wanted, gpu_layers=gpu_layers, embedding_on_host=True)
-    check(model, wanted, card, free_bytes(card))
+    check(model, wanted, card, room(card))
     return settled(wanted, layers, card)
 
 
@@ -146,11 +146,11 @@ def load(folder: Path, placement: Placement) -> tuple[M1Model, Moved | None]:
     parts = list(placement.parts(config))
     model = load_model(folder, device=placement.card, parts=parts, move=transfer)
     if placement.embedding_on_host:
-        _pin(model)
+        pin_embedding(model)
     return model, transfer.finish()
 
 
-def _pin(model: M1Model) -> None:
+def pin_embedding(model: M1Model) -> None:
     """Put the embedding where a card can read single rows of it."""
     table = model.model.embed_tokens
     for tensor in (*table.parameters(), *table.buffers()):

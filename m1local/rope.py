@@ -21,10 +21,19 @@ class Rotation(NamedTuple):
 
 def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
     """The rotation of `positions` (T,) for heads of width `head_dim`, in float32."""
+    return turned(positions, frequencies(head_dim, theta, positions.device))
+
+
+def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """By how much each pair of columns turns from a position to the next: (D/2,), in float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    return theta ** -(exponents / head_dim)
+
+
+def turned(positions: Tensor, frequencies: Tensor) -> Rotation:
+    """The rotation of `positions` (T,) by `frequencies` (D/2,)."""
     # float32 whatever the model's dtype: bfloat16 cannot tell position 4097 from 4096.
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    inverse_frequencies = theta ** -(exponents / head_dim)
-    angles = positions.to(torch.float32)[:, None] * inverse_frequencies
+    angles = positions.to(torch.float32)[:, None] * frequencies
     return Rotation(angles.cos(), angles.sin())
 
 

@@ -58,8 +58,9 @@ def _products(tiles: Any, half: str) -> Iterator[Case]:
         numbers = {"rows": "i32", "blocks": "i32", "steps": "i32"}
         yield Case(
             f"vector {name}", products.vector_kernel,
-            {"x": half} | stored | {"out": "*fp32"} | numbers,
-            of_kind | {"ROWS": tiles.vector_rows, "LOADS": card.LANES}, card.WARPS,
+            {"x": half} | stored | {"out": "*fp32"} | numbers | {"zero_bits": "i32"},
+            of_kind | {"WARPS": card.WARPS, "LOADS": card.LANES},
+            card.WARPS,
         )  # fmt: skip
         if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
             continue
@@ -152,7 +153,7 @@ def _attention(chosen: Any, half: str) -> Iterator[Case]:
             f"join {width}", attention.join_kernel,
             {"partial": "*fp32", "greatest": "*fp32", "sums": "*fp32", "natural": half,
              "planes": half, "heads": "i32", "width": "i32", "parts": "i32"},
-            {"PARTS": 32, "WIDTH": width}, card.WARPS,
+            {"PARTS": card.MOST_KEY_PARTS, "WIDTH": width}, attention.JOIN_WARPS,
         )  # fmt: skip
 
 
@@ -179,22 +180,39 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
         "capability": capability,
         "shared": made.metadata.shared,
         "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.b(?:32|64)", ptx)),
-        "barriers": ptx.count("bar.sync"),
-    } | _resources(made.asm["cubin"])
+        **_longest_loop(made.asm["cubin"]),
+        **_resources(made.asm["cubin"]),
+    }
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _dumped(cubin, "-res-usage")))
+    return {name.lower(): int(number) for name, number in found.items()}
+
+
+def _longest_loop(cubin: bytes) -> dict[str, int]:
+    """How many instructions lie in the longest loop, and how many of them wait for other warps."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _dumped(cubin, "-sass"), re.MULTILINE)
+    loops = [
+        (int(to[1], 16), int(at, 16))
+        for at, said in found
+        if (to := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", said)) and int(to[1], 16) < int(at, 16)
+    ]
+    begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    inside = [said for at, said in found if begin <= int(at, 16) <= end]
+    waits = sum(bool(re.search(r"\bBAR\b", said)) for said in inside)
+    return {"loop": len(inside), "loop_barriers": waits}
+
+
+def _dumped(cubin: bytes, what: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        said = subprocess.run(
-            [tool, "-res-usage", path], check=True, capture_output=True, text=True
-        ).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
-    return {name.lower(): int(number) for name, number in found.items()}
+        done = subprocess.run([tool, what, path], check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 def main() -> None:

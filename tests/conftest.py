@@ -31,7 +31,8 @@ pytest_plugins = ("tests.web_fixtures",)
 torch.set_num_threads(1)  # matrices this small are slower with more
 
 ROOT = Path(__file__).parent.parent
-CARD = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where kernels are checked
+# Where kernels are checked; with its number, as tensors say it.
+CARD = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # Material that may not be redistributed (see docs/architecture.md); tests skip where it is absent.
 REFERENCE = ROOT.parent / "shared"
 LOOPBACK = ("127.", "localhost", "::1")

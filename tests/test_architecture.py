@@ -37,6 +37,7 @@ RUNTIME_ORDER = (
     ("native.quantize", "native.matmul", "native.attention", "native.neighbours", "native.stream"),
     ("native.sha256",),
     ("config", "rope", "cuda", "cuda.card", "cuda.matrix", "cuda.transfer"),
+    ("cuda.trial",),
     ("cuda.words", "cuda.support", "cuda.int4pack", "cuda.kept"),
     ("cuda.products",),
     ("formats.slices",),

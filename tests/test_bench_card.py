@@ -111,14 +111,23 @@ def test_a_nearly_full_card_is_measured_with_less() -> None:
 
 
 def test_table_and_json_name_the_card(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "bandwidth", lambda device: 1e9)
-    found = list(measure(engine, [Case(2), Case(4, is_answer=False)], repetitions=1))
+    allocated = [0]  # by the bandwidth, whose bytes are no part of the peak
+
+    def fast(device: torch.device) -> float:
+        allocated[0] = 9 << 30
+        return 1e9
+
+    monkeypatch.setattr(benchmark, "bandwidth", fast)
+    monkeypatch.setattr(benchmark, "_finish", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: allocated.insert(0, 3 << 30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated[0])
     engine.context.device = CUDA
+    found = list(measure(engine, [Case(2), Case(4, is_answer=False)], repetitions=1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 << 30)
     monkeypatch.setattr(benchmarking, "_card_layers", lambda engine: 4)
     said = json.loads(benchmarking.as_json(engine, found))
     assert (said["card"], said["card_layers"], said["card_peak_bytes"]) == ("A Card", 4, 3 << 30)
+    assert said["why_no_graph"] == engine.context.decoder.reason  # type: ignore[union-attr]
     last = benchmarking.as_text(engine, found).splitlines()[-1]
     assert "A Card" in last
     assert "4 of 4 layers on the card, at most 3.00 GiB of its memory" in last

@@ -46,7 +46,7 @@ def taken(chosen: Chosen, kv_type: str | None = None) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     ("gib", "recipe", "tokens", "kv_type"),
     [
-        (24, "int8", 8192, "f16"), (14.1, "int8", 8192, "q8_0"), (13.5, "int4", 8192, "f16"),
+        (24, "int8", 8192, "f16"), (13.9, "int8", 8192, "q8_0"), (13.2, "int4", 8192, "f16"),
         (9.1, "int4", 8192, "f16"), (8.7, "int4", 8192, "q8_0"), (8.4, "int4", 4096, "q8_0"),
         (8.25, "int4", 2048, "q8_0"),
     ],
@@ -70,7 +70,7 @@ def test_then_layers_leave_the_card(big: Chosen, monkeypatch: pytest.MonkeyPatch
 
 
 def test_how_the_context_is_kept_may_be_said(big: Chosen, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, 14.1)
+    pretend(monkeypatch, 13.9)
     assert taken(big, "f16")[:3] == ("int4", 8192, "f16")
     pretend(monkeypatch, 24)
     assert taken(big, "q8_0")[:3] == ("int8", 8192, "q8_0")

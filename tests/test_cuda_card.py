@@ -1,10 +1,22 @@
 """What is chosen by a card's compute capability, and how work is split to fill it."""
 
+import subprocess
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
 from m1local.cuda import support
-from m1local.cuda.card import MOST_KEY_PARTS, TILES, Card, card
+from m1local.cuda.card import (
+    MOST_KEY_PARTS,
+    SMALL_CARD,
+    TILES,
+    Card,
+    card,
+    restored_weights,
+)
+from tests.conftest import CARD
 
 
 @pytest.mark.parametrize(
@@ -36,6 +48,29 @@ def test_columns_are_split_only_where_rows_do_not_fill_the_card(programs: int, s
         assert parts == steps
 
 
+def test_a_wave_that_is_nearly_full_is_not_made_into_two() -> None:
+    big = Card((9, 0), 132)
+    room = big.multiprocessors * big.tiles.resident
+    assert big.column_parts(640, 5) == big.column_parts(768, 5) == 1
+    for programs, steps in ((640, 17), (100, 5), (1088, 17), (2176, 5)):
+        parts = big.column_parts(programs, steps)
+        waves, whole = -(-programs * parts // room), -(-programs // room)
+        assert waves * (-(-steps // parts) + 1) <= whole * (steps + 1)
+    assert big.column_parts(640, 17) == 3  # two waves of six steps, where one has seventeen
+
+
+def test_what_is_restored_at_a_time_fills_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_of_tile, tokens, columns = 128, 512, 5120
+    for multiprocessors in (28, 68, 132):
+        rows = Card((8, 6), multiprocessors).restored_weights() // columns
+        tiles = rows // rows_of_tile * tokens // rows_of_tile
+        assert tiles >= 1.7 * multiprocessors
+    assert restored_weights(torch.device("cpu")) == Card((9, 0), 4).restored_weights()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    absent = restored_weights(torch.device("cuda"))
+    assert absent == Card((8, 6), SMALL_CARD).restored_weights()
+
+
 def test_keys_are_split_by_a_power_of_two() -> None:
     for kv_heads in (1, 2, 8):
         parts = Card((8, 6), 28).key_parts(kv_heads)
@@ -53,7 +88,24 @@ def test_why_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "card", lambda device: Card((6, 1), 20))
     assert support.missing.__wrapped__(device) == "compute capability 6.1 is older than 7.5"
     monkeypatch.setattr(support, "card", lambda device: Card((8, 6), 28))
+
+    def no_headers(device: torch.device) -> None:
+        raise subprocess.CalledProcessError(1, ["gcc", "driver.c"])
+
+    trial, tried = ModuleType("trial"), list[torch.device]()
+    vars(trial).update(launch=no_headers)
+    monkeypatch.setitem(sys.modules, "m1local.cuda.trial", trial)
+    assert "takes a C compiler and Python's headers" in (support.missing.__wrapped__(device) or "")
+    vars(trial).update(launch=tried.append)
     assert support.missing.__wrapped__(device) is None
+    assert tried == [device]
+
+
+def test_the_kernel_that_is_tried() -> None:
+    pytest.importorskip("triton")
+    from m1local.cuda import trial
+
+    trial.launch(CARD)
 
 
 def test_the_cpu_stands_for_a_small_card() -> None:

@@ -1,6 +1,7 @@
 """The whole decode path, in the interpreter, against the ordinary one on tiny models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -212,3 +213,41 @@ def test_why_there_is_no_graph() -> None:
     with torch.inference_mode():
         decoder.feed(3)
     assert decoder.reason == ("" if CARD.type == "cuda" else "no graphs on cpu")
+
+
+def test_a_failed_capture_leaves_the_thread_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, modes = ["the thread's"], list[str]()
+
+    class Stream:
+        def wait_stream(self, other: object) -> None: ...
+
+    @contextmanager
+    def stream(name: object) -> Iterator[None]:
+        before = chosen[0]
+        chosen[0] = "the warm-up's" if isinstance(name, Stream) else str(name)
+        try:
+            yield
+        finally:
+            chosen[0] = before
+
+    class Graph:  # as torch.cuda.graph, which does not get to its stream's end
+        def __init__(self, graph: object, capture_error_mode: str) -> None:
+            modes.append(capture_error_mode)
+
+        def __enter__(self) -> None:
+            chosen[0] = "the graph's"
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    class Current(str):
+        def wait_stream(self, other: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Current(chosen[0]))
+    for name, fake in (("Stream", Stream), ("stream", stream), ("graph", Graph)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    replay = decode.Replay(lambda: None, torch.device("cuda"))
+    assert replay.reason.startswith("capturing failed: operation failed")
+    assert chosen == ["the thread's"]
+    assert modes == ["thread_local"]

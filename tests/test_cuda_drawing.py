@@ -1,15 +1,20 @@
 """Drawing on the card against the host's sampler, and a whole answer through both paths."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from m1local import checkpoint, placement
 from m1local.cuda import support
 from m1local.engine import Engine
 from m1local.errors import M1Error
 from m1local.generate import Event, Finished, TextDelta
+from m1local.placement import GpuLayers
 from m1local.sampling import Sampler, SamplingParams
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD, write_checkpoint
@@ -52,6 +57,54 @@ def test_the_same_tokens_as_the_hosts_sampler(name: str, decoder: drawing.Drawin
     for _ in range(20):
         logits = 3 * torch.randn(CONFIG.vocab_size, generator=generator).to(CARD)
         assert card(logits) == host(logits)
+
+
+class Capturing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped
+    """Refuses, as a graph does while it is captured, what makes the host wait for the card."""
+
+    WAITING = frozenset(
+        {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal",
+         "bincount", "_unique2", "repeat_interleave"}
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__  # type: ignore[attr-defined]
+        if name in self.WAITING:
+            raise RuntimeError(f"{name} is not permitted while a stream is captured")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", PARAMS)
+@torch.inference_mode()
+def test_no_draw_waits_for_the_card(name: str, decoder: drawing.DrawingDecoder) -> None:
+    draw = drawing.Draw(decoder, PARAMS[name], CONFIG.vocab_size)
+    with Capturing():
+        draw()
+    with pytest.raises(RuntimeError, match="not permitted"), Capturing():
+        draw.counts[draw.found[0]]
+
+
+@torch.inference_mode()
+def test_no_step_waits_for_the_card(decoder: drawing.DrawingDecoder) -> None:
+    with Capturing():
+        decoder.step()
+
+
+def test_only_the_last_few_draws_keep_their_buffers(decoder: drawing.DrawingDecoder) -> None:
+    logits = torch.zeros(CONFIG.vocab_size, device=CARD)
+    for step in range(3 * drawing.MOST_DRAWS):
+        for temperature in (1.0, 2.0 + step):  # one that comes again, and ever new ones
+            sampler = decoder.sampler(replace(HOT, temperature=temperature), CONFIG.vocab_size)
+            assert sampler is not None
+            sampler(logits)
+    kept = [params.temperature for params, _ in decoder._draws]
+    assert len(kept) == len(decoder._replays) == drawing.MOST_DRAWS
+    assert 1.0 in kept
 
 
 def test_a_fresh_sampler_has_seen_nothing(decoder: drawing.DrawingDecoder) -> None:
@@ -97,9 +150,14 @@ def answered(engine: Engine, **changes: object) -> tuple[str, list[int], Finishe
     return "".join(delta.text for delta in deltas), token_ids, finished
 
 
-def test_an_answer_is_the_same_on_both_paths(tmp_path: Path) -> None:
+def test_an_answer_is_the_same_on_both_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_checkpoint(tmp_path / "m1", RAW | {"vocab_size": 512}, endless=True)
-    engine = Engine.load(tmp_path / "m1", context_tokens=64)
+    layers: GpuLayers = "all" if CARD.type == "cuda" else 0  # a card's kernels take its tensors
+    for module in (checkpoint, placement):  # so that no two tokens are as likely
+        monkeypatch.setattr(module, "compute_dtype", lambda device: torch.float32)
+    engine = Engine.load(tmp_path / "m1", context_tokens=64, gpu_layers=layers)
     for changes in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 10, "seed": 3}):
         engine.contexts.of(0).decoder = None
         wanted = answered(engine, **changes)

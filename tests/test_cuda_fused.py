@@ -152,6 +152,20 @@ def test_attention_of_one_token_over_bytes(name: str, position: int) -> None:
     one.compare(position, parts=2, tolerance=2e-5)
 
 
+def test_a_part_without_keys_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Both("global 40/8", 40, torch.float32)
+    one.read(3)
+    made = attention.buffers
+
+    def stale(layer: LayerCache) -> attention.AttentionBuffers:
+        kept = made(layer)
+        kept.partial.fill_(float("nan"))  # as of memory that something else has used
+        return kept
+
+    monkeypatch.setattr(attention, "buffers", stale)
+    one.compare(3, parts=1, tolerance=2e-5)
+
+
 def test_bytes_of_values_that_are_nearly_or_wholly_nothing() -> None:
     one = Both("global 10/96", 8, torch.float32, BYTES)
     one.model.conv_k.data *= 1e-35

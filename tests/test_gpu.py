@@ -10,12 +10,13 @@ import torch
 from bench.gpu_model import FORMATS, filled_cache, random_matrix, random_model
 from m1local.checkpoint import compute_dtype
 from m1local.config import M1Config
+from m1local.context import Context
 from m1local.cuda import int4pack
 from m1local.engine import Engine
 from m1local.formats import LinearSpec
 from m1local.formats.groups import Int4Linear
 from m1local.memory import Setting
-from m1local.placement import GpuLayers, Placement
+from m1local.placement import GpuLayers, Placement, decoder_of, load
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.recipe import Recipe
 from tests.conftest import CARD, ROOT, TINY
@@ -72,7 +73,38 @@ def test_a_step_is_captured(tiny_checkpoint: Path) -> None:
     engine.context.feed([8])
     decoder = engine.context.decoder
     assert decoder is not None
-    assert decoder.reason == ""  # type: ignore[attr-defined]
+    assert decoder.reason == ""
+
+
+@pytest.mark.gpu
+@needs_card
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draw_is_captured(temperature: float, tiny_checkpoint: Path) -> None:
+    engine = Engine.load(tiny_checkpoint, gpu_layers="all")
+    settings = engine.settings(temperature=temperature, top_k=20, max_new_tokens=8, seed=1)
+    assert list(engine.complete("The heart", settings))
+    decoder = engine.contexts.of(0).decoder
+    assert decoder is not None
+    replays = decoder._replays.values()  # type: ignore[attr-defined]
+    assert [replay.reason for replay in replays] == [""]
+
+
+@pytest.mark.gpu
+@needs_card
+def test_an_embedding_in_host_memory_is_read_by_the_card(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for _ in quantize_checkpoint(tiny_checkpoint, tmp_path / "m1", Recipe.find("int4")):
+        pass
+    logits = []
+    config = M1Config.from_file(tmp_path / "m1/config.json")
+    for on_host in (False, True):
+        placed = Placement(CARD, 0, on_host, Setting(64))
+        model, _ = load(tmp_path / "m1", placed)
+        context = Context(model, placed.allocate(config), decoder_of(model, placed))
+        context.feed(list(range(10, 40)))
+        logits.append(context.feed([41]).clone())
+    assert torch.equal(*logits)
 
 
 @pytest.mark.gpu

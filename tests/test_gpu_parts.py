@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_parts
+from bench import gpu, gpu_model, gpu_parts
 from bench.gpu import TESTS, in_a_process, missing, run_parts, table
 from bench.gpu_parts import PARTS, Subject
 from m1local.config import M1Config
 from m1local.cuda import support
-from m1local.memory import PROCESS_BYTES
+from m1local.errors import DependencyError
+from m1local.formats import LinearSpec
+from m1local.memory import PROCESS_BYTES, Setting
+from m1local.placement import Placement
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD, TINY
 from tests.test_kv_store import WIDE
@@ -27,7 +30,8 @@ def subject(
 ) -> Subject:
     return Subject(
         CARD, config, contexts=contexts, prompt=16, chunk=8, repeats=1, warm_ups=0,
-        copied=1 << 20, caches=1, shapes={(64, 64): 2, (128, 64): 3}, cap=cap,
+        copied=1 << 20, caches=1, shapes={(64, 64): 2, (128, 64): 3}, cap=cap, warm_seconds=0,
+        answer=2,
     )  # fmt: skip
 
 
@@ -41,12 +45,24 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_format_is_checked_against_its_dequantized_matrix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    errors = gpu_parts.check_kernels(subject())
-    assert len(errors) == 9
-    assert max(errors.values()) < 0.02
+    found = gpu_parts.check_kernels(subject())
+    assert found.pop("wrong") == []
+    assert len(found) == 9
+    assert max(found.values()) < 0.02
     monkeypatch.setattr(gpu_parts, "MOST_ERROR", -1.0)
-    with pytest.raises(ArithmeticError, match="int4 with 1 rows is off"):
-        gpu_parts.check_kernels(subject())
+    made = gpu_model.random_matrix
+
+    def broken(shape: tuple[int, int], spec: LinearSpec, device: torch.device) -> object:
+        if spec.format == "bnb-nf4":
+            raise DependencyError("no bitsandbytes")
+        return made(shape, spec, device)
+
+    monkeypatch.setattr(gpu_parts, "random_matrix", broken)
+    wrong = gpu_parts.check_kernels(subject())["wrong"]  # the others are checked all the same
+    assert [what for what in wrong if "int" in what] == [
+        f"{name}, {rows} rows" for name in ("int4", "int8") for rows in (1, 5, 8)
+    ]
+    assert "nf4: DependencyError: no bitsandbytes" in wrong
 
 
 @pytest.mark.parametrize("name", ["int8", "bf16"])
@@ -84,6 +100,8 @@ def test_contexts_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) 
 def test_a_prompt_is_measured_with_what_was_planned() -> None:
     found = gpu_parts.prompt("int8", subject())
     assert found["prompt_ms"] > 0
+    assert found["answer_tokens_per_second"] > 0
+    assert found["why_no_graph"] == ("" if CARD.type == "cuda" else "no graphs on cpu")
     assert found["peak_planned"] > 0
 
 
@@ -158,10 +176,57 @@ def test_what_the_time_does_not_suffice_for_is_left_out() -> None:
     assert found["c"] == {"left_out": "the time was up"}
 
 
+def test_a_file_of_tests_that_takes_too_long_loses_no_other_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[float] = []
+
+    def run(command: list[str], *, timeout: float, **_: object) -> object:
+        given.append(timeout)
+        if command[-1].endswith("fused.py"):
+            raise subprocess.TimeoutExpired(command, timeout)
+        bad = command[-1].endswith("decode.py")
+        said = (
+            "FAILED tests/x.py::y - off by 1\n1 failed, 3 passed in 2s" if bad else "4 passed in 2s"
+        )
+        return subprocess.CompletedProcess(command, int(bad), said, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = gpu.kernel_tests(90, now=iter([0.0, 0, 10, 20, 88, 95]).__next__)
+    assert given == [90, 80, 70, 2, 1]
+    assert found["cuda_products"] == {"passed": 4}
+    assert found["cuda_decode"] == {"failed": 1, "passed": 3}
+    assert found["wrong"] == ["cuda_fused: the time was up", "FAILED tests/x.py::y - off by 1"]
+    assert missing({TESTS: found})[TESTS].startswith("wrong: cuda_fused")
+
+
+def test_the_embedding_of_a_card_s_random_model_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[object] = []
+    monkeypatch.setattr(gpu_model, "pin_embedding", pinned.append)
+    monkeypatch.setattr(gpu_model, "compute_dtype", lambda device: torch.float32)
+    placed = Placement(torch.device("meta"), 1, True, Setting(64))
+    model = gpu_model.random_model(CONFIG, "bf16", placed, torch.bfloat16)
+    assert not pinned
+    norms = [layer.get_parameter("input_layernorm.weight") for layer in model.model.layers]
+    assert [(norm.device.type, norm.dtype) for norm in norms] == [
+        ("cpu", torch.float32), ("meta", torch.bfloat16),
+    ]  # fmt: skip
+
+    class Card:  # one that is none, since there is no tensor of CUDA here
+        type = "cuda"
+
+    elsewhere = Placement(Card(), CONFIG.num_hidden_layers, True, Setting(64))  # type: ignore[arg-type]
+    parts = list(placed.parts(CONFIG))
+    monkeypatch.setattr(Placement, "parts", lambda self, config: parts)
+    assert gpu_model.random_model(CONFIG, "bf16", elsewhere, torch.bfloat16) is pinned[0]
+
+
 def test_every_part_that_is_wanted_is_there() -> None:
     wanted = {"copy", "kernels", "peers", "capped", "prompt bf16", "decode int4 q8_0"}
     assert wanted | {f"{kind} {name}" for kind in ("decode", "prompt")
                      for name in ("int4", "int8", "nf4")} <= set(PARTS)  # fmt: skip
+    assert sorted(gpu.everything()) == sorted([*PARTS, TESTS])
+    assert gpu.everything().index(TESTS) < gpu.everything().index("decode int8")
     assert Subject(CARD).contexts == (128, 4096, 16384, 32640)
 
 
@@ -178,23 +243,33 @@ def test_the_table_is_of_what_there_is(tmp_path: Path) -> None:
     }  # fmt: skip
     found = {
         "card": "A Card", "copy": {"gb_per_second": 3000.0}, "decode int4": {"rows": [row]},
-        "prompt int4": {"format": "int4", "prompt_ms": 150.0, "peak_reserved": 9 << 30},
+        "prompt int4": {
+            "format": "int4", "prompt_ms": 160.0, "peak_reserved": 9 << 30, "percent_of_plan": 97.0,
+            "peak_on_the_card": int(9.5 * 2**30), "answer_tokens_per_second": 70.0,
+            "why_no_graph": "capturing failed",
+        },
         "peers": {
             "m1local nf4": {"token_ms": 2.0}, "bitsandbytes NF4": {"token_ms": 5.0},
             "bf16 cuBLAS": {"token_ms": 9.0, "prompt_ms": 100.0},
         },
         "decode nf4": {"failed": "CUDA error"}, "prompt nf4": {"left_out": "the time was up"},
-        "capped": [{"gpu_layers": 31}], TESTS: {"exit_code": 1, "failed": 2},
+        "capped": [{"gpu_layers": 31, "tokens_per_second": 7.5}],
+        TESTS: {"gpu": {"failed": 2}, "wrong": ["FAILED x"]},
     }  # fmt: skip
     said = table(found)
     for words in (
         "A Card: copies at 3000 GB/s", "81.0 % of the copy; one by one    50.0",
-        "int4  prompt: 150 ms, 1.50 x bf16; peak_reserved 9.00 GiB",
+        "int4  prompt: 160 ms, 1.60 x bf16; then 70.0 tokens/s drawn on the card (no graph: ",
+        "peak_reserved 9.00 GiB", "wanted int4 decode, % of the copy >= 80: 81.00, yes",
+        "wanted bitsandbytes NF4 / nf4 >= 1.5: 2.50, yes", "int4pack / int4 > 1: not measured",
+        "wanted int4 prompt / bf16 <= 1.5: 1.60, NO", "GiB of the card < 10: 9.50, yes",
+        "its peak, % of the plan 95 to 105: 97.00, yes", "under 7.2 GiB > 0: 7.50, yes",
+        "tests: wrong: FAILED x",
         "bitsandbytes NF4: 5.00 ms a token's matrices, 2.50 x ours", "decode nf4: failed: CUDA",
         "prompt nf4: left out", "'gpu_layers': 31",
     ):  # fmt: skip
         assert words in said, words
-    assert table({"card": "A Card"}) == "A Card"
+    assert table({"card": "A Card"}).startswith("A Card\nwanted int4 decode")
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(found))
     assert gpu._kept(path, "A Card")["copy"] == {"gb_per_second": 3000.0}

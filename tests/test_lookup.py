@@ -336,6 +336,8 @@ def test_where_a_decoder_serves_nothing_is_proposed(new_engine: Callable[..., En
     class Single:
         """Feeds as the model does, and one token only."""
 
+        reason = "there is no card"
+
         def feed(self, token_id: int) -> torch.Tensor:
             batch = torch.tensor([[token_id]])
             found: torch.Tensor = engine.model(batch, context.cache, last_only=True)[0, -1]

@@ -10,10 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu_model import M1_14B
+from m1local import memory
 from m1local.cache import KVCache
+from m1local.checkpoint import expected_tensors
 from m1local.config import M1Config
+from m1local.context import Context, Decoder
 from m1local.errors import MemoryLimitError
 from m1local.formats import LinearSpec, format_class
+from m1local.formats.base import Stored
 from m1local.memory import (
     Model,
     Setting,
@@ -68,7 +72,8 @@ def test_what_stays_on_the_host_is_not_on_the_card() -> None:
     whole = model.demand(Setting(8192), CUDA)
     assert whole.host == whole.host_read == 0
     without = model.demand(Setting(8192, embedding_on_host=True), CUDA)
-    assert whole.device - without.device == without.host == model.parts["model.embed_tokens"]
+    away = whole.device - whole.gaps - (without.device - without.gaps)
+    assert away == without.host == model.parts["model.embed_tokens"]
     assert without.read == whole.read  # an embedding is never read whole
     half = model.demand(Setting(8192, gpu_layers=20, embedding_on_host=True), CUDA)
     assert half.weights + half.host - whole.weights == pytest.approx(whole.cache / 2, rel=0.01)
@@ -120,8 +125,81 @@ def test_the_next_step_names_an_option_each_time() -> None:
 def test_a_failed_allocation_becomes_advice() -> None:
     said = r"kept\. Try a smaller context: --ctx-size 4096"
     short = Setting(8192, embedding_on_host=True)
-    with pytest.raises(MemoryLimitError, match=said), telling(short):
+    for error in (
+        torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ):  # fmt: skip
+        with pytest.raises(MemoryLimitError, match=said), telling(short):
+            raise error
+    with pytest.raises(RuntimeError, match="misaligned"), telling(short):
+        raise RuntimeError("CUDA error: misaligned address")
+
+
+def test_no_room_for_a_decoder_becomes_advice(tiny_model: M1Model) -> None:
+    def full(cache: KVCache) -> Decoder:
         raise torch.OutOfMemoryError
+
+    cache = KVCache.allocate(tiny_model.config, 64, dtype=torch.float32)
+    with pytest.raises(MemoryLimitError, match="Try --gpu-layers auto"):
+        assert Context(tiny_model, cache, full).decoder
+
+
+def test_what_libraries_take_later_is_left_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * GIB)
+    assert memory.room(CUDA) == 8 * GIB - memory.LIBRARY_BYTES
+    assert memory.room(CPU) == 8 * GIB
+
+
+class CardAllocator:
+    """What torch's allocator reserves on a card for allocations of which none is freed.
+
+    Up to 1 MiB they share pieces of 2 MiB, up to 10 MiB pieces of 20; larger ones have whole MiB of
+    their own, in twos, of which more than 1 MiB that is left serves others.
+    """
+
+    def __init__(self) -> None:
+        self.reserved = 0
+        self.left: dict[bool, list[int]] = {True: [], False: []}  # of small and large pieces
+
+    def __call__(self, nbytes: int) -> None:
+        size = -(-nbytes // 512) * 512
+        small, pieces = size <= 1 << 20, self.left[size <= 1 << 20]
+        fitting = [piece for piece in pieces if piece >= size]
+        if fitting:
+            piece = min(fitting)
+            pieces.remove(piece)
+        else:
+            shared = 2 << 20 if small else 20 << 20
+            piece = shared if size < 10 << 20 else -(-size // (2 << 20)) * (2 << 20)
+            self.reserved += piece
+        if piece - size >= (512 if small else (1 << 20) + 1):
+            pieces.append(piece - size)
+
+
+@pytest.mark.parametrize(("format_", "group"), [("int4", 64), ("int8", None), ("bnb-nf4", None)])
+@pytest.mark.parametrize("on_card", [40, 30])
+def test_a_card_s_allocator_takes_what_is_planned(
+    format_: str, group: int | None, on_card: int
+) -> None:
+    specs, allocate = stored_as(M1_14B, format_, group), CardAllocator()
+    for end in ("model.embed_tokens", "lm_head"):
+        specs[end] = LinearSpec("int8")
+    setting = Setting(8192, gpu_layers=on_card)
+    demand = Model(M1_14B, specs, torch.bfloat16).demand(setting, CUDA)
+    first = 40 - on_card
+    for layer in memory.layer_caches(M1_14B, setting, torch.bfloat16)[first:]:
+        for tensor in (*layer.k.tensors, *layer.v.tensors, layer.raw_k, layer.raw_v):
+            allocate(tensor.nbytes)
+    for name, stored in expected_tensors(M1_14B, specs).items():
+        part, number = name.split(".")[:2], name.split(".")[2:3]
+        if (first and "embed_tokens" in part) or (".layers." in name and int(number[0]) < first):
+            continue
+        found = stored if isinstance(stored, Stored) else Stored(stored, torch.bfloat16)
+        allocate(found.nbytes)
+    planned = demand.weights + demand.cache + demand.gaps
+    assert planned == pytest.approx(allocate.reserved, rel=0.011)
+    assert planned - demand.gaps < 0.985 * allocate.reserved  # so it must be counted
 
 
 class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped
@@ -196,6 +274,29 @@ def test_the_peak_is_the_predicted_one(format_: str) -> None:
         for start in range(0, 256, 64):
             model(torch.arange(start, start + 64)[None], cache, last_only=True)
     assert planned.device == pytest.approx(accountant.peak, rel=0.05)
+
+
+def test_a_card_s_own_clock_tells_its_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    took, recorded = iter([9.0] * 3 + [2.0] * memory.TRIES), list[object]()
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            recorded.append(self)
+
+        def synchronize(self) -> None:
+            assert recorded[-1] is self
+
+        def elapsed_time(self, end: object) -> float:
+            return next(took)
+
+    seconds = iter([0.0, 0.1, 0.2, 0.29, 0.3])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    found = memory._copy_bandwidth(CPU, 1 << 20)
+    assert found == 2 * (1 << 20) / 2e-3  # what came first, from an idle card, is not counted
 
 
 def test_bandwidth_is_measured() -> None:

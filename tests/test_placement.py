@@ -31,7 +31,7 @@ CONFIG = M1Config.from_dict(TINY)
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card that is not there, with a gigabyte."""
     monkeypatch.setattr(placing, "used_device", lambda: CARD)
-    monkeypatch.setattr(placing, "free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(placing, "room", lambda device: 1 << 30)
     monkeypatch.setattr(placing, "compute_dtype", lambda device: torch.bfloat16)
 
 
@@ -72,7 +72,7 @@ def test_what_goes_where(tiny_checkpoint: Path) -> None:
 def test_too_little_memory_is_said_before_anything_is_read(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placing, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(placing, "room", lambda device: 1000)
     with pytest.raises(MemoryLimitError, match="--gpu-layers auto"):
         place(tiny_checkpoint, Setting(64), "all")
     assert place(tiny_checkpoint, Setting(64), "auto").card == CPU
@@ -119,6 +119,20 @@ def test_tensors_arrive_whole_through_small_buffers(monkeypatch: pytest.MonkeyPa
     moved = move.finish()
     assert moved.nbytes == 37 * 5 * 4 + 1000 + 6
     assert moved.seconds > 0
+
+
+def test_matrices_as_they_were_go_through_the_buffers_too(tiny_checkpoint: Path) -> None:
+    moved: list[torch.Size] = []
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tensor.shape)
+        return tensor.to("meta")
+
+    model = load_model(
+        tiny_checkpoint, device=torch.device("meta"), dtype=torch.bfloat16, move=move
+    )
+    matrices = [each.shape for each in model.parameters() if each.dim() == 2]
+    assert sorted(moved) == sorted(matrices)
 
 
 def test_the_engine_keeps_where_it_lies(tiny_checkpoint: Path) -> None:

@@ -138,7 +138,7 @@ def test_memory_is_planned_by_the_loaded_tensors(panel: Any) -> None:
     assert f"weights {size_text(weights)}" in planned
     assert f"one context {size_text(engine.context.cache.nbytes)}" in planned
     needed = placement.demand(panel._desk.folder, engine.placement)
-    rest = needed.workspace + needed.graphs + needed.runtime
+    rest = needed.workspace + needed.graphs + needed.gaps + needed.runtime
     assert f"program and workspace {size_text(rest)}" in planned
 
 

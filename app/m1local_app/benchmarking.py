@@ -135,7 +135,8 @@ def as_json(engine: "Engine", found: Sequence["Measured"]) -> str:
             "device": str(engine.context.device),
             "card": _card(engine),
             "card_layers": _card_layers(engine),
-            "card_peak_bytes": _card_peak(engine),
+            "card_peak_bytes": _card_peak(found),
+            "why_no_graph": _why_no_graph(engine),
             "threads": _threads(),
             "weights_bytes": _weight_bytes(engine),
             "cache_bytes": engine.context.cache.nbytes,
@@ -179,7 +180,7 @@ def as_text(engine: "Engine", found: Sequence["Measured"]) -> str:
         device=_card(engine) or str(engine.context.device),
         threads=_threads(),
     )
-    if peak := _card_peak(engine):
+    if peak := _card_peak(found):
         said += tr(
             "; {count} of {layers} layers on the card, at most {size} of its memory",
             count=_card_layers(engine),
@@ -201,12 +202,15 @@ def _card_layers(engine: "Engine") -> int:
     return sum(layer.raw_k.device.type == "cuda" for layer in engine.context.cache.layers)
 
 
-def _card_peak(engine: "Engine") -> int:
-    """The most that torch has taken of the card; 0 on the CPU."""
-    import torch
+def _card_peak(found: Sequence["Measured"]) -> int:
+    """The most that was allocated on the card while something was measured; 0 on the CPU."""
+    return max(one.card_bytes for one in found)
 
-    device = engine.context.device
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+def _why_no_graph(engine: "Engine") -> str | None:
+    """Why steps are not launched as one graph; "" where they are, None without a decoder."""
+    decoder = engine.context.decoder
+    return None if decoder is None else decoder.reason
 
 
 def _weight_bytes(engine: "Engine") -> int:

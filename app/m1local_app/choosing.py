@@ -17,12 +17,12 @@ from m1local.config import M1Config
 from m1local.engine import DEFAULT_CONTEXT_TOKENS
 from m1local.kv_store import BYTES
 from m1local.manifest import NAME as MANIFEST
-from m1local.memory import Model, Setting, free_bytes, used_device
+from m1local.memory import LIBRARY_BYTES, Model, Setting, free_bytes, settle, used_device
 from m1local_app import library
 from m1local_app.kept import size_text
 from m1local_app.language import tr
 from m1local_app.options import Chosen
-from m1local_app.planning import dtype_on, fitting, kinds, recipes
+from m1local_app.planning import dtype_on, kinds, recipes
 from m1local_quantize.recipe import Recipe
 
 MADE = ("int8", "int4")  # the recipes of what may be made anew, the best first
@@ -109,9 +109,9 @@ class _Plan:
 
     def _of(self, name: str, wanted: Setting) -> Choice:
         model = self.models[name]
-        setting = fitting(model, wanted, self._device, self._free)
-        needed = model.demand(setting, self._device)
-        return Choice(name, setting, self._layers, needed.device + needed.runtime, self._free)
+        setting = settle(model, wanted, self._device, self._free - LIBRARY_BYTES)
+        needed = model.demand(setting, self._device).device + LIBRARY_BYTES
+        return Choice(name, setting, self._layers, needed, self._free)
 
 
 def _is_kept(chosen: Chosen, recipe: str) -> bool:

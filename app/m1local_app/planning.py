@@ -19,11 +19,14 @@ from m1local.formats import LinearSpec
 from m1local.kv_store import KV_BYTES, kind_fits
 from m1local.manifest import CheckpointManifest
 from m1local.memory import (
+    CONTEXT_BYTES,
+    LIBRARY_BYTES,
     Demand,
     Model,
     Setting,
     bandwidth,
     free_bytes,
+    room,
     settle,
     used_device,
 )
@@ -43,6 +46,7 @@ class Machine:
 
     device: torch.device
     free: int
+    room: int  # of it, for what is planned
     bandwidth: float
     host_bandwidth: float
 
@@ -50,11 +54,14 @@ class Machine:
     def found(cls, memory: int | None, speed: int | None) -> "Machine":
         """This machine; or one with a card of `memory` bytes, or `speed` bytes per second."""
         given = torch.device("cuda") if memory is not None else used_device()
-        free = memory if memory is not None else free_bytes(given)
+        if memory is not None:  # of a card on which nothing is yet, not even a context
+            free, fillable = memory, memory - CONTEXT_BYTES - LIBRARY_BYTES
+        else:
+            free, fillable = free_bytes(given), room(given)
         host = HOST_BANDWIDTH if speed is not None else bandwidth(torch.device("cpu"))
         if speed is not None:
-            return cls(given, free, float(speed), host)
-        return cls(given, free, bandwidth(used_device()), host)
+            return cls(given, free, fillable, float(speed), host)
+        return cls(given, free, fillable, bandwidth(used_device()), host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +127,10 @@ def recipes(folder: Path, config: M1Config) -> Iterator[tuple[str, Mapping[str, 
         yield name, specs
 
 
-def fitting(model: Model, wanted: Setting, device: torch.device, free: int) -> Setting:
-    """What of `wanted` goes on the card `device` with `free` bytes, its runtime among them."""
-    return settle(model, wanted, device, free - model.demand(wanted, device).runtime)
-
-
 def _row(recipe: str, model: Model, wanted: Setting, machine: Machine) -> Row:
     demand = model.demand(wanted, machine.device)
     if machine.device.type == "cuda":
-        taken: Setting | None = fitting(model, wanted, machine.device, machine.free)
+        taken: Setting | None = settle(model, wanted, machine.device, machine.room)
     else:
         taken = wanted if demand.device <= machine.free else None
     chosen = model.demand(taken, machine.device) if taken else demand
@@ -160,7 +162,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.wanted.kv_type,
         size_text(demand.weights),
         size_text(demand.cache),
-        size_text(demand.workspace + demand.graphs),
+        size_text(demand.workspace + demand.graphs + demand.gaps),
         size_text(total),
         _fits(row),
         f"{row.tokens_per_second:.1f}" if row.setting else "–",

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from m1local.cache import LayerCache
-from m1local.cuda.card import WARPS, card
+from m1local.cuda.card import card
 from m1local.cuda.fused import Activation, store_twice
 from m1local.cuda.kept import head_of, load_kept, pointers
 
 LEAST_DOT = 16  # rows that the tensor cores take
+JOIN_WARPS = 8  # 64 parts of 256 values lie in registers
 EVERYTHING = 2**30  # a window that no position leaves
 
 
@@ -66,7 +67,8 @@ def attend_kernel(
     row_here = row < GROUP
     tl.store(greatest + out, most, mask=row_here)
     tl.store(sums + out, total, mask=row_here)
-    tl.store(partial + out[:, None] * width + inside[None, :], mixed, mask=q_here)
+    mixed_here = q_here & (begin < stop)  # nobody reads what a part without keys has mixed
+    tl.store(partial + out[:, None] * width + inside[None, :], mixed, mask=mixed_here)
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def join_kernel(
     most = tl.load(greatest + part * heads + head, mask=part_here, other=float("-inf"))
     share = tl.exp(most - tl.max(most, 0))  # 0 for a part without keys
     total = tl.sum(share * tl.load(sums + part * heads + head, mask=part_here, other=0.0), 0)
-    here = part_here[:, None] & (inside < width)[None, :]
+    here = (most > float("-inf"))[:, None] & (inside < width)[None, :]  # the parts with keys
     at = (part * heads + head)[:, None] * width + inside[None, :]
     mixed = tl.sum(share[:, None] * tl.load(partial + at, mask=here, other=0.0), 0) / total
     store_twice(natural, planes, head * width + inside, heads * width, mixed, inside < width)
@@ -127,5 +129,5 @@ def attend(
     join_kernel[(layout.num_heads,)](
         kept.partial, kept.greatest, kept.sums, out.natural, out.planes,
         layout.num_heads, width, parts,
-        PARTS=triton.next_power_of_2(parts), WIDTH=padded, num_warps=WARPS,
+        PARTS=triton.next_power_of_2(parts), WIDTH=padded, num_warps=JOIN_WARPS,
     )  # fmt: skip

@@ -14,25 +14,26 @@ import torch
 WARPS = 4
 LANES = 32  # threads that read one row of W together, 16 bytes each
 MOST_KEY_PARTS = 64
+WEIGHTS_RESTORED = 5 << 16  # at a time for each multiprocessor: 640 KiB in 16 bits
+SMALL_CARD = 32  # multiprocessors of one that is not there
 WIDE = 128  # a head; wider ones take twice the room
 
 
 class Tiles(NamedTuple):
     """Sizes for one compute capability.
 
-    `vector_rows`: rows of W per program with one row of activations; more keeps more bytes in
-    flight. `resident`: programs of 128 threads that a multiprocessor holds with the kernel's
-    registers. `tile_rows`, `tile_words`: of W, in units of eight columns, for several rows of
-    activations, up to `most_rows` of them; above, restoring W once costs less than decoding it for
-    each tile. `keys` that one step of attention looks at, with `key_warps`;
+    `tile_rows`, `tile_words`: of W, in units of eight columns, for several rows of activations, up
+    to `most_rows` of them; above, restoring W once costs less than decoding it for each tile.
+    `resident`: programs of 128 threads that a multiprocessor holds with the 64 registers that one
+    row of activations takes.
+    `keys` that one step of attention looks at, with `key_warps`;
     `queries` of a prompt that look together, with `query_warps`. `byte_queries` and
     `byte_query_warps` are the same where keys and values are in bytes.
     """
 
-    vector_rows: int
-    resident: int
     tile_rows: int
     tile_words: int
+    resident: int = 8
     most_rows: int = 64
     keys: int = 32
     key_warps: int = WARPS
@@ -60,8 +61,6 @@ class Tiles(NamedTuple):
 TILES = {
     # Triton does not use the tensor cores of 7.5, and less fits into its shared memory.
     (7, 5): Tiles(
-        4,
-        resident=8,
         tile_rows=32,
         tile_words=16,
         most_rows=16,
@@ -71,11 +70,11 @@ TILES = {
         byte_queries=16,
         byte_query_warps=8,
     ),
-    (8, 0): Tiles(8, resident=7, tile_rows=64, tile_words=16),
-    (8, 6): Tiles(4, resident=12, tile_rows=64, tile_words=16),
-    (8, 9): Tiles(4, resident=12, tile_rows=64, tile_words=16),
-    (9, 0): Tiles(8, resident=7, tile_rows=64, tile_words=16),
-    (12, 0): Tiles(8, resident=8, tile_rows=64, tile_words=16),
+    (8, 0): Tiles(tile_rows=64, tile_words=16),
+    (8, 6): Tiles(tile_rows=64, tile_words=16),
+    (8, 9): Tiles(tile_rows=64, tile_words=16),
+    (9, 0): Tiles(tile_rows=64, tile_words=16),
+    (12, 0): Tiles(tile_rows=64, tile_words=16),
 }
 OLDEST = min(TILES)
 
@@ -103,14 +102,42 @@ class Card:
 
         `steps` is how many there can be. More parts than needed would only add sums.
         """
-        wanted = -(-self.multiprocessors * self.tiles.resident // programs)
-        parts = max(1, min(steps, wanted))
-        return -(-steps // -(-steps // parts))  # no part without a step
+        return _column_parts(self.multiprocessors * self.tiles.resident, programs, steps)
+
+    def restored_weights(self) -> int:
+        """How many weights are restored at a time for a prompt: the product should fill the card.
+
+        A slice of so many is some 60 rows of 5120 columns for each multiprocessor, two tiles of
+        cuBLAS' with 512 tokens.
+        """
+        return self.multiprocessors * WEIGHTS_RESTORED
 
     def key_parts(self, kv_heads: int) -> int:
         """Into how many parts the keys of one layer are split: a power of two."""
         wanted = max(1, 2 * self.multiprocessors // kv_heads)
         return min(MOST_KEY_PARTS, 1 << (wanted.bit_length() - 1))
+
+
+@cache
+def _column_parts(resident: int, programs: int, steps: int) -> int:
+    """The parts with which `resident` programs at a time are done first; the fewest of such.
+
+    They come in waves, and the last wave is seldom full: each takes as long as its steps, and about
+    one more to begin and to sum. So two halves of a wave that is nearly full would take longer.
+    """
+
+    def taken(parts: int) -> int:
+        return -(-programs * parts // resident) * (-(-steps // parts) + 1)
+
+    parts = min(range(1, steps + 1), key=taken)
+    return -(-steps // -(-steps // parts))  # no part without a step
+
+
+def restored_weights(device: torch.device) -> int:
+    """Of `device`, or of a small card where it is one that is not there, as `m1 plan` may ask."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return Card((8, 6), SMALL_CARD).restored_weights()
+    return card(device).restored_weights()
 
 
 @cache

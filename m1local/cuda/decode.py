@@ -22,7 +22,7 @@ from m1local.cuda.embedding import EmbeddingRows
 from m1local.cuda.fused import Activation
 from m1local.formats.base import QuantizedLinear
 from m1local.model import M1Layer, M1Model
-from m1local.rope import Rotation, rotation
+from m1local.rope import Rotation, frequencies, turned
 
 NOWHERE = (-1, None)  # a position and token that match nothing
 WARM_UPS = 2  # Triton compiles at the first launch, which must not be captured
@@ -57,6 +57,10 @@ class DecodeStep:
         self.q = torch.zeros(width, dtype=dtype, device=self.device)
         layouts = {layer.layout: layer for layer in cache.layers[first:]}
         self.kept = {layout: attention.buffers(layer) for layout, layer in layouts.items()}
+        self.frequencies = {
+            layout.head_dim: frequencies(layout.head_dim, config.rope_theta, self.device)
+            for layout in layouts
+        }
         self.rows = EmbeddingRows(model.model.embed_tokens) if first == 0 else None
 
     def __call__(self) -> None:
@@ -64,9 +68,7 @@ class DecodeStep:
         backbone = self.model.model
         if self.rows is not None:
             self.rows.write(self.token, self.x)
-        widths = {layout.head_dim for layout in self.kept}
-        theta = self.model.config.rope_theta
-        turns = {width: rotation(self.position, width, theta) for width in widths}
+        turns = {width: turned(self.position, by) for width, by in self.frequencies.items()}
         product: Tensor | None = None
         for index in range(self.first, len(self.cache.layers)):
             block = backbone.layers[index]
@@ -117,7 +119,8 @@ class Replay:
         try:
             self._launch = captured(work, prepare)
         except RuntimeError as error:  # what cannot be captured can still be launched
-            self.reason = f"capturing failed: {str(error).splitlines()[0]}"
+            said = str(error) or type(error).__name__
+            self.reason = f"capturing failed: {said.splitlines()[0]}"
 
     def __call__(self) -> None:
         """Launch it once."""
@@ -126,15 +129,21 @@ class Replay:
 
 def captured(work: Callable[[], None], prepare: Callable[[], object]) -> Callable[[], None]:
     """`work` as a CUDA graph's replay."""
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             prepare()
             work()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Where capturing fails torch leaves the thread on the graph's stream: the outer one takes it
+    # back. What other threads do with the card meanwhile is no business of the capture.
+    with (
+        torch.cuda.stream(current),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
         work()
     return graph.replay
 

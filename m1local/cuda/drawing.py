@@ -21,6 +21,7 @@ from m1local.model import M1Model
 from m1local.sampling import ALL, LEAST_TEMPERATURE, Sampler, SamplingParams, not_finite
 
 MOST_DRAWN_FROM = 1024  # random numbers that are sent for a token
+MOST_DRAWS = 4  # whose buffers and graphs are kept, of parameters that were used last
 
 
 def why_not(params: SamplingParams) -> str:
@@ -84,7 +85,7 @@ class Draw:
         keep[0].fill_(True)
         # torch.multinomial's own way, with its random numbers.
         drawn = (probabilities * keep / self.noise).argmax()
-        return token_ids[drawn]
+        return token_ids.gather(0, drawn.view(1))  # token_ids[drawn] would wait for the card
 
 
 class CardSampler(Sampler):
@@ -99,6 +100,12 @@ class CardSampler(Sampler):
         self._sent = torch.ones((2, draw.noise.numel()), pin_memory=pinned)
         self._read = torch.zeros(1, dtype=torch.long, pin_memory=pinned)
         self._turn = 0
+
+    @property
+    def reason(self) -> str:
+        """Why no graph draws; "" where one does, or none was tried yet."""
+        replay = self._replays.get(self._draw)
+        return replay.reason if replay else ""
 
     def observe(self, token_ids: Iterable[int]) -> None:
         """Count `token_ids` as seen, on the card."""
@@ -159,6 +166,9 @@ class DrawingDecoder(Decoder):
         if why_not(params) or self.step.first > 0:
             return None
         key = replace(params, seed=None), vocab_size
-        if key not in self._draws:
-            self._draws[key] = Draw(self, *key)
-        return CardSampler(self._draws[key], params.seed, self._replays)
+        draw = self._draws.pop(key, None) or Draw(self, *key)
+        self._draws[key] = draw  # the one used last at the end
+        if len(self._draws) > MOST_DRAWS:
+            oldest = self._draws.pop(next(iter(self._draws)))
+            self._replays.pop(oldest, None)
+        return CardSampler(draw, params.seed, self._replays)

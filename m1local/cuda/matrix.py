@@ -17,7 +17,6 @@ INT4, INT8, LEVELS, NESTED, INT3, INT5, INT6 = range(
 )  # as words.py has them, which cannot be had without Triton
 BLOCK = 32  # columns
 WORD = 8
-RESTORED_WEIGHTS = 8 << 20  # at a time: 16 MiB, which the caches of newer cards hold
 MOST_WEIGHTS = 2**31  # places in a matrix are counted in 32 bits
 
 

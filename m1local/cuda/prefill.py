@@ -19,7 +19,8 @@ LEAST_DOT = 16  # rows that the tensor cores take
 EVERYTHING = 2**30  # a window that no position leaves
 
 
-@triton.jit
+# Of a kind for each divisor of a prompt's place and length there would be nothing to gain.
+@triton.jit(do_not_specialize=["start", "length"])
 def chunk_kernel(
     q, k, k_scales, v, v_scales, out, start, length, heads, width, slots, window, scale,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from m1local.cuda.card import LANES, WARPS, card
 from m1local.cuda.matrix import INT8 as INT8_KIND
-from m1local.cuda.matrix import RESTORED_WEIGHTS, WORD, Matrix, planar
-from m1local.cuda.words import INT8, load_words, statistics, weight
+from m1local.cuda.matrix import WORD, Matrix, planar
+from m1local.cuda.words import INT8, ONE, coded, load_words, product_of, statistics, weight
 
 LEAST_TILE = 16  # rows that the tensor cores take
 EXPANDED_ROWS, EXPANDED_WORDS = 4, 128
@@ -23,41 +23,75 @@ EXPANDED_ROWS, EXPANDED_WORDS = 4, 128
 
 @triton.jit
 def vector_kernel(
-    x, codes, scales, zeros, levels, outer, out, rows, blocks, steps,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, ROWS: tl.constexpr, LOADS: tl.constexpr,
+    x, codes, scales, zeros, levels, outer, out, rows, blocks, steps, zero_bits,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
-    """Part `program 1` of x (K,) @ W.T for ROWS rows: out (parts, N) float32."""
+    """Part `program 1` of x (K,) @ W.T for 2 * WARPS rows: out (parts, N) float32."""
     WORDS: tl.constexpr = 2 if KIND == INT8 else 4  # that are 16 bytes, a thread's load
     loads = blocks * 4 // WORDS
-    first_row = tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS)[:, None, None]
+    # A warp reads two rows, for which x is loaded once, in the codes' layout by its address.
+    warp = tl.arange(0, WARPS)[:, None, None]
+    upper = tl.program_id(0) * (2 * WARPS) + warp
+    lower = upper + WARPS
     place = tl.arange(0, LOADS)[None, :, None]
     inside = tl.arange(0, WORDS)[None, None, :]
-    total = tl.zeros((ROWS, LOADS, WORDS), tl.float32)
-    begin = tl.program_id(1) * steps
-    for step in range(begin, begin + steps):
+    one = ONE | warp * zero_bits  # in a register: an operand of an instruction that takes no second
+    total = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
+    second_total = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
+    for step in range(tl.program_id(1) * steps, (tl.program_id(1) + 1) * steps):
         load = step * LOADS + place
-        here = (load < loads) & (row < rows)
-        raw = load_words(codes, levels, (row * loads + load) * WORDS + inside, here, KIND)
-        block = load * WORDS // 4
-        scale, zero = 1.0, 0.0  # that of a row of bytes is applied to the sums
-        if KIND != INT8:
-            scale, zero = statistics(
-                scales, zeros, outer, row, block, blocks, here, KIND, PER_GROUP
-            )
-        # The row is in the address so that x comes in the same layout as the codes.
-        x_at = x + load * WORDS + inside + row * 0
+        here, second_here = (load < loads) & (upper < rows), (load < loads) & (lower < rows)
+        at = (upper * loads + load) * WORDS + inside
+        raw = load_words(codes, levels, at, here, KIND)
+        at = (lower * loads + load) * WORDS + inside
+        second = load_words(codes, levels, at, second_here, KIND)
+        mixed = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
+        second_mixed = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
+        plain = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
+        x_at = x + load * WORDS + inside + warp * 0
         for column in tl.static_range(8):
-            factor = tl.load(x_at + column * blocks * 4, mask=here, other=0.0).to(tl.float32)
-            total += factor * weight(raw, column, scale, zero, levels, KIND)
-    sums = tl.sum(tl.sum(total, 2), 1)
-    out_row = first_row + tl.arange(0, ROWS)
-    if KIND == INT8:
-        sums *= tl.load(scales + out_row, mask=out_row < rows, other=0.0)
-    tl.store(out + tl.program_id(1) * rows + out_row, sums, mask=out_row < rows)
+            factor = tl.load(x_at + column * blocks * 4, mask=load < loads, other=0.0).to(
+                tl.float32
+            )
+            mixed += factor * coded(raw, column, levels, one, KIND)
+            second_mixed += factor * coded(second, column, levels, one, KIND)
+            plain += factor
+        block = load * WORDS // 4
+        total += _weighed(
+            mixed, plain, scales, zeros, outer, upper, block, blocks, here, KIND, PER_GROUP
+        )
+        second_total += _weighed(
+            second_mixed, plain, scales, zeros, outer, lower, block, blocks, second_here,
+            KIND, PER_GROUP,
+        )  # fmt: skip
+    first, out = tl.program_id(0) * (2 * WARPS), out + tl.program_id(1) * rows
+    _store_sums(total, scales, out, first, rows, WARPS, KIND)
+    _store_sums(second_total, scales, out, first + WARPS, rows, WARPS, KIND)
 
 
 @triton.jit
+def _weighed(
+    mixed, plain, scales, zeros, outer, row, block, blocks, here,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    """A step's sums with scale and zero; the scale of a row of bytes is that of all its sums."""
+    scale, zero = 1.0, 0.0
+    if KIND != INT8:
+        scale, zero = statistics(scales, zeros, outer, row, block, blocks, here, KIND, PER_GROUP)
+    return product_of(mixed, plain, scale, zero, KIND)
+
+
+@triton.jit
+def _store_sums(total, scales, out, first, rows, WARPS: tl.constexpr, KIND: tl.constexpr):
+    """The sums of WARPS rows from `first` on, each of one warp's numbers."""
+    row = first + tl.arange(0, WARPS)
+    sums = tl.sum(tl.sum(total, 2), 1)
+    if KIND == INT8:
+        sums *= tl.load(scales + row, mask=row < rows, other=0.0)
+    tl.store(out + row, sums, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["x_rows"])
 def tile_kernel(
     x, codes, scales, zeros, levels, outer, out, x_rows, rows, blocks, steps,
     KIND: tl.constexpr, PER_GROUP: tl.constexpr,
@@ -92,7 +126,7 @@ def tile_kernel(
     tl.store(out + at, total, mask=(x_row < x_rows) & (column_out < rows))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def expand_kernel(
     codes, scales, zeros, levels, outer, out, first, rows, blocks,
     KIND: tl.constexpr, PER_GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
@@ -114,14 +148,13 @@ def expand_kernel(
 def vector_product(x: Tensor, matrix: Matrix) -> Tensor:
     """x (1, K) in planes @ W.T -> (parts, N) float32, the sum of whose parts is the product."""
     chosen = card(x.device)
-    rows = chosen.tiles.vector_rows
     loads = matrix.blocks * (2 if matrix.kind == INT8_KIND else 1)
-    programs, steps = _pieces(matrix.rows, rows), _pieces(loads, LANES)
+    programs, steps = _pieces(matrix.rows, 2 * WARPS), _pieces(loads, LANES)
     parts = chosen.column_parts(programs, steps)
     out = torch.empty((parts, matrix.rows), dtype=torch.float32, device=x.device)
     vector_kernel[(programs, parts)](
-        x, *matrix.tensors, out, matrix.rows, matrix.blocks, _pieces(steps, parts),
-        KIND=matrix.kind, PER_GROUP=matrix.per_group, ROWS=rows, LOADS=LANES,
+        x, *matrix.tensors, out, matrix.rows, matrix.blocks, _pieces(steps, parts), 0,
+        KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WARPS, LOADS=LANES,
         num_warps=WARPS,
     )  # fmt: skip
     return out
@@ -168,7 +201,7 @@ def product(x: Tensor, matrix: Matrix) -> Tensor:
     if len(x) <= card(x.device).tiles.most_rows:
         return tile_product(ordered, matrix).sum(0).to(x.dtype)
     output = x.new_empty((len(x), matrix.rows))
-    taken = max(1, RESTORED_WEIGHTS // matrix.columns)
+    taken = max(1, card(x.device).restored_weights() // matrix.columns)
     for start in range(0, matrix.rows, taken):
         stop = min(start + taken, matrix.rows)
         torch.matmul(ordered, restored(matrix, start, stop, x.dtype).T, out=output[:, start:stop])

@@ -1,15 +1,19 @@
 """Whether the Triton kernels can be used, and if not, why.
 
-What it is: one answer for formats, the decode step and `m1 doctor`, asked without importing Triton.
-What it is not: a check of the card itself; a kernel that fails says so when it is launched.
+What it is: one answer for formats, the decode step and `m1 doctor`. Triton is imported only where
+there is a card, and then the smallest kernel is tried. What it is not: a check of the others; one
+that fails says so when it is launched.
 """
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
 from m1local.cuda.card import OLDEST, card
+
+SAID = 160  # characters of an error
 
 
 @cache
@@ -22,6 +26,14 @@ def missing(device: torch.device) -> str | None:
     capability = card(device).capability
     if capability < OLDEST:
         return "compute capability {}.{} is older than {}.{}".format(*capability, *OLDEST)
+    try:
+        import_module("m1local.cuda.trial").launch(device)
+    except Exception as error:  # of a compiler, a linker, a driver: any leaves torch's own ways
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        return (
+            "Triton cannot launch a kernel, which takes a C compiler and Python's headers "
+            f"(apt install gcc python3-dev): {said[:SAID]}"
+        )
     return None
 
 

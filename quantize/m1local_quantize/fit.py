@@ -176,7 +176,8 @@ def weights_within(device_bytes: int, config: M1Config, context_tokens: int) -> 
     Everything is presumed to lie on the card, keys and values in 16 bits: what is then needed is
     what `m1 plan --memory` says.
     """
-    specs = dict.fromkeys(matrix_names(config), LinearSpec("int8"))  # any; the rest is the same
+    # Any; the rest differs only in what the card's allocator leaves, and is most with this one.
+    specs = dict.fromkeys(matrix_names(config), LinearSpec("int4", 64))
     model = Model(config, specs, torch.bfloat16)
     demand = model.demand(Setting(context_tokens), torch.device("cuda"))
     return device_bytes - (demand.device + demand.runtime - demand.weights)

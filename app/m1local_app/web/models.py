@@ -71,7 +71,7 @@ class Models(Keeping):
         tensors = itertools.chain(engine.model.parameters(), engine.model.buffers())
         weights, context = sum(each.nbytes for each in tensors), engine.context.cache.nbytes
         needed = demand(self._desk.folder, placement)
-        rest = needed.workspace + needed.graphs + needed.runtime
+        rest = needed.workspace + needed.graphs + needed.gaps + needed.runtime
         return tr(
             "{total}: weights {weights}, one context {context}, program and workspace {rest}",
             total=size_text(weights + context + rest),
