@@ -2,8 +2,8 @@
 
 What it is: forgetting what the system keeps of some files and reading them again, and how much of a
 file is then mapped by huge pages. Files written or read while memory was in pieces are kept in
-pieces of 4 KiB all over it, and reading those takes up to twice as long; so a comparison begins
-with the same for all. What it is not: able to make memory whole; where it is in pieces the share
+pieces of 4 KiB all over it, and reading those takes longer; so a comparison begins with the same
+for all. What it is not: able to make memory whole; where it is in pieces the share
 says so. Only Linux tells and forgets.
 """
 

@@ -204,7 +204,7 @@ def _large_pages(result: dict[str, Any]) -> str:
         return ""
     return (
         f"All models were read anew before, so that {min(shares):.0%} of each and more lay in huge "
-        "pages: scattered ones take up to twice as long to read. "
+        "pages. "
     )
 
 

@@ -5,6 +5,7 @@ M1_HOME is the only environment variable of this project.
 """
 
 import os
+import threading
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -58,6 +59,10 @@ def settings() -> Path:
 def replace_text(path: Path, text: str) -> None:
     """Write `text` to `path`: a reader, or a cut, finds what was there before or all of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    unfinished = path.with_name(f"{path.name}.{writer}.part")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

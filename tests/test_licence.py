@@ -88,3 +88,4 @@ def test_a_disk_that_is_full_loses_nothing_that_was_accepted(
         notices.accept("other")
     assert notices.is_accepted("one")
     assert not notices.is_accepted("other")
+    assert [path.name for path in m1_home.iterdir()] == ["licences.json"]
