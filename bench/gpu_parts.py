@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from bench.gpu_model import FORMATS, M1_14B, filled_cache, random_matrix, random
 from m1local.checkpoint import compute_dtype
 from m1local.config import M1Config
 from m1local.cuda import int4pack
+from m1local.cuda.card import Card
 from m1local.formats.bnb import bitsandbytes
 from m1local.kv_store import BYTES, FLOAT
 from m1local.memory import Model, Setting, bandwidth, free_bytes, settle
@@ -170,6 +172,14 @@ def decode(name: str, kv_type: str, subject: Subject) -> dict[str, Any]:
     return {"rows": rows, "left_out": [n for n in subject.contexts if n not in fitting]}
 
 
+def serial(subject: Subject) -> dict[str, Any]:
+    """Decode in int4 at the first context, each kernel beginning when the one before has ended."""
+    with patch.object(Card, "overlaps", False):
+        found = decode("int4", FLOAT, replace(subject, contexts=subject.contexts[:1]))
+    rows = [row | {"format": "int4 serial"} for row in found["rows"]]
+    return found | {"rows": rows}
+
+
 def _with_room(subject: Subject, context: int, kv_type: str) -> Setting:
     """A setting whose context has a slot more, for the token that is measured."""
     return subject.setting(context + 1, kv_type)
@@ -237,7 +247,7 @@ def _read_and_answer(model: M1Model, placement: Placement, subject: Subject) -> 
     return {"prompt_ms": taken, "answer_tokens_per_second": speed, "why_no_graph": why}
 
 
-Multiply = Callable[[tuple[int, int], torch.device], Callable[[Tensor], object]]
+Multiply = Callable[[tuple[int, int], Tensor], Callable[[], object]]  # a matrix's shape, and x
 
 
 def peers(subject: Subject) -> dict[str, dict[str, Any]]:
@@ -277,44 +287,46 @@ def _timed(
 
     device = subject.device
     copies = max(1, -(-subject.caches // int(shape[0] * shape[1] * bits / 8)))
-    products = [multiply(shape, device) for _ in range(copies)]
     x = torch.randn((rows, shape[1]), device=device).to(subject.dtype)
+    products = [multiply(shape, x) for _ in range(copies)]
 
     def work() -> None:
         for product in products:
-            product(x)
+            product()
 
     replay = Replay(work, device)
     return milliseconds(replay, subject) / copies, replay.reason
 
 
-def _ours(name: str, shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], object]:
-    """As a step multiplies: x lies in the order of planes, and who reads the parts sums them."""
-    from m1local.cuda.products import vector_product
+def _ours(name: str, shape: tuple[int, int], x: Tensor) -> Callable[[], object]:
+    """As a step multiplies: x lies as the kernel reads it, and who reads the parts sums them."""
+    from m1local.cuda.activation import Activation
+    from m1local.cuda.one_row import vector_product
 
-    matrix = random_matrix(shape, FORMATS[name], device).on_card()
+    matrix = random_matrix(shape, FORMATS[name], x.device).on_card()
     assert matrix is not None
-    return lambda x: vector_product(x, matrix)
+    row = Activation.of(x)
+    return lambda: vector_product(row, matrix)
 
 
-def _bf16(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], object]:
-    dtype = compute_dtype(device)
-    weight = torch.randn(shape, device=device).to(dtype)
-    return lambda x: x.to(dtype) @ weight.T
+def _bf16(shape: tuple[int, int], x: Tensor) -> Callable[[], object]:
+    weight = torch.randn(shape, device=x.device).to(x.dtype)
+    return lambda: x @ weight.T
 
 
-def _nf4(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], object]:
-    module = random_matrix(shape, FORMATS["nf4"], device)
+def _nf4(shape: tuple[int, int], x: Tensor) -> Callable[[], object]:
+    module = random_matrix(shape, FORMATS["nf4"], x.device)
     assert bitsandbytes()
     inner: Callable[[Tensor], object] = module.inner  # type: ignore[assignment]  # a Linear4bit
-    return inner
+    return lambda: inner(x)
 
 
-def _pack(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], object]:
-    codes = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, device=device)
+def _pack(shape: tuple[int, int], x: Tensor) -> Callable[[], object]:
+    rows, columns = shape
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=x.device)
     packed = int4pack.pack(codes)
-    scales = torch.ones((shape[1] // 64, shape[0], 2), dtype=torch.bfloat16, device=device)
-    return lambda x: int4pack.multiply(x, packed, 64, scales)
+    scales = torch.ones((columns // 64, rows, 2), dtype=torch.bfloat16, device=x.device)
+    return lambda: int4pack.multiply(x, packed, 64, scales)
 
 
 def capped(subject: Subject) -> list[dict[str, Any]]:
@@ -354,6 +366,7 @@ PARTS: dict[str, Callable[[Subject], object]] = {  # the most telling first: tim
     "copy": copy,
     "kernels": check_kernels,
     "decode int4": partial(decode, "int4", FLOAT),
+    "decode int4 serial": serial,
     "prompt int4": partial(prompt, "int4"),
     "peers": peers,
     "prompt bf16": partial(prompt, WHOLE),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+UNEVEN = ("parts", "steps", "x_rows", "first", "start", "length")  # no multiples of 16
 CAPABILITIES = (75, 80, 86, 89, 90, 120)
 
 
@@ -23,7 +24,7 @@ class Case(NamedTuple):
 
     name: str
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, Any]  # a tuple's are one
     fixed: dict[str, int]
     warps: int
 
@@ -34,13 +35,13 @@ def cases(capability: int) -> Iterator[Case]:
 
     card = Card(divmod(capability, 10), 64)
     half = "*bf16" if capability >= 80 else "*fp16"
-    yield from _products(card.tiles, half)
-    yield from _neighbours(half)
-    yield from _attention(card.tiles, half)
+    yield from _products(card.tiles, half, card.overlaps)
+    yield from _neighbours(half, card.overlaps)
+    yield from _attention(card.tiles, half, card.overlaps)
 
 
-def _products(tiles: Any, half: str) -> Iterator[Case]:
-    from m1local.cuda import card, products, words
+def _products(tiles: Any, half: str, overlap: bool) -> Iterator[Case]:
+    from m1local.cuda import card, one_row, products, words
 
     kinds = {
         "int4": (words.INT4, 2, "*i32", "*bf16"),
@@ -56,12 +57,16 @@ def _products(tiles: Any, half: str) -> Iterator[Case]:
         stored |= {"levels": upper, "outer": "*fp32"}
         of_kind = {"KIND": kind.value, "PER_GROUP": per_group}
         numbers = {"rows": "i32", "blocks": "i32", "steps": "i32"}
-        yield Case(
-            f"vector {name}", products.vector_kernel,
-            {"x": half} | stored | {"out": "*fp32"} | numbers | {"zero_bits": "i32"},
-            of_kind | {"WARPS": card.WARPS, "LOADS": card.LANES},
-            card.WARPS,
-        )  # fmt: skip
+        vectors = tuple((stored | {"codes": "*i32" if name == "int8" else codes}).values())
+        for pair in (False, True) if name in ("int4", "nf4") else (False,):
+            yield Case(
+                f"{'pair' if pair else 'vector'} {name}", one_row.vector_kernel,
+                {"x": (half, "*i32", "*fp32"), "one": vectors, "other": vectors, "out": "*fp32"}
+                | numbers,
+                of_kind | {"WARPS": card.WARPS, "LOADS": card.LANES, "PAIR": pair,
+                           "OVERLAP": overlap},
+                card.WARPS,
+            )  # fmt: skip
         if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
             continue
         for x_rows in (16, 64) if name == "int4" else (16,):
@@ -82,22 +87,27 @@ def _products(tiles: Any, half: str) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def _neighbours(half: str) -> Iterator[Case]:
+def _neighbours(half: str, overlap: bool) -> Iterator[Case]:
     from m1local.cache import RAW_TOKENS
-    from m1local.cuda import card, embedding, fused
+    from m1local.cuda import activation, card, embedding, fused
     from m1local.kv_store import BYTES, FLOAT
 
+    row, fixed = _row(half), {"WHOLE": True, "OVERLAP": overlap}
     yield Case(
         "norm", fused.norm_kernel,
-        {"x": "*fp32", "partial": "*fp32", "weight": half, "natural": half, "planes": half,
-         "parts": "i32", "columns": "i32", "eps": "fp32"},
-        {"BLOCK": 8192}, fused.NORM_WARPS,
+        {"x": "*fp32", "partial": "*fp32", "weight": half} | row
+        | {"parts": "i32", "columns": "i32", "eps": "fp32"},
+        {"BLOCK": 8192} | fixed, fused.NORM_WARPS,
+    )  # fmt: skip
+    yield Case(
+        "round", activation.round_kernel, {"x": half} | row | {"columns": "i32"},
+        {"N": activation.ROUNDED} | fixed, card.WARPS,
     )  # fmt: skip
     yield Case(
         "silu up", fused.silu_up_kernel,
-        {"gate": "*fp32", "gate_parts": "i32", "up": "*fp32", "up_parts": "i32", "natural": half,
-         "planes": half, "columns": "i32"},
-        {"BLOCK": fused.BLOCK}, card.WARPS,
+        {"gate": "*fp32", "gate_parts": "i32", "gate_stride": "i32", "up": "*fp32",
+         "up_parts": "i32", "up_stride": "i32"} | row | {"columns": "i32"},
+        {"BLOCK": fused.BLOCK} | fixed, card.WARPS,
     )  # fmt: skip
     for width, kept in itertools.product((128, 256), (FLOAT, BYTES)):
         tensors = dict.fromkeys(("q_out", "raw_k", "raw_v"), half)
@@ -109,7 +119,7 @@ def _neighbours(half: str) -> Iterator[Case]:
             | {"taps_k": half, "taps_v": half, "cos": "*fp32", "sin": "*fp32",
                "position_at": "*i64", "heads": "i32", "kv_heads": "i32", "width": "i32",
                "slots": "i32"},
-            {"RAW": RAW_TOKENS, "WIDTH": width, "BYTES": kept == BYTES}, 1,
+            {"RAW": RAW_TOKENS, "WIDTH": width, "BYTES": kept == BYTES, "OVERLAP": overlap}, 1,
         )  # fmt: skip
     for kind, table in (("int8", "*i8"), ("int4", "*u8"), ("float", half)):
         value = {"int8": embedding.INT8, "int4": embedding.INT4, "float": embedding.FLOAT}[kind]
@@ -118,11 +128,16 @@ def _neighbours(half: str) -> Iterator[Case]:
             f"row {kind}", embedding.row_kernel,
             {"token_at": "*i64", "codes": table, "scales": scales, "zeros": scales, "out": "*fp32",
              "columns": "i32", "group": "i32"},
-            {"KIND": value.value, "BLOCK": embedding.BLOCK}, card.WARPS,
+            {"KIND": value.value, "BLOCK": embedding.BLOCK, "OVERLAP": overlap}, card.WARPS,
         )  # fmt: skip
 
 
-def _attention(chosen: Any, half: str) -> Iterator[Case]:
+def _row(half: str) -> dict[str, str]:
+    """One row of activations that is written (activation.py)."""
+    return {"natural": half, "planes": half, "halves": "*i8", "scales": "*fp32"}
+
+
+def _attention(chosen: Any, half: str, overlap: bool) -> Iterator[Case]:
     from m1local.cuda import attention, card, prefill
     from m1local.kv_store import BYTES, FLOAT
 
@@ -136,7 +151,7 @@ def _attention(chosen: Any, half: str) -> Iterator[Case]:
              "greatest": "*fp32", "sums": "*fp32", "heads": "i32", "width": "i32", "slots": "i32",
              "window": "i32", "scale": "fp32"},
             {"GROUP": group, "GROUP_ROWS": 16, "WIDTH": width, "KEYS": tiles.keys,
-             "BYTES": kept == BYTES},
+             "BYTES": kept == BYTES, "OVERLAP": overlap},
             tiles.key_warps,
         )  # fmt: skip
         yield Case(
@@ -151,10 +166,16 @@ def _attention(chosen: Any, half: str) -> Iterator[Case]:
             continue
         yield Case(
             f"join {width}", attention.join_kernel,
-            {"partial": "*fp32", "greatest": "*fp32", "sums": "*fp32", "natural": half,
-             "planes": half, "heads": "i32", "width": "i32", "parts": "i32"},
-            {"PARTS": card.MOST_KEY_PARTS, "WIDTH": width}, attention.JOIN_WARPS,
+            {"partial": "*fp32", "greatest": "*fp32", "sums": "*fp32"} | _row(half)
+            | {"heads": "i32", "width": "i32", "parts": "i32"},
+            {"PARTS": card.MOST_KEY_PARTS, "WIDTH": width, "WHOLE": True, "OVERLAP": overlap},
+            attention.JOIN_WARPS,
         )  # fmt: skip
+
+
+def _places(at: int, kind: object) -> list[tuple[int, ...]]:
+    """Where an argument lies, or each part of one that is a tuple."""
+    return [(at, part) for part in range(len(kind))] if isinstance(kind, tuple) else [(at,)]
 
 
 def compiled(case: Case, capability: int) -> dict[str, object]:
@@ -167,9 +188,10 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
     signature = {name: case.types.get(name, "constexpr") for name in names}
     assert set(case.types) | set(case.fixed) == set(names), (case.name, names)
     aligned = {
-        (names.index(name),): [["tt.divisibility", 16]]
+        place: [["tt.divisibility", 16]]
         for name, kind in case.types.items()
-        if kind != "fp32" and name not in ("parts", "steps", "x_rows", "first", "start", "length")
+        if kind != "fp32" and name not in UNEVEN
+        for place in _places(names.index(name), kind)
     }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.fixed, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
@@ -179,6 +201,7 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
         "kernel": case.name,
         "capability": capability,
         "shared": made.metadata.shared,
+        **_before_it_waits(made.asm["cubin"]),
         "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.b(?:32|64)", ptx)),
         **_longest_loop(made.asm["cubin"]),
         **_resources(made.asm["cubin"]),
@@ -202,6 +225,12 @@ def _longest_loop(cubin: bytes) -> dict[str, int]:
     inside = [said for at, said in found if begin <= int(at, 16) <= end]
     waits = sum(bool(re.search(r"\bBAR\b", said)) for said in inside)
     return {"loop": len(inside), "loop_barriers": waits}
+
+
+def _before_it_waits(cubin: bytes) -> dict[str, int | None]:
+    """Loads before it waits for the kernel before it; None where it never waits."""
+    before, waits, _ = _dumped(cubin, "-sass").partition("ACQBULK")
+    return {"early_loads": len(re.findall(r"\bLDG\b", before)) if waits else None}
 
 
 def _dumped(cubin: bytes, what: str) -> str:

@@ -17,6 +17,7 @@ from tests import interpreter  # noqa: F401  # skips without Triton; before its 
 from tests.conftest import CARD, TINY
 
 from m1local.cuda import attention, fused, prefill  # isort: skip
+from m1local.cuda.activation import Activation  # isort: skip
 
 THETA = 10000.0
 IN_BYTES = {  # groups of 32 that both halves of a turned head share, and others; padded widths
@@ -36,7 +37,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=generator).to(CARD, dtype)
 
 
-def both(out: fused.Activation, wanted: Tensor, tolerance: float) -> None:
+def both(out: Activation, wanted: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(out.natural, wanted, atol=tolerance, rtol=tolerance)
     assert torch.equal(out.planes, planar(out.natural))
 
@@ -49,7 +50,7 @@ def test_residual_and_norm(parts: int, dtype: torch.dtype) -> None:
     norm.weight.data = 1 + 0.2 * noise(columns, seed=1)
     x, product = noise(columns), noise(parts, columns, seed=2)
     wanted_x = x + product.sum(0)
-    out = fused.Activation(columns, dtype=dtype, device=CARD)
+    out = Activation(columns, dtype=dtype, device=CARD)
     fused.add_and_norm(x, product if parts else None, norm.weight, norm.eps, out)
     torch.testing.assert_close(x, wanted_x)
     both(out, norm(wanted_x)[None].to(dtype), 1e-6 if dtype == torch.float32 else 1e-2)
@@ -58,7 +59,7 @@ def test_residual_and_norm(parts: int, dtype: torch.dtype) -> None:
 def test_silu_times_up() -> None:
     columns = 1096  # two blocks, the second not whole
     gate, up = noise(2, columns), noise(3, columns, seed=1)
-    out = fused.Activation(columns, dtype=torch.float32, device=CARD)
+    out = Activation(columns, dtype=torch.float32, device=CARD)
     fused.silu_up(gate, up, out)
     both(out, (functional.silu(gate.sum(0)) * up.sum(0))[None], 1e-6)
 
@@ -109,7 +110,7 @@ class Both:
         self.same_cache(expected_cache, tolerance)
         both(out, wanted, tolerance)
 
-    def by_kernels(self, packed: Tensor, position: int) -> fused.Activation:
+    def by_kernels(self, packed: Tensor, position: int) -> Activation:
         """The token whose product is `packed` (parts, width), by the kernels."""
         q = torch.zeros(self.model.split_sizes[0], dtype=self.dtype, device=CARD)
         at = torch.tensor([position], device=CARD)
@@ -118,7 +119,7 @@ class Both:
             rotation(at, self.layout.head_dim, THETA),
         )
         fused.place(packed, q, self.cache, taps, turn, at)
-        out = fused.Activation(self.model.split_sizes[0], dtype=self.dtype, device=CARD)
+        out = Activation(self.model.split_sizes[0], dtype=self.dtype, device=CARD)
         attention.attend(q, self.cache, at, attention.buffers(self.cache), out)
         return out
 

@@ -13,7 +13,8 @@ from m1local.formats.base import QuantizedLinear
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD
 
-from m1local.cuda import products  # isort: skip
+from m1local.cuda import one_row, products  # isort: skip
+from m1local.cuda.activation import Activation  # isort: skip
 
 FORMATS = {
     "int4-32": LinearSpec("int4", 32),
@@ -59,15 +60,45 @@ def tolerance(name: str) -> float:
     return 3e-3 if name.startswith("bnb") else 1e-6
 
 
+def tolerance_of_one_row(name: str) -> float:
+    """Codes that are whole numbers take x as whole numbers of 16 bits."""
+    return max(tolerance(name), 4e-5)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_row_equals_the_dequantized_product(name: str) -> None:
     module = quantized(name, (13, 1408))  # no whole tile of rows, no whole step of columns
     matrix = module.cuda_matrix()
     assert matrix is not None
     x = activations(1, 1408)
-    parts = products.vector_product(stored.planar(x), matrix)
+    parts = one_row.vector_product(Activation.of(x), matrix)
     assert parts.shape[1] == 13
-    close(parts.sum(0, keepdim=True), expected(x, module), tolerance(name))
+    close(parts.sum(0, keepdim=True), expected(x, module), tolerance_of_one_row(name))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_two_matrices_are_multiplied_in_one_launch(name: str) -> None:
+    one, other = quantized(name, (13, 1408)), quantized(name, (13, 1408))
+    first, second = one.cuda_matrix(), other.cuda_matrix()
+    assert first is not None
+    assert second is not None
+    second.scales.copy_(second.scales.flip(0))
+    second.codes.copy_(second.codes.flip(0))
+    x = Activation.of(activations(1, 1408))
+    both = one_row.vector_product(x, first, second).sum(0)
+    assert torch.equal(both[:13], one_row.vector_product(x, first).sum(0))
+    assert torch.equal(both[13:], one_row.vector_product(x, second).sum(0))
+    assert not torch.equal(both[:13], both[13:])
+
+
+def test_matrices_of_two_kinds_are_not_alike() -> None:
+    kept = [quantized(name, (20, 192)).cuda_matrix() for name in ("int4-32", "int4-64", "int8")]
+    one, coarser, wider = kept
+    other = quantized("int4-32", (24, 192)).cuda_matrix()
+    assert one is not None
+    assert other is not None
+    assert one_row.alike(one, one)
+    assert not any(found and one_row.alike(one, found) for found in (coarser, wider, other))
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -13,6 +13,7 @@ from bench.gpu import TESTS, in_a_process, missing, run_parts, table
 from bench.gpu_parts import PARTS, Subject
 from m1local.config import M1Config
 from m1local.cuda import support
+from m1local.cuda.card import Card
 from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
 from m1local.memory import PROCESS_BYTES, Setting
@@ -20,6 +21,8 @@ from m1local.placement import Placement
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD, TINY
 from tests.test_kv_store import WIDE
+
+from m1local.cuda import one_row, overlap  # isort: skip
 
 LAYERS = {"num_hidden_layers": 2, "sliding_window_layers": [1], "vocab_size": 128}
 CONFIG = M1Config.from_dict(TINY | LAYERS)
@@ -82,6 +85,23 @@ def test_a_context_in_bytes_is_measured() -> None:
     wide = subject(M1Config.from_dict(WIDE | LAYERS | {"intermediate_size": 64}), contexts=(5,))
     (row,) = gpu_parts.decode("int4", "q8_0", wide)["rows"]
     assert row["kv_type"] == "q8_0"
+
+
+@torch.inference_mode()
+def test_a_step_whose_kernels_do_not_overlap_is_measured_beside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, begun_early = [], overlap.begun_early
+
+    def asked(device: torch.device) -> dict[str, object]:
+        seen.append(Card((9, 0), 132).overlaps)
+        return begun_early(device)
+
+    monkeypatch.setattr(one_row, "begun_early", asked)
+    (row,) = gpu_parts.serial(subject())["rows"]
+    assert (row["format"], row["context"]) == ("int4 serial", 5)
+    assert set(seen) == {False}
+    assert Card((9, 0), 132).overlaps
 
 
 def test_contexts_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +243,7 @@ def test_the_embedding_of_a_card_s_random_model_is_pinned(monkeypatch: pytest.Mo
 
 def test_every_part_that_is_wanted_is_there() -> None:
     wanted = {"copy", "kernels", "peers", "capped", "prompt bf16", "decode int4 q8_0"}
+    wanted |= {"decode int4 serial"}
     assert wanted | {f"{kind} {name}" for kind in ("decode", "prompt")
                      for name in ("int4", "int8", "nf4")} <= set(PARTS)  # fmt: skip
     assert sorted(gpu.everything()) == sorted([*PARTS, TESTS])

@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from m1local.cache import LayerCache
+from m1local.cuda.activation import COLUMNS, Activation, store_row
 from m1local.cuda.card import card
-from m1local.cuda.fused import Activation, store_twice
 from m1local.cuda.kept import head_of, load_kept, pointers
+from m1local.cuda.overlap import begun_early, settled
 
 LEAST_DOT = 16  # rows that the tensor cores take
 JOIN_WARPS = 8  # 64 parts of 256 values lie in registers
@@ -27,9 +28,10 @@ def attend_kernel(
     q, k, k_scales, v, v_scales, position_at, partial, greatest, sums,
     heads, width, slots, window, scale,
     GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    BYTES: tl.constexpr,
+    BYTES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Part `program 1` of the keys of kv head `program 0`, for its GROUP query heads."""
+    settled(OVERLAP)
     kv_head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     end = tl.load(position_at).to(tl.int32) + 1
     seen = tl.minimum(end, window)
@@ -73,10 +75,11 @@ def attend_kernel(
 
 @triton.jit
 def join_kernel(
-    partial, greatest, sums, natural, planes, heads, width, parts,
-    PARTS: tl.constexpr, WIDTH: tl.constexpr,
+    partial, greatest, sums, natural, planes, halves, scales, heads, width, parts,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of one query head."""
+    settled(OVERLAP)
     head = tl.program_id(0)
     part = tl.arange(0, PARTS)
     inside = tl.arange(0, WIDTH)
@@ -87,7 +90,10 @@ def join_kernel(
     here = (most > float("-inf"))[:, None] & (inside < width)[None, :]  # the parts with keys
     at = (part * heads + head)[:, None] * width + inside[None, :]
     mixed = tl.sum(share[:, None] * tl.load(partial + at, mask=here, other=0.0), 0) / total
-    store_twice(natural, planes, head * width + inside, heads * width, mixed, inside < width)
+    first = head * width
+    store_row(
+        natural, planes, halves, scales, first, first + width, mixed, heads * width, WIDTH, WHOLE
+    )
 
 
 class AttentionBuffers:
@@ -125,9 +131,13 @@ def attend(
         layout.num_heads, width, layer.slots, layout.window or EVERYTHING, width**-0.5,
         GROUP=group, GROUP_ROWS=max(LEAST_DOT, triton.next_power_of_2(group)),
         WIDTH=padded, KEYS=tiles.keys, BYTES=in_bytes, num_warps=tiles.key_warps,
+        **begun_early(q.device),
     )  # fmt: skip
+    whole = out.whole and width % COLUMNS == 0  # blocks do not lie in two heads
     join_kernel[(layout.num_heads,)](
-        kept.partial, kept.greatest, kept.sums, out.natural, out.planes,
-        layout.num_heads, width, parts,
-        PARTS=triton.next_power_of_2(parts), WIDTH=padded, num_warps=JOIN_WARPS,
+        kept.partial, kept.greatest, kept.sums, *out.tensors, layout.num_heads, width, parts,
+        PARTS=triton.next_power_of_2(parts), WIDTH=padded, WHOLE=whole,
+        num_warps=JOIN_WARPS, **begun_early(q.device),
     )  # fmt: skip
+    if out.whole and not whole:
+        out.fill(out.natural)

@@ -97,6 +97,11 @@ class Card:
         """Of activations: bfloat16 from 8.0 on, float16 before."""
         return torch.bfloat16 if self.capability >= (8, 0) else torch.float16
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a kernel may begin while the one before it ends: from 9.0 on."""
+        return self.capability >= (9, 0)
+
     def column_parts(self, programs: int, steps: int) -> int:
         """Into how many parts the columns are split so that `programs` times it fill the card.
 
@@ -144,6 +149,6 @@ def restored_weights(device: torch.device) -> int:
 def card(device: torch.device) -> Card:
     """The card behind `device`; for the CPU, in tests, a small imagined one."""
     if device.type != "cuda":
-        return Card((9, 0), 4)
+        return Card((8, 9), 4)
     found = torch.cuda.get_device_properties(device)
     return Card((found.major, found.minor), found.multi_processor_count)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from m1local.cache import KVCache
-from m1local.cuda import attention, fused, products
+from m1local.cuda import attention, fused
+from m1local.cuda.activation import Activation
 from m1local.cuda.embedding import EmbeddingRows
-from m1local.cuda.fused import Activation
+from m1local.cuda.matrix import Matrix
+from m1local.cuda.one_row import alike, vector_product
 from m1local.formats.base import QuantizedLinear
 from m1local.model import M1Layer, M1Model
 from m1local.rope import Rotation, frequencies, turned
@@ -28,13 +30,26 @@ NOWHERE = (-1, None)  # a position and token that match nothing
 WARM_UPS = 2  # Triton compiles at the first launch, which must not be captured
 
 
+def stored(module: nn.Module) -> Matrix | None:
+    """A module's weights as the kernels read them; None where torch is to multiply."""
+    return module.on_card() if isinstance(module, QuantizedLinear) else None
+
+
 def multiply(module: nn.Module, x: Activation) -> Tensor:
     """x (1, K) @ W.T as parts (parts, N), whose sum is the product."""
-    matrix = module.on_card() if isinstance(module, QuantizedLinear) else None
-    if matrix is not None:
-        return products.vector_product(x.planes, matrix)
+    if matrix := stored(module):
+        return vector_product(x, matrix)
     whole: Tensor = module(x.natural)
     return whole
+
+
+def multiply_both(one: nn.Module, other: nn.Module, x: Activation) -> tuple[Tensor, Tensor]:
+    """The same of two matrices of one shape: in one launch where both are stored alike."""
+    first, second = stored(one), stored(other)
+    if first is None or second is None or not alike(first, second):
+        return multiply(one, x), multiply(other, x)
+    gate, up = vector_product(x, first, second).chunk(2, dim=1)
+    return gate, up
 
 
 class DecodeStep:
@@ -97,8 +112,8 @@ class DecodeStep:
         product = multiply(module.o_proj, self.mixed)
         norm = block.post_attention_layernorm
         fused.add_and_norm(self.x, product, norm.weight, norm.eps, self.normed)
-        gate = multiply(block.mlp.gate_proj, self.normed)
-        fused.silu_up(gate, multiply(block.mlp.up_proj, self.normed), self.inner)
+        gate, up = multiply_both(block.mlp.gate_proj, block.mlp.up_proj, self.normed)
+        fused.silu_up(gate, up, self.inner)
         return multiply(block.mlp.down_proj, self.inner)
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from m1local.cuda.card import WARPS
+from m1local.cuda.overlap import begun_early, settled
 from m1local.formats.base import QuantizedEmbedding
 from m1local.formats.groups import Int4Linear
 from m1local.formats.int8 import Int8Linear
@@ -20,9 +21,11 @@ FLOAT, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def row_kernel(
-    token_at, codes, scales, zeros, out, columns, group, KIND: tl.constexpr, BLOCK: tl.constexpr
+    token_at, codes, scales, zeros, out, columns, group,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out (C,) float32 becomes the token's row."""
+    settled(OVERLAP)
     token = tl.load(token_at).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < columns
@@ -64,5 +67,5 @@ class EmbeddingRows:
         """The row of `token` (1,) into `out` (C,) float32."""
         row_kernel[(triton.cdiv(self.columns, BLOCK),)](
             token, *self.tensors, out, self.columns, self.group,
-            KIND=self.kind.value, BLOCK=BLOCK, num_warps=WARPS,
+            KIND=self.kind.value, BLOCK=BLOCK, num_warps=WARPS, **begun_early(out.device),
         )  # fmt: skip

@@ -2,21 +2,21 @@
 
 What it is: residual sum and RMSNorm; the split of q, k and v with the short convolution, RoPE and
 the writing of the cache; SiLU times up. Each sums the parts of the product before it while it reads
-them, and writes activations twice, in the order of columns and in that of planes (matrix.py), since
-formats differ in what they read. What it is not: for several rows; prefill goes through
-m1local/model.py.
+them, and writes activations in all the orders in which products read them (activation.py). What it
+is not: for several rows; prefill goes through m1local/model.py.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from m1local.cache import RAW_TOKENS, LayerCache
+from m1local.cuda.activation import COLUMNS, Activation, store_row
 from m1local.cuda.card import WARPS
 from m1local.cuda.kept import pointers, store_kept
+from m1local.cuda.overlap import begun_early, settled
 
-NORM_WARPS = 8
+NORM_WARPS = 16
 BLOCK = 1024
 
 
@@ -30,18 +30,12 @@ def sum_parts(partial, at, parts, stride, here):
 
 
 @triton.jit
-def store_twice(natural, planes, at, columns, value, here):
-    """Store activations in the order of columns and, where asked for, of planes."""
-    narrow = value.to(natural.dtype.element_ty)
-    tl.store(natural + at, narrow, mask=here)
-    tl.store(planes + at % 8 * (columns // 8) + at // 8, narrow, mask=here)
-
-
-@triton.jit
 def norm_kernel(
-    x, partial, weight, natural, planes, parts, columns, eps, BLOCK: tl.constexpr
+    x, partial, weight, natural, planes, halves, scales, parts, columns, eps,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x (C,) += the product; then its norm, times weight."""
+    settled(OVERLAP)
     at = tl.arange(0, BLOCK)
     here = at < columns
     value = tl.load(x + at, mask=here, other=0.0) + sum_parts(partial, at, parts, columns, here)
@@ -49,19 +43,22 @@ def norm_kernel(
     mean = tl.sum(value * value, 0) / columns
     scaled = value * (1 / tl.sqrt_rn(mean + eps))
     scaled *= tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
-    store_twice(natural, planes, at, columns, scaled, here)
+    store_row(natural, planes, halves, scales, 0, columns, scaled, columns, BLOCK, WHOLE)
 
 
 @triton.jit
 def silu_up_kernel(
-    gate, gate_parts, up, up_parts, natural, planes, columns, BLOCK: tl.constexpr
+    gate, gate_parts, gate_stride, up, up_parts, up_stride, natural, planes, halves, scales,
+    columns, BLOCK: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    settled(OVERLAP)
+    first = tl.program_id(0) * BLOCK
+    at = first + tl.arange(0, BLOCK)
     here = at < columns
-    opened = sum_parts(gate, at, gate_parts, columns, here)
-    value = opened * tl.sigmoid(opened) * sum_parts(up, at, up_parts, columns, here)
-    store_twice(natural, planes, at, columns, value, here)
+    opened = sum_parts(gate, at, gate_parts, gate_stride, here)
+    value = opened * tl.sigmoid(opened) * sum_parts(up, at, up_parts, up_stride, here)
+    store_row(natural, planes, halves, scales, first, columns, value, columns, BLOCK, WHOLE)
 
 
 @triton.jit
@@ -81,9 +78,10 @@ def _raw_and_mixed(fresh, raw, taps, head, inside, here, position, width, RAW: t
 def place_kernel(
     packed, parts, q_out, k_cache, k_scales, v_cache, v_scales, raw_k, raw_v, taps_k, taps_v,
     cos, sin, position_at, heads, kv_heads, width, slots,
-    RAW: tl.constexpr, WIDTH: tl.constexpr, BYTES: tl.constexpr,
+    RAW: tl.constexpr, WIDTH: tl.constexpr, BYTES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head of q, k or v: (H + 2 * Hkv) programs; the new key and value go into their slot."""
+    settled(OVERLAP)
     head = tl.program_id(0)
     position = tl.load(position_at).to(tl.int32)
     stride = (heads + 2 * kv_heads) * width
@@ -117,15 +115,6 @@ def place_kernel(
         store_kept(target, scales, slot, turned, width, WIDTH, BYTES)
 
 
-class Activation:
-    """One row of activations (1, K), in the order of columns and of planes."""
-
-    def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate both; the planes mean nothing where columns are no whole words."""
-        self.natural = torch.zeros((1, columns), dtype=dtype, device=device)
-        self.planes = torch.zeros_like(self.natural)
-
-
 def add_and_norm(
     x: Tensor, product: Tensor | None, weight: Tensor, eps: float, out: Activation
 ) -> None:
@@ -133,17 +122,18 @@ def add_and_norm(
     columns = x.shape[0]
     parts = 0 if product is None else product.shape[0]
     norm_kernel[(1,)](
-        x, x if product is None else product, weight, out.natural, out.planes, parts, columns, eps,
-        BLOCK=triton.next_power_of_2(columns), num_warps=NORM_WARPS,
+        x, x if product is None else product, weight, *out.tensors, parts, columns, eps,
+        BLOCK=max(COLUMNS, triton.next_power_of_2(columns)), WHOLE=out.whole,
+        num_warps=NORM_WARPS, **begun_early(x.device),
     )  # fmt: skip
 
 
 def silu_up(gate: Tensor, up: Tensor, out: Activation) -> None:
-    """`out` becomes silu(gate) * up, each (parts, I)."""
+    """`out` becomes silu(gate) * up, each (parts, I); they may lie side by side."""
     columns = gate.shape[1]
     silu_up_kernel[(triton.cdiv(columns, BLOCK),)](
-        gate, gate.shape[0], up, up.shape[0], out.natural, out.planes, columns,
-        BLOCK=BLOCK, num_warps=WARPS,
+        gate, gate.shape[0], gate.stride(0), up, up.shape[0], up.stride(0), *out.tensors, columns,
+        BLOCK=BLOCK, WHOLE=out.whole, num_warps=WARPS, **begun_early(gate.device),
     )  # fmt: skip
 
 
@@ -166,5 +156,5 @@ def place(
         layer.raw_k, layer.raw_v, *taps, *turn,
         position, heads, kv_heads, width, layer.slots,
         RAW=RAW_TOKENS, WIDTH=triton.next_power_of_2(width),
-        BYTES=layer.k.scales is not None, num_warps=1,
+        BYTES=layer.k.scales is not None, num_warps=1, **begun_early(q.device),
     )  # fmt: skip

@@ -1,10 +1,8 @@
-"""Products with stored matrices, in Triton: one row, several rows, and whole rows of W restored.
+"""Products of several rows with stored matrices, in Triton; and by whichever way suits how many.
 
-What it is: three kernels over the words of words.py, and the functions that launch them. With one
-row of activations every thread keeps sums of its own until the end, so nothing is exchanged while
-the weights come in; where the rows of W are too few to fill the card, the columns are split and
-the parts are summed by whoever reads the product next. With several rows the tensor cores multiply.
-What it is not: measured; and with many rows it is cuBLAS on restored slices of W.
+What it is: a kernel over the words of words.py in which tensor cores multiply some ten rows; one
+that restores slices of W for cuBLAS, which multiplies many; and the choice among these and the
+kernel for one row (one_row.py). What it is not: measured.
 """
 
 import torch
@@ -12,83 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1local.cuda.card import LANES, WARPS, card
-from m1local.cuda.matrix import INT8 as INT8_KIND
+from m1local.cuda.activation import Activation
+from m1local.cuda.card import WARPS, card
 from m1local.cuda.matrix import WORD, Matrix, planar
-from m1local.cuda.words import INT8, ONE, coded, load_words, product_of, statistics, weight
+from m1local.cuda.one_row import vector_product
+from m1local.cuda.words import INT8, load_words, statistics, weight
 
 LEAST_TILE = 16  # rows that the tensor cores take
 EXPANDED_ROWS, EXPANDED_WORDS = 4, 128
-
-
-@triton.jit
-def vector_kernel(
-    x, codes, scales, zeros, levels, outer, out, rows, blocks, steps, zero_bits,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
-):  # fmt: skip
-    """Part `program 1` of x (K,) @ W.T for 2 * WARPS rows: out (parts, N) float32."""
-    WORDS: tl.constexpr = 2 if KIND == INT8 else 4  # that are 16 bytes, a thread's load
-    loads = blocks * 4 // WORDS
-    # A warp reads two rows, for which x is loaded once, in the codes' layout by its address.
-    warp = tl.arange(0, WARPS)[:, None, None]
-    upper = tl.program_id(0) * (2 * WARPS) + warp
-    lower = upper + WARPS
-    place = tl.arange(0, LOADS)[None, :, None]
-    inside = tl.arange(0, WORDS)[None, None, :]
-    one = ONE | warp * zero_bits  # in a register: an operand of an instruction that takes no second
-    total = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
-    second_total = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
-    for step in range(tl.program_id(1) * steps, (tl.program_id(1) + 1) * steps):
-        load = step * LOADS + place
-        here, second_here = (load < loads) & (upper < rows), (load < loads) & (lower < rows)
-        at = (upper * loads + load) * WORDS + inside
-        raw = load_words(codes, levels, at, here, KIND)
-        at = (lower * loads + load) * WORDS + inside
-        second = load_words(codes, levels, at, second_here, KIND)
-        mixed = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
-        second_mixed = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
-        plain = tl.zeros((WARPS, LOADS, WORDS), tl.float32)
-        x_at = x + load * WORDS + inside + warp * 0
-        for column in tl.static_range(8):
-            factor = tl.load(x_at + column * blocks * 4, mask=load < loads, other=0.0).to(
-                tl.float32
-            )
-            mixed += factor * coded(raw, column, levels, one, KIND)
-            second_mixed += factor * coded(second, column, levels, one, KIND)
-            plain += factor
-        block = load * WORDS // 4
-        total += _weighed(
-            mixed, plain, scales, zeros, outer, upper, block, blocks, here, KIND, PER_GROUP
-        )
-        second_total += _weighed(
-            second_mixed, plain, scales, zeros, outer, lower, block, blocks, second_here,
-            KIND, PER_GROUP,
-        )  # fmt: skip
-    first, out = tl.program_id(0) * (2 * WARPS), out + tl.program_id(1) * rows
-    _store_sums(total, scales, out, first, rows, WARPS, KIND)
-    _store_sums(second_total, scales, out, first + WARPS, rows, WARPS, KIND)
-
-
-@triton.jit
-def _weighed(
-    mixed, plain, scales, zeros, outer, row, block, blocks, here,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr,
-):  # fmt: skip
-    """A step's sums with scale and zero; the scale of a row of bytes is that of all its sums."""
-    scale, zero = 1.0, 0.0
-    if KIND != INT8:
-        scale, zero = statistics(scales, zeros, outer, row, block, blocks, here, KIND, PER_GROUP)
-    return product_of(mixed, plain, scale, zero, KIND)
-
-
-@triton.jit
-def _store_sums(total, scales, out, first, rows, WARPS: tl.constexpr, KIND: tl.constexpr):
-    """The sums of WARPS rows from `first` on, each of one warp's numbers."""
-    row = first + tl.arange(0, WARPS)
-    sums = tl.sum(tl.sum(total, 2), 1)
-    if KIND == INT8:
-        sums *= tl.load(scales + row, mask=row < rows, other=0.0)
-    tl.store(out + row, sums, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["x_rows"])
@@ -145,21 +74,6 @@ def expand_kernel(
         tl.store(at, found.to(out.dtype.element_ty), mask=here)
 
 
-def vector_product(x: Tensor, matrix: Matrix) -> Tensor:
-    """x (1, K) in planes @ W.T -> (parts, N) float32, the sum of whose parts is the product."""
-    chosen = card(x.device)
-    loads = matrix.blocks * (2 if matrix.kind == INT8_KIND else 1)
-    programs, steps = _pieces(matrix.rows, 2 * WARPS), _pieces(loads, LANES)
-    parts = chosen.column_parts(programs, steps)
-    out = torch.empty((parts, matrix.rows), dtype=torch.float32, device=x.device)
-    vector_kernel[(programs, parts)](
-        x, *matrix.tensors, out, matrix.rows, matrix.blocks, _pieces(steps, parts), 0,
-        KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WARPS, LOADS=LANES,
-        num_warps=WARPS,
-    )  # fmt: skip
-    return out
-
-
 def tile_product(x: Tensor, matrix: Matrix) -> Tensor:
     """x (M, K) in planes @ W.T -> (parts, M, N) float32, for some ten rows."""
     chosen, x_rows = card(x.device), x.shape[0]
@@ -195,9 +109,9 @@ def product(x: Tensor, matrix: Matrix) -> Tensor:
     """x (M, K) @ W.T -> (M, N) in x's dtype, by whichever kernel suits M."""
     if len(x) == 0:
         return x.new_empty((0, matrix.rows))
-    ordered = planar(x)
     if len(x) == 1:
-        return vector_product(ordered, matrix).sum(0, keepdim=True).to(x.dtype)
+        return vector_product(Activation.of(x), matrix).sum(0, keepdim=True).to(x.dtype)
+    ordered = planar(x)
     if len(x) <= card(x.device).tiles.most_rows:
         return tile_product(ordered, matrix).sum(0).to(x.dtype)
     output = x.new_empty((len(x), matrix.rows))

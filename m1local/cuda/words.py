@@ -21,7 +21,6 @@ NESTED_BLOCK = tl.constexpr(256)  # scales that share an outer one
 # A whole number below 2^23 put into the lowest bits of this float is that number more than it:
 # two fast instructions, where converting takes a slow one.
 EXPONENT = tl.constexpr(0x4B000000)  # 2^23
-ONE = tl.constexpr(0x3F800000)  # the float 1, above whose digits a code is put
 SIGNED_EXPONENT = tl.constexpr(0x4B400000)  # 1.5 * 2^23, for numbers of either sign
 
 
@@ -83,54 +82,3 @@ def weight(raw, column: tl.constexpr, scale, zero, levels, KIND: tl.constexpr):
         return (code.to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)) * scale + zero
     code = (raw >> (4 * (column ^ 1))) & 15
     return tl.load(levels + code) * scale
-
-
-@triton.jit
-def coded(raw, column: tl.constexpr, levels, one, KIND: tl.constexpr):
-    """What stands for the weight in place `column` while products are summed; see `product_of`.
-
-    Of whole codes it is 1 + code / CODES: the code is put where a float has its highest digits, so
-    that nothing is converted, and scale and zero are applied once for the eight columns of a word.
-    `one` is ONE.
-    """
-    if KIND >= INT3:
-        WIDTH: tl.constexpr = 2 if KIND == INT3 else 4
-        ABOVE: tl.constexpr = 2 if KIND == INT6 else 1
-        low = _moved(raw.to(tl.int32), 23 - ABOVE - WIDTH * (column + 1))
-        high = _moved((raw >> 32).to(tl.int32), 23 - ABOVE * (column + 1))
-        bits = low & (((1 << WIDTH) - 1) << (23 - ABOVE - WIDTH))
-        bits = bits | (high & (((1 << ABOVE) - 1) << (23 - ABOVE)))
-        found = (bits | one).to(tl.float32, bitcast=True)
-    elif KIND == INT4:
-        found = (_moved(raw, 19 - 4 * column) & 0x780000 | one).to(tl.float32, bitcast=True)
-    elif KIND == INT8:  # a signed byte and 128: its highest bit is the other way round
-        half = raw.to(tl.int32) if column < 4 else (raw >> 32).to(tl.int32)
-        bits = _moved(half, 15 - 8 * (column % 4)) & 0x7F8000
-        found = (bits ^ (one ^ 0x400000)).to(tl.float32, bitcast=True)
-    else:
-        found = tl.load(levels + ((raw >> (4 * (column ^ 1))) & 15))
-    return found
-
-
-@triton.jit
-def _moved(bits, up: tl.constexpr):
-    """`bits` moved by `up` places, or down where that is less than 0."""
-    return bits << up if up >= 0 else bits >> -up
-
-
-@triton.jit
-def product_of(mixed, plain, scale, zero, KIND: tl.constexpr):
-    """The sum of factors times weights from that of factors times `coded`, and of the factors."""
-    if KIND == INT8:  # its scale is that of a row, and applied to the sums
-        found = mixed * 256 - plain * 384
-    elif KIND == INT6:
-        found = mixed * (64 * scale) + plain * (zero - 88 * scale)
-    elif KIND == INT5:
-        found = mixed * (32 * scale) + plain * (zero - 40 * scale)
-    elif KIND == INT4:
-        found = mixed * (16 * scale) + plain * (zero - 24 * scale)
-    elif KIND == INT3:
-        found = mixed * (8 * scale) + plain * (zero - 12 * scale)
-    else:
-        found = mixed * scale
-    return found

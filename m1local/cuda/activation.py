@@ -1,0 +1,122 @@
+"""One row of activations as products read it: in three orders, and in whole numbers.
+
+What it is: the row in its own order, for what torch multiplies; in that of planes (matrix.py), for
+levels; and as whole numbers of 16 bits, each block of 32 columns with a scale of its own, for codes
+that are whole numbers too. A number's two halves lie apart, as bytes, so that one instruction
+multiplies four of them (one_row.py, `dot4`). Two bytes lose next to nothing, 2^-16 of a block's
+greatest; bfloat16 loses 2^-9 of each. What it is not: for several rows, which tensor cores
+multiply.
+"""
+
+from typing import Self
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m1local.cuda.card import WARPS
+from m1local.cuda.overlap import begun_early, settled
+
+COLUMNS = 32  # of a block
+MOST = 127 * 256  # so that both halves fit into a signed byte
+ROUNDED = 1024  # columns of a program
+
+_COLUMNS, _MOST = tl.constexpr(COLUMNS), tl.constexpr(MOST)
+_HALVES = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds, ties to even
+
+
+@triton.jit
+def store_row(
+    natural, planes, halves, scales, first, end, value, columns,
+    N: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Store the columns from `first` to `end`, `value` (N,) float32: whole blocks, if WHOLE."""
+    at = first + tl.arange(0, N)
+    narrow = value.to(natural.dtype.element_ty)
+    tl.store(natural + at, narrow, mask=at < end)
+    tl.store(planes + at % 8 * (columns // 8) + at // 8, narrow, mask=at < end)
+    if WHOLE:
+        _store_whole(halves, scales, first, end, tl.where(at < end, value, 0.0), columns, N)
+
+
+@triton.jit
+def _store_whole(halves, scales, first, end, value, columns, N: tl.constexpr):
+    """The same N columns in whole numbers; see `Activation`."""
+    blocks = tl.reshape(value, (N // _COLUMNS, _COLUMNS))
+    greatest = tl.max(tl.abs(blocks), 1)
+    usable = greatest > 1e-30
+    inverse = tl.where(usable, tl.div_rn(_MOST * 1.0, tl.where(usable, greatest, 1.0)), 0.0)
+    whole = ((blocks * inverse[:, None] + _HALVES) - _HALVES).to(tl.int32)
+    scale = greatest / _MOST + 0.0 * tl.sum(blocks, 1)  # what is not a number stays none
+    upper = (whole + 128) >> 8
+    block = first // _COLUMNS + tl.arange(0, N // _COLUMNS)
+    here = block * _COLUMNS < end
+    tl.store(scales + block, scale, mask=here)
+    tl.store(scales + columns // _COLUMNS + block, scale * tl.sum(whole, 1), mask=here)
+    inside = tl.arange(0, _COLUMNS)
+    # Even columns before odd ones, as they come out of words of eight nibbles.
+    sorted_at = inside % 2 * (_COLUMNS // 2) + inside // 2
+    _store_halves(halves, block[:, None] * _COLUMNS + inside[None, :], upper, whole, columns, here)
+    sorted_to = halves + 2 * columns
+    at = block[:, None] * _COLUMNS + sorted_at[None, :]
+    _store_halves(sorted_to, at, upper, whole, columns, here)
+
+
+@triton.jit
+def _store_halves(halves, at, upper, whole, columns, here):
+    tl.store(halves + at, upper.to(tl.int8), mask=here[:, None])
+    tl.store(halves + columns + at, (whole - upper * 256).to(tl.int8), mask=here[:, None])
+
+
+@triton.jit
+def round_kernel(
+    x, natural, planes, halves, scales, columns,
+    N: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """x (K,) in all orders."""
+    settled(OVERLAP)
+    first = tl.program_id(0) * N
+    at = first + tl.arange(0, N)
+    value = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32)
+    store_row(natural, planes, halves, scales, first, columns, value, columns, N, WHOLE)
+
+
+class Activation:
+    """One row of activations (1, K).
+
+    `natural` (1, K) in the order of columns, `planes` (1, K) in that of planes, both of the type of
+    activations. `halves` (2, 2, K) int8: the numbers' upper and lower halves, in the order of
+    columns, and again with each block's even columns first; x = scale * (256 * upper + lower).
+    `scales` (2, K / 32) float32: each block's scale, and the sum of its columns. The last two are
+    empty where the columns are no whole blocks.
+    """
+
+    def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate all; the planes mean nothing where columns are no whole words."""
+        self.natural = torch.zeros((1, columns), dtype=dtype, device=device)
+        self.planes = torch.zeros_like(self.natural)
+        self.whole = columns % COLUMNS == 0
+        kept = columns if self.whole else 0
+        self.halves = torch.zeros((2, 2, kept), dtype=torch.int8, device=device)
+        self.scales = torch.zeros((2, kept // COLUMNS), device=device)
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        """x (1, K)."""
+        made = cls(x.shape[1], dtype=x.dtype, device=x.device)
+        made.fill(x)
+        return made
+
+    def fill(self, x: Tensor) -> None:
+        """Become x (1, K); it may be `natural` itself."""
+        columns = x.shape[1]
+        round_kernel[(triton.cdiv(columns, ROUNDED),)](
+            x, *self.tensors, columns,
+            N=ROUNDED, WHOLE=self.whole, num_warps=WARPS, **begun_early(x.device),
+        )  # fmt: skip
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order in which every kernel takes them."""
+        return self.natural, self.planes, self.halves, self.scales

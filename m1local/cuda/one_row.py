@@ -1,0 +1,264 @@
+"""The product of one row of activations with stored matrices, in Triton: what decoding is made of.
+
+What it is: a kernel in which each warp reads two rows of W as they are stored, 16 bytes of codes to
+a thread at a time, and keeps sums of its own until the end, so that nothing is exchanged while the
+weights come in. Codes that are whole numbers are multiplied four at a time with activations that
+are whole numbers too (activation.py); levels one by one, in float32. Two matrices of one shape,
+gate and up, may be read in one launch. Where the rows of W are too few to fill the card, the
+columns are split, and whoever reads the product next sums the parts. What it is not: for several
+rows (products.py), or measured.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m1local.cuda.activation import Activation
+from m1local.cuda.card import LANES, WARPS, card
+from m1local.cuda.matrix import INT8 as INT8_KIND
+from m1local.cuda.matrix import Matrix
+from m1local.cuda.overlap import begun_early, settled
+from m1local.cuda.words import INT3, INT4, INT6, INT8, LEVELS, NESTED, NESTED_BLOCK
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # which knows no assembler
+
+
+@triton.jit
+def vector_kernel(
+    x, one, other, out, rows, blocks, steps,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
+    PAIR: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Part `program 1` of x (K,) @ W.T, two rows of W for each warp: out (parts, N) float32.
+
+    They are WARPS apart in one matrix; or, of a PAIR, the same of two, which `out` has side by
+    side. A thread loads four words, 16 bytes of codes, and while it multiplies the next are on
+    their way. Every number has the words' place, (warps, loads, words): nothing is exchanged.
+    """
+    loads = blocks * 2 if KIND == INT8 else blocks
+    first_row = tl.program_id(0) * (WARPS if PAIR else 2 * WARPS)
+    row = first_row + tl.arange(0, WARPS)[:, None, None]
+    other_row = row if PAIR else row + WARPS
+    begin = tl.program_id(1) * steps
+    stop = tl.minimum(begin + steps, tl.cdiv(loads, LOADS))
+    load = begin * LOADS + tl.arange(0, LOADS)[None, :, None]
+    end = tl.minimum(stop * LOADS, loads)
+    kept = _load_row(one, row, rows, load, loads, end, KIND, PER_GROUP)
+    other_kept = _load_row(other, other_row, rows, load, loads, end, KIND, PER_GROUP)
+    settled(OVERLAP)
+    total = tl.zeros((WARPS, LOADS, 4), tl.float32)
+    other_total = tl.zeros((WARPS, LOADS, 4), tl.float32)
+    for _ in range(begin, stop):
+        later = load + LOADS
+        coming = _load_row(one, row, rows, later, loads, end, KIND, PER_GROUP)
+        other_coming = _load_row(other, other_row, rows, later, loads, end, KIND, PER_GROUP)
+        if KIND == LEVELS or KIND == NESTED:  # noqa: SIM109  # Triton knows no `in`
+            found, other_found, plain = _times_levels(
+                x, kept, other_kept, one[3], other[3], row, load, blocks
+            )
+        else:
+            found, other_found, plain = _times_whole(x, kept, other_kept, row, load, blocks, KIND)
+        at = row * (blocks // PER_GROUP) + load // PER_GROUP, load < loads
+        total += _weighed(found, plain, kept, one, at, KIND)
+        at = other_row * (blocks // PER_GROUP) + load // PER_GROUP, load < loads
+        other_total += _weighed(other_found, plain, other_kept, other, at, KIND)
+        kept, other_kept, load = coming, other_coming, later
+    out += tl.program_id(1) * (2 * rows if PAIR else rows)
+    _store_sums(total, one, out, first_row, rows, WARPS, KIND)
+    if PAIR:
+        _store_sums(other_total, other, out + rows, first_row, rows, WARPS, KIND)
+    else:
+        _store_sums(other_total, other, out, first_row + WARPS, rows, WARPS, KIND)
+
+
+@triton.jit
+def _load_row(matrix, row, rows, load, loads, end, KIND: tl.constexpr, PER_GROUP: tl.constexpr):
+    """Four words of `row` at each `load` before `end`, their upper plane, scale and zero.
+
+    All as stored: nothing is converted yet, so that nobody waits for it.
+    """
+    codes, scales, zeros, upper, _ = matrix
+    here = (load < end) & (row < rows)
+    at = (row * loads + load) * 4 + tl.arange(0, 4)[None, None, :]
+    low = tl.load(codes + at, mask=here, other=0)
+    high = low
+    if KIND >= INT3:
+        high = tl.load(upper + at, mask=here, other=0)
+    scale, zero = 0.0, 0.0
+    if KIND != INT8:
+        group = row * (loads // PER_GROUP) + load // PER_GROUP
+        scale = tl.load(scales + group, mask=here, other=0)
+        zero = scale
+        if KIND == INT4 or KIND >= INT3:
+            zero = tl.load(zeros + group, mask=here, other=0)
+    return low, high, scale, zero
+
+
+@triton.jit
+def _times_whole(x, kept, other, row, load, blocks, KIND: tl.constexpr):
+    """Codes of two rows times whole numbers (activation.py), each word's sum; and x's sums."""
+    _, halves, scales = x
+    lower, word = blocks * 8, tl.arange(0, 4)[None, None, :] + row * 0
+    if KIND == INT8:
+        here = load < blocks * 2
+        at = halves + load * 4 + word
+        even = tl.load(at, mask=here, other=0)
+        even_low = tl.load(at + lower, mask=here, other=0)
+        found = dot4(kept[0], even_low, dot4(kept[0], even, even * 0) * 256)
+        other_found = dot4(other[0], even_low, dot4(other[0], even, even * 0) * 256)
+        scale, plain = tl.load(scales + load // 2, mask=here, other=0.0), 0.0
+    else:
+        here = load < blocks
+        at = halves + 2 * lower + load * 8 + word
+        even, odd = tl.load(at, mask=here, other=0), tl.load(at + 4, mask=here, other=0)
+        at += lower
+        even_low, odd_low = tl.load(at, mask=here, other=0), tl.load(at + 4, mask=here, other=0)
+        found = _dot_words(kept, even, odd, even_low, odd_low, KIND)
+        other_found = _dot_words(other, even, odd, even_low, odd_low, KIND)
+        scale = tl.load(scales + load, mask=here, other=0.0)
+        plain = tl.load(scales + blocks + load, mask=here, other=0.0)
+    return found.to(tl.float32) * scale, other_found.to(tl.float32) * scale, plain
+
+
+@triton.jit
+def _times_levels(x, kept, other, levels, other_levels, row, load, blocks):
+    """The same of levels, in float32; they have no use for x's sums."""
+    at, here = x[0] + load * 4 + tl.arange(0, 4)[None, None, :] + row * 0, load < blocks
+    factor = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    found = factor * tl.load(levels + ((kept[0] >> 4) & 15))
+    other_found = factor * tl.load(other_levels + ((other[0] >> 4) & 15))
+    for column in tl.static_range(1, 8):
+        factor = tl.load(at + column * blocks * 4, mask=here, other=0.0).to(tl.float32)
+        found += factor * tl.load(levels + ((kept[0] >> (4 * (column ^ 1))) & 15))
+        other_found += factor * tl.load(other_levels + ((other[0] >> (4 * (column ^ 1))) & 15))
+    return found, other_found, 0.0
+
+
+@triton.jit
+def _dot_words(kept, even, odd, even_low, odd_low, KIND: tl.constexpr):
+    """Codes of words of eight columns times whole numbers, each word's sum: int32.
+
+    `even` and `odd` are the upper halves of every other column's number, `_low` the lower ones.
+    """
+    first, second = _bytes(kept[0], kept[1], KIND)
+    upper = dot4(second, odd, dot4(first, even, even * 0))
+    return dot4(second, odd_low, dot4(first, even_low, upper * 256))
+
+
+@triton.jit
+def _bytes(low, high, KIND: tl.constexpr):
+    """A word's even and odd columns, each four bytes in an int32."""
+    if KIND == INT3:
+        pairs = _spread_twos(low)
+        even, odd = pairs & 0x03030303, (pairs >> 2) & 0x03030303
+    else:
+        even, odd = low & 0x0F0F0F0F, (low >> 4) & 0x0F0F0F0F
+    if KIND == INT6:
+        pairs = _spread_twos(high)
+        even, odd = even | (pairs & 0x03030303) << 4, odd | (pairs & 0x0C0C0C0C) << 2
+    elif KIND >= INT3:
+        ABOVE: tl.constexpr = 2 if KIND == INT3 else 4
+        ones = _spread_ones(high)
+        even, odd = even | (ones & 0x01010101) << ABOVE, odd | (ones & 0x02020202) << ABOVE - 1
+    return even, odd
+
+
+@triton.jit
+def _spread_twos(word):
+    """Eight columns of two bits: two columns at the bottom of each byte of an int32."""
+    wide = word.to(tl.int32) & 0xFFFF
+    wide = (wide | wide << 8) & 0x00FF00FF
+    return (wide | wide << 4) & 0x0F0F0F0F
+
+
+@triton.jit
+def _spread_ones(word):
+    """Eight columns of one bit: two columns at the bottom of each byte of an int32."""
+    wide = word.to(tl.int32) & 0xFF
+    wide = (wide | wide << 12) & 0x000F000F
+    return (wide | wide << 6) & 0x03030303
+
+
+@triton.jit
+def dot4(one, other, total):
+    """`total` and the product of four signed bytes with four others: one instruction of a card."""
+    if INTERPRETED:
+        for byte in tl.static_range(4):
+            total += (one << (24 - 8 * byte) >> 24) * (other << (24 - 8 * byte) >> 24)
+    else:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [one, other, total],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _weighed(found, plain, kept, matrix, at, KIND: tl.constexpr):
+    """The sum of weights times x: `found` of codes times x, and `plain` a block's sum of x."""
+    _, _, scale, zero = kept
+    if KIND == INT8:  # whose scale is that of a row, and applied to the sums
+        total = found
+    elif KIND == LEVELS:
+        total = found * scale
+    elif KIND == NESTED:
+        outer = matrix[4]
+        level = tl.load(outer + scale.to(tl.int32))
+        level *= tl.load(outer + 257 + at[0] // NESTED_BLOCK, mask=at[1], other=0.0)
+        total = found * (level + tl.load(outer + 256))
+    else:
+        scale = scale.to(tl.float32)
+        # The block's sum counts once for each of its four words.
+        total = found * scale + (plain * 0.25) * (zero.to(tl.float32) - _middle(KIND) * scale)
+    return total
+
+
+@triton.jit
+def _middle(KIND: tl.constexpr):
+    """The code that means exactly the zero of its group."""
+    return 4.0 if KIND == INT3 else (24.0 if KIND == INT6 else 8.0)
+
+
+@triton.jit
+def _store_sums(total, matrix, out, first, rows, WARPS: tl.constexpr, KIND: tl.constexpr):
+    """The sums of WARPS rows from `first` on, each of one warp's numbers."""
+    row = first + tl.arange(0, WARPS)
+    sums = tl.sum(tl.sum(total, 2), 1)
+    if KIND == INT8:
+        sums *= tl.load(matrix[1] + row, mask=row < rows, other=0.0)
+    tl.store(out + row, sums, mask=row < rows)
+
+
+def vector_product(x: Activation, matrix: Matrix, other: Matrix | None = None) -> Tensor:
+    """x (1, K) @ W.T -> (parts, N) float32, the sum of whose parts is the product.
+
+    With `other`, which must be stored `alike`, (parts, 2 * N): its product behind the first.
+    """
+    device = x.natural.device
+    loads = matrix.blocks * (2 if matrix.kind == INT8_KIND else 1)
+    programs = triton.cdiv(matrix.rows, WARPS if other else 2 * WARPS)
+    steps = triton.cdiv(loads, LANES)
+    parts = card(device).column_parts(programs, steps)
+    columns = matrix.rows * (2 if other else 1)
+    out = torch.empty((parts, columns), dtype=torch.float32, device=device)
+    vector_kernel[(programs, parts)](
+        (x.planes, x.halves.view(torch.int32), x.scales),
+        _vectors(matrix), _vectors(other or matrix),
+        out, matrix.rows, matrix.blocks, triton.cdiv(steps, parts),
+        KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WARPS, LOADS=LANES, PAIR=bool(other),
+        num_warps=WARPS, **begun_early(device),
+    )  # fmt: skip
+    return out
+
+
+def _vectors(matrix: Matrix) -> tuple[Tensor, ...]:
+    """The matrix's tensors as the kernel for one row takes them: words of four bytes."""
+    codes, *rest = matrix.tensors
+    return codes.view(torch.int32) if matrix.kind == INT8_KIND else codes, *rest
+
+
+def alike(one: Matrix, other: Matrix) -> bool:
+    """Whether a row can be multiplied by both in one launch."""
+    stored = (one.kind, one.per_group, one.shape)
+    return stored == (other.kind, other.per_group, other.shape)
