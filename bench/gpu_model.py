@@ -11,8 +11,10 @@ from bench.synthetic import DIMENSIONS
 from m1local.cache import KVCache
 from m1local.checkpoint import EMBEDDING, HEAD, compute_dtype, matrix_names, parameter_shapes
 from m1local.config import M1Config
+from m1local.cuda.transfer import Shared
 from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import QuantizedEmbedding, QuantizedLinear
+from m1local.memory import Model
 from m1local.model import M1Model
 from m1local.placement import Placement, pin_embedding
 
@@ -34,9 +36,13 @@ def specs(config: M1Config, name: str) -> dict[str, LinearSpec]:
 
 
 def random_matrix(
-    shape: tuple[int, int], spec: LinearSpec, device: torch.device
+    shape: tuple[int, int], spec: LinearSpec, device: torch.device, room: Shared | None = None
 ) -> QuantizedLinear:
-    """A matrix (N, K) of random codes; its values are of the size 1 / sqrt(K)."""
+    """A matrix (N, K) of random codes; its values are of the size 1 / sqrt(K).
+
+    Its tensors lie in `room`, as loaded ones do, or else each in memory of its own.
+    """
+    room = room or Shared(device, 0)
     chosen = format_class(spec.format)
     shared = chosen.shared_tensors(shape, spec)
     tensors: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in shared.items()}
@@ -44,16 +50,13 @@ def random_matrix(
     for name, stored in chosen.stored(*shape, spec).items():
         if name in tensors:
             continue
+        tensors[name] = room.take(stored.shape, stored.dtype)
         if stored.dtype in (torch.uint8, torch.int8):
-            low = -127 if stored.dtype == torch.int8 else 0
-            high = 128 if stored.dtype == torch.int8 else 256
-            tensors[name] = torch.randint(
-                low, high, stored.shape, dtype=stored.dtype, device=device
-            )
+            low, high = (-127, 128) if stored.dtype == torch.int8 else (0, 256)
+            tensors[name].random_(low, high)
             continue
         levels = {"int8": 73.0, "int4": 4.6}.get(spec.format, 0.6)  # standard deviation of codes
-        value = 0.0 if name == "zeros" else size / levels
-        tensors[name] = torch.full(stored.shape, value, dtype=stored.dtype, device=device)
+        tensors[name].fill_(0.0 if name == "zeros" else size / levels)
     return chosen.from_tensors(tensors, shape, spec)
 
 
@@ -65,12 +68,15 @@ def random_model(config: M1Config, name: str, placement: Placement, dtype: torch
     with torch.device("meta"):
         model = M1Model(config)
     shapes, wanted = parameter_shapes(config), specs(config, name)
+    planned = Model(config, wanted, dtype)
+    shared = Shared(placement.card, planned.allocated(placement.setting))
     for prefix, device in placement.parts(config):
-        kind = dtype if device == placement.card else compute_dtype(device)
+        on_card = device == placement.card
+        kind, room = (dtype, shared) if on_card else (compute_dtype(device), Shared(device, 0))
         for module, spec in wanted.items():
             if module.startswith(prefix):
                 rows, columns = shapes[f"{module}.weight"]
-                matrix = random_matrix((rows, columns), spec, device)
+                matrix = random_matrix((rows, columns), spec, device, room)
                 made: nn.Module = (
                     QuantizedEmbedding(matrix, kind) if module == EMBEDDING else matrix
                 )
@@ -79,9 +85,11 @@ def random_model(config: M1Config, name: str, placement: Placement, dtype: torch
         for parameter_name, parameter in model.named_parameters():
             if parameter.is_meta and parameter_name.startswith(prefix):
                 owner, _, attribute = parameter_name.rpartition(".")
-                value = torch.ones(parameter.shape, dtype=kind, device=device)
+                value = room.take(parameter.shape, kind)
                 if len(parameter.shape) == 2:  # a matrix that stays as it was
                     value.normal_(std=parameter.shape[1] ** -0.5)
+                else:
+                    value.fill_(1)
                 new = nn.Parameter(value, requires_grad=False)
                 setattr(model.get_submodule(owner), attribute, new)
     if placement.embedding_on_host and placement.card.type == "cuda":

@@ -25,7 +25,7 @@ from m1local.cuda import int4pack
 from m1local.cuda.card import Card
 from m1local.formats.bnb import bitsandbytes
 from m1local.kv_store import BYTES, FLOAT
-from m1local.memory import Model, Setting, bandwidth, free_bytes, settle
+from m1local.memory import CARD_CHUNK, Model, Setting, bandwidth, free_bytes, settle
 from m1local.model import M1Model
 from m1local.placement import Placement, settled
 from m1local.sampling import SamplingParams
@@ -50,7 +50,7 @@ class Subject:
     config: M1Config = M1_14B
     contexts: tuple[int, ...] = (128, 4096, 16384, 32640)
     prompt: int = 2048
-    chunk: int = 512
+    chunk: int = CARD_CHUNK
     repeats: int = 20
     warm_ups: int = 3
     warm_seconds: float = 0.2  # at least: an idle card's clocks rise slowly

@@ -19,6 +19,7 @@ from m1local.cache import DEFAULT_MAX_CHUNK, REWIND_TOKENS, KVCache, LayerCache
 from m1local.checkpoint import EMBEDDING, HEAD, expected_tensors
 from m1local.config import HeadLayout, M1Config
 from m1local.cuda.card import restored_weights
+from m1local.cuda.transfer import aligned
 from m1local.errors import MemoryLimitError
 from m1local.formats import LinearSpec
 from m1local.formats.base import ROWS_PER_SLICE, Stored
@@ -39,6 +40,7 @@ MEASURED_BYTES = 512 << 20
 LEAST_MEASURED_BYTES = 64 << 20  # less would stay in the caches of some cards
 TRIES = 5
 WARMING_SECONDS = 0.3
+CARD_CHUNK = 1024  # tokens: a card restores its matrices for each chunk, the fewer the better
 LAYERS = "model.layers."
 
 
@@ -155,12 +157,12 @@ class Model:
         self.dtype = dtype
         self.quantized = bool(specs)
         self.parts: dict[str, int] = {}
-        self._gaps: dict[str, int] = {}  # of the same parts, on a card
+        self._aligned: dict[str, int] = {}  # the same parts in one allocation
         for name, stored in expected_tensors(config, specs).items():
             found = stored if isinstance(stored, Stored) else Stored(stored, dtype)
             part = _part(name)
             self.parts[part] = self.parts.get(part, 0) + found.nbytes
-            self._gaps[part] = self._gaps.get(part, 0) + gap(found.nbytes)
+            self._aligned[part] = self._aligned.get(part, 0) + aligned(found.nbytes)
 
     @property
     def weights(self) -> int:
@@ -192,7 +194,9 @@ class Model:
                 host=all_of_it, read=0, host_read=read,
             )  # fmt: skip
         away = embedding if setting.embedding_on_host or first else 0
-        weights = self.weights - host_layers - away
+        weights, together = self.weights - host_layers - away, self.allocated(setting)
+        buffers = (each for one in kept[first:] for each in (*one.k.tensors, *one.v.tensors))
+        gaps = together - weights + gap(together) + sum(gap(each.nbytes) for each in buffers)
         return Demand(
             weights=weights,
             cache=sum(caches[first:]),
@@ -201,21 +205,21 @@ class Model:
             )
             + (self.slices(setting, device) if self.quantized else 0),
             graphs=on_card * LAUNCHES_PER_LAYER * GRAPH_BYTES if device.type == "cuda" else 0,
-            gaps=self._gaps_of(first, kept[first:], away) if device.type == "cuda" else 0,
+            gaps=gaps if device.type == "cuda" else 0,
             runtime=CONTEXT_BYTES + LIBRARY_BYTES if device.type == "cuda" else PROCESS_BYTES,
             host=host_layers + away + sum(caches[:first]),
             read=weights - (embedding - away) + sum(seen[first:]),
             host_read=host_layers + sum(seen[:first]),
         )
 
-    def _gaps_of(self, first: int, caches: Sequence[LayerCache], away: int) -> int:
-        """Of what lies on a card: the layers from `first` on, and the rest but for what is away."""
-        elsewhere = {f"{LAYERS}{layer}" for layer in range(first)} | (
-            {EMBEDDING} if away else set()
-        )
-        of_weights = sum(size for part, size in self._gaps.items() if part not in elsewhere)
-        buffers = [each for layer in caches for each in (*layer.k.tensors, *layer.v.tensors)]
-        return of_weights + sum(gap(each.nbytes) for each in buffers)
+    def allocated(self, setting: Setting) -> int:
+        """Bytes of the one allocation for all weights that `setting` puts on a card."""
+        layers = self.config.num_hidden_layers
+        first = 0 if setting.gpu_layers is None else max(0, layers - setting.gpu_layers)
+        elsewhere = {f"{LAYERS}{layer}" for layer in range(first)}
+        if setting.embedding_on_host or first:
+            elsewhere.add(EMBEDDING)
+        return sum(size for part, size in self._aligned.items() if part not in elsewhere)
 
     def slices(self, setting: Setting, device: torch.device) -> int:
         """Bytes of the weights that are restored at a time for the many rows of a chunk."""
@@ -301,9 +305,23 @@ def workspace(config: M1Config, setting: Setting, itemsize: int, *, masked: bool
 def options(wanted: Setting, layers: int) -> Iterator[Setting]:
     """Settings in the order in which they cost the user: nothing, then speed, little by little."""
     yield wanted
-    yield replace(wanted, embedding_on_host=True)
+    wanted = replace(wanted, embedding_on_host=True)
+    yield wanted
+    if wanted.max_chunk > DEFAULT_MAX_CHUNK:
+        wanted = in_smaller_chunks(wanted)
+        yield wanted
     for on_card in range(layers - 1, 0, -1):
-        yield replace(wanted, gpu_layers=on_card, embedding_on_host=True)
+        yield replace(wanted, gpu_layers=on_card)
+
+
+def suited(wanted: Setting, device: torch.device) -> Setting:
+    """`wanted` as it is on `device`: a card reads prompts in larger chunks."""
+    return replace(wanted, max_chunk=CARD_CHUNK) if device.type == "cuda" else wanted
+
+
+def in_smaller_chunks(wanted: Setting) -> Setting:
+    """`wanted` with prompts in chunks of the usual size, which take less work space."""
+    return replace(wanted, max_chunk=min(wanted.max_chunk, DEFAULT_MAX_CHUNK))
 
 
 def settle(model: Model, wanted: Setting, device: torch.device, free: int) -> Setting:

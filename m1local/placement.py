@@ -27,8 +27,10 @@ from m1local.memory import (
     Model,
     Setting,
     check,
+    in_smaller_chunks,
     room,
     settle,
+    suited,
     used_device,
 )
 from m1local.model import M1Model
@@ -105,12 +107,14 @@ def place(folder: Path, wanted: Setting, gpu_layers: GpuLayers) -> Placement:
             f"--gpu-layers {gpu_layers} needs an NVIDIA card and a torch with CUDA; torch finds "
             "none here (m1 doctor). Leave the option out to use the CPU."
         )
-    model = planned_model(folder, card)
+    model, wanted, free = planned_model(folder, card), suited(wanted, card), room(card)
     if gpu_layers == "auto":
-        return settled(settle(model, wanted, card, room(card)), layers, card)
+        return settled(settle(model, wanted, card, free), layers, card)
     if gpu_layers != "all" and gpu_layers < layers:
         wanted = replace(wanted, gpu_layers=gpu_layers, embedding_on_host=True)
-    check(model, wanted, card, room(card))
+    if model.demand(wanted, card).device > free:
+        wanted = in_smaller_chunks(wanted)
+    check(model, wanted, card, free)
     return settled(wanted, layers, card)
 
 
@@ -141,8 +145,10 @@ def load(folder: Path, placement: Placement) -> tuple[M1Model, Moved | None]:
     """Load the model in `folder` where `placement` says; and what was moved to a card."""
     if placement.card.type == "cpu":
         return load_model(folder), None
-    config = M1Config.from_file(folder / CONFIG)
-    transfer = Transfer(placement.card)
+    config, planned = M1Config.from_file(folder / CONFIG), planned_model(folder, placement.card)
+    # Where a kernel is missing the weights are packed anew, and what was moved is given back.
+    together = support.usable(placement.card)
+    transfer = Transfer(placement.card, planned.allocated(placement.setting) if together else 0)
     parts = list(placement.parts(config))
     model = load_model(folder, device=placement.card, parts=parts, move=transfer)
     if placement.embedding_on_host:

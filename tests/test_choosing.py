@@ -47,8 +47,8 @@ def taken(chosen: Chosen, kv_type: str | None = None) -> tuple[object, ...]:
     ("gib", "recipe", "tokens", "kv_type"),
     [
         (24, "int8", 8192, "f16"), (13.9, "int8", 8192, "q8_0"), (13.2, "int4", 8192, "f16"),
-        (9.1, "int4", 8192, "f16"), (8.7, "int4", 8192, "q8_0"), (8.4, "int4", 4096, "q8_0"),
-        (8.25, "int4", 2048, "q8_0"),
+        (9.1, "int4", 8192, "f16"), (8.5, "int4", 8192, "q8_0"), (8.15, "int4", 4096, "q8_0"),
+        (7.95, "int4", 2048, "q8_0"),
     ],
 )  # fmt: skip
 def test_the_best_that_is_whole_on_the_card(

@@ -17,7 +17,7 @@ from m1local.errors import RecipeError
 from m1local.formats import LinearSpec, format_class
 from m1local.home import DEMO
 from m1local.manifest import CheckpointManifest
-from m1local.memory import Model, Setting
+from m1local.memory import Model, Setting, suited
 from m1local_app import fitting, options
 from m1local_app.cli import cli
 from m1local_quantize import sensitivity
@@ -211,7 +211,8 @@ def test_a_context_takes_its_bytes_from_the_weights() -> None:
     assert differences == {4096: 2048 * per_token, 8192: 6144 * per_token}
     for context in (16, 2048, 32768):  # weights of that size are planned to fit, and no more
         model = Model(config, dict.fromkeys(matrix_names(config), INT4), torch.bfloat16)
-        demand = model.demand(Setting(context), torch.device("cuda"))
+        card = torch.device("cuda")
+        demand = model.demand(suited(Setting(context), card), card)
         least = demand.device + demand.runtime
         assert weights_within(least, config, context) == model.weights == demand.weights
 

@@ -14,6 +14,7 @@ from bench.gpu_parts import PARTS, Subject
 from m1local.config import M1Config
 from m1local.cuda import support
 from m1local.cuda.card import Card
+from m1local.cuda.transfer import Shared
 from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
 from m1local.memory import PROCESS_BYTES, Setting
@@ -235,6 +236,10 @@ def test_the_embedding_of_a_card_s_random_model_is_pinned(monkeypatch: pytest.Mo
     class Card:  # one that is none, since there is no tensor of CUDA here
         type = "cuda"
 
+    def room(device: object, nbytes: int) -> Shared:
+        return Shared(device if isinstance(device, torch.device) else CARD, nbytes)
+
+    monkeypatch.setattr(gpu_model, "Shared", room)
     elsewhere = Placement(Card(), CONFIG.num_hidden_layers, True, Setting(64))  # type: ignore[arg-type]
     parts = list(placed.parts(CONFIG))
     monkeypatch.setattr(Placement, "parts", lambda self, config: parts)

@@ -4,19 +4,20 @@ Without a card the second device is the CPU again, in bfloat16, so that what is 
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from m1local import placement as placing
-from m1local.cache import KVCache
+from m1local.cache import DEFAULT_MAX_CHUNK, KVCache
 from m1local.checkpoint import load_model
 from m1local.config import M1Config
-from m1local.cuda.transfer import Transfer
+from m1local.cuda.transfer import Shared, Transfer, aligned
 from m1local.engine import Engine
 from m1local.errors import MemoryLimitError
-from m1local.memory import Setting
+from m1local.memory import CARD_CHUNK, Setting
 from m1local.placement import Placement, place, settled
 from m1local_app.cli import cli
 from m1local_quantize.pipeline import quantize_checkpoint
@@ -78,6 +79,26 @@ def test_too_little_memory_is_said_before_anything_is_read(
     assert place(tiny_checkpoint, Setting(64), "auto").card == CPU
 
 
+@pytest.mark.usefixtures("card")
+def test_layers_that_were_asked_for_are_fed_smaller_chunks_before_they_are_refused(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small = (Setting(128, max_chunk=chunk) for chunk in (CARD_CHUNK, DEFAULT_MAX_CHUNK))
+    monkeypatch.setattr(placing, "planned_model", lambda folder, card: Grown())
+    for layers in ("all", 3):
+        monkeypatch.setattr(placing, "room", lambda device: CARD_CHUNK)
+        assert place(tiny_checkpoint, small, layers).setting.max_chunk == large.max_chunk
+        monkeypatch.setattr(placing, "room", lambda device: CARD_CHUNK - 1)
+        assert place(tiny_checkpoint, small, layers).setting.max_chunk == small.max_chunk
+
+
+class Grown:
+    """A model that takes a byte for each token of a chunk."""
+
+    def demand(self, setting: Setting, device: torch.device) -> object:
+        return SimpleNamespace(device=setting.max_chunk)
+
+
 def test_every_part_is_named_once() -> None:
     names = [name for name, _ in settled(Setting(64), 4, CARD).parts(CONFIG)]
     for tensor in load_names():
@@ -99,7 +120,12 @@ def test_layers_in_two_types_answer_alike(
     second = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     split = Placement(second, 2, True, Setting(64))
     parts = list(split.parts(CONFIG))
-    model = load_model(tmp_path / "int8", device=second, parts=parts, move=Transfer(second, 4096))
+    model = load_model(
+        tmp_path / "int8",
+        device=second,
+        parts=parts,
+        move=Transfer(second, 1 << 20, buffer_bytes=4096),
+    )
     prompt = torch.arange(10, 30)[None]
     wanted = whole(prompt, KVCache.allocate(CONFIG, 64, dtype=torch.float32))
     found = model(prompt, split.allocate(CONFIG)).cpu()
@@ -119,6 +145,36 @@ def test_tensors_arrive_whole_through_small_buffers(monkeypatch: pytest.MonkeyPa
     moved = move.finish()
     assert moved.nbytes == 37 * 5 * 4 + 1000 + 6
     assert moved.seconds > 0
+
+
+def test_tensors_share_an_allocation_as_long_as_there_is_room() -> None:
+    wanted = torch.randn(37, 5), torch.arange(300, dtype=torch.uint8), torch.randn(3).bfloat16()
+    move = Transfer(CPU, sum(aligned(tensor.nbytes) for tensor in wanted))
+    found = [move(tensor) for tensor in wanted]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
+    beyond = move(torch.ones(1))
+    assert beyond.untyped_storage().data_ptr() != found[0].untyped_storage().data_ptr()
+    kept = Shared(CPU, 1024)
+    first, *others = [kept.take((3,), torch.int8).data_ptr() for _ in range(3)]
+    assert [at - first for at in others] == [256, 512]
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_weights_that_are_moved_fit_into_what_is_allocated_for_them(
+    recipe: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for _ in quantize_checkpoint(tiny_checkpoint, tmp_path / "m1", Recipe.find(recipe)):
+        pass
+    taken: list[int] = []
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        taken.append(aligned(tensor.nbytes))
+        return tensor.to("meta")
+
+    planned = placing.planned_model(tmp_path / "m1", CPU).allocated(Setting(64))
+    load_model(tmp_path / "m1", device=torch.device("meta"), dtype=torch.bfloat16, move=move)
+    assert planned - (1 << 14) < sum(taken) <= planned  # norms and taps are moved by themselves
 
 
 def test_matrices_as_they_were_go_through_the_buffers_too(tiny_checkpoint: Path) -> None:

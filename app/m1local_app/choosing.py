@@ -17,7 +17,15 @@ from m1local.config import M1Config
 from m1local.engine import DEFAULT_CONTEXT_TOKENS
 from m1local.kv_store import BYTES
 from m1local.manifest import NAME as MANIFEST
-from m1local.memory import LIBRARY_BYTES, Model, Setting, free_bytes, settle, used_device
+from m1local.memory import (
+    LIBRARY_BYTES,
+    Model,
+    Setting,
+    free_bytes,
+    settle,
+    suited,
+    used_device,
+)
 from m1local_app import library
 from m1local_app.kept import size_text
 from m1local_app.language import tr
@@ -108,7 +116,7 @@ class _Plan:
             tokens //= 2
 
     def _of(self, name: str, wanted: Setting) -> Choice:
-        model = self.models[name]
+        model, wanted = self.models[name], suited(wanted, self._device)
         setting = settle(model, wanted, self._device, self._free - LIBRARY_BYTES)
         needed = model.demand(setting, self._device).device + LIBRARY_BYTES
         return Choice(name, setting, self._layers, needed, self._free)

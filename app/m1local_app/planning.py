@@ -28,6 +28,7 @@ from m1local.memory import (
     free_bytes,
     room,
     settle,
+    suited,
     used_device,
 )
 from m1local_app.columns import aligned
@@ -82,7 +83,12 @@ def plan(folder: Path, machine: Machine, context_tokens: int | None) -> list[Row
     contexts = [context_tokens] if context_tokens else [n for n in CONTEXTS if n <= longest]
     dtype = dtype_on(machine.device)
     return [
-        _row(recipe, Model(config, specs, dtype), Setting(context, kv_type), machine)
+        _row(
+            recipe,
+            Model(config, specs, dtype),
+            suited(Setting(context, kv_type), machine.device),
+            machine,
+        )
         for recipe, specs in recipes(folder, config)
         for context in contexts or [longest]
         for kv_type in kinds(config)

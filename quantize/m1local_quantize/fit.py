@@ -21,7 +21,7 @@ from m1local.checkpoint import matrix_names, parameter_shapes
 from m1local.config import M1Config
 from m1local.errors import RecipeError
 from m1local.formats import LinearSpec, format_class
-from m1local.memory import Model, Setting
+from m1local.memory import Model, Setting, suited
 from m1local_quantize.methods import method_for
 from m1local_quantize.plan import stored_tensors
 from m1local_quantize.recipe import Recipe, Rule
@@ -179,5 +179,6 @@ def weights_within(device_bytes: int, config: M1Config, context_tokens: int) -> 
     # Any; the rest differs only in what the card's allocator leaves, and is most with this one.
     specs = dict.fromkeys(matrix_names(config), LinearSpec("int4", 64))
     model = Model(config, specs, torch.bfloat16)
-    demand = model.demand(Setting(context_tokens), torch.device("cuda"))
+    card = torch.device("cuda")
+    demand = model.demand(suited(Setting(context_tokens), card), card)
     return device_bytes - (demand.device + demand.runtime - demand.weights)
