@@ -42,6 +42,7 @@ def cases(capability: int) -> Iterator[Case]:
 
 def _products(tiles: Any, half: str, overlap: bool) -> Iterator[Case]:
     from m1local.cuda import card, one_row, products, words
+    from m1local.cuda.matrix import WORD
 
     kinds = {
         "int4": (words.INT4, 2, "*i32", "*bf16"),
@@ -58,14 +59,25 @@ def _products(tiles: Any, half: str, overlap: bool) -> Iterator[Case]:
         of_kind = {"KIND": kind.value, "PER_GROUP": per_group}
         numbers = {"rows": "i32", "blocks": "i32", "steps": "i32"}
         vectors = tuple((stored | {"codes": "*i32" if name == "int8" else codes}).values())
-        for pair in (False, True) if name in ("int4", "nf4") else (False,):
+        lanes = {"LOADS": card.LANES, "OVERLAP": overlap}
+        x, normed = {"x": (half, "*i32", "*fp32", "*fp32")}, {"SQUARES": 1024}
+        yield Case(
+            f"vector {name}", one_row.vector_kernel,
+            x | {"matrix": vectors, "out": "*fp32"} | numbers | {"eps": "fp32"},
+            of_kind | lanes | {"WARPS": card.WARPS} | normed, card.WARPS,
+        )  # fmt: skip
+        if name in ("int4", "nf4"):
             yield Case(
-                f"{'pair' if pair else 'vector'} {name}", one_row.vector_kernel,
-                {"x": (half, "*i32", "*fp32"), "one": vectors, "other": vectors, "out": "*fp32"}
-                | numbers,
-                of_kind | {"WARPS": card.WARPS, "LOADS": card.LANES, "PAIR": pair,
-                           "OVERLAP": overlap},
-                card.WARPS,
+                f"gated {name}", one_row.gated_kernel,
+                x | {"gate": vectors, "up": vectors} | _row(half) | numbers | {"eps": "fp32"},
+                of_kind | lanes | {"WARPS": WORD, "WHOLE": True} | normed, WORD,
+            )  # fmt: skip
+        if name in ("int4", "int6"):
+            yield Case(
+                f"added {name}", one_row.added_kernel,
+                x | {"matrix": vectors, "stream": "*fp32", "weight": half} | _row(half)
+                | {"squares": "*fp32"} | numbers,
+                of_kind | lanes | {"WARPS": WORD}, WORD,
             )  # fmt: skip
         if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
             continue
@@ -105,8 +117,8 @@ def _neighbours(half: str, overlap: bool) -> Iterator[Case]:
     )  # fmt: skip
     yield Case(
         "silu up", fused.silu_up_kernel,
-        {"gate": "*fp32", "gate_parts": "i32", "gate_stride": "i32", "up": "*fp32",
-         "up_parts": "i32", "up_stride": "i32"} | row | {"columns": "i32"},
+        {"gate": "*fp32", "gate_parts": "i32", "up": "*fp32", "up_parts": "i32"} | row
+        | {"columns": "i32"},
         {"BLOCK": fused.BLOCK} | fixed, card.WARPS,
     )  # fmt: skip
     for width, kept in itertools.product((128, 256), (FLOAT, BYTES)):

@@ -17,13 +17,14 @@ from tests.conftest import ROOT
 
 MOST_REGISTERS = 128  # so that four programs of 128 threads fit a multiprocessor
 MOST_PROMPT_REGISTERS = 168  # for several rows, where tiles are kept in registers
-MOST_VECTOR_REGISTERS = 72  # so that seven fit, whose loads hide the memory's latency
+# So that 32 warps fit, or 28; of codes that lie in two planes 20: their loads hide the latency.
+MOST_VECTOR_REGISTERS = {"int4": 64, "int8": 64, "nf4": 72, "nf4-dq": 72, "int3": 72, "int6": 96}
 # Of a loop that reads a block of 32 columns, or of bytes 16, for each thread and row: a card that
 # issues 128 a cycle and multiprocessor reads 4 bits at any card's bandwidth with some 3 a weight.
-MOST_INSTRUCTIONS = {"int4": 3.1, "int8": 2.8, "nf4": 9.2, "nf4-dq": 9.8, "int3": 5.3, "int6": 4.6}
+MOST_INSTRUCTIONS = {"int4": 3.2, "int8": 3.1, "nf4": 9.2, "nf4-dq": 9.8, "int3": 5.3, "int6": 4.6}
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 SHARED_BYTES[120] = 99 << 10
-ONE_ROW = ("vector", "pair")
+ONE_ROW = ("vector", "gated", "added")
 OF_A_PROMPT = ("tile", "expand", "chunk")
 Compiled = dict[str, Any]
 
@@ -57,7 +58,19 @@ def test_every_kernel_compiles_for_every_card(kernels: list[Compiled]) -> None:
     for found in kernels:
         by_card[found["capability"]].add(found["kernel"].partition(" ")[0])
     assert set(by_card) == set(CAPABILITIES) == {10 * a + b for a, b in TILES}
-    every = {"vector", "pair", "tile", "expand", "norm", "silu", "place", "row", "attend", "join"}
+    every = {
+        "vector",
+        "gated",
+        "added",
+        "tile",
+        "expand",
+        "norm",
+        "silu",
+        "place",
+        "row",
+        "attend",
+        "join",
+    }
     every |= {"chunk", "round"}
     assert all(names == every for names in by_card.values()), by_card
 
@@ -82,7 +95,7 @@ def test_one_row_reads_long_vectors_and_never_waits_in_the_loop(kernels: list[Co
     for found in vectors:
         assert found["vector_loads"] > 0, found
         assert found["loop_barriers"] == 0, found  # sums are handed over after the loop
-        assert found["reg"] <= MOST_VECTOR_REGISTERS, found
+        assert found["reg"] <= MOST_VECTOR_REGISTERS[found["kernel"].partition(" ")[2]], found
 
 
 @pytest.mark.slow

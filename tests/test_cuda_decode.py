@@ -10,6 +10,7 @@ from m1local.cache import KVCache
 from m1local.config import M1Config
 from m1local.context import Context
 from m1local.cuda import support
+from m1local.formats import LinearSpec
 from m1local.formats.groups import Int4Linear
 from m1local.formats.int8 import Int8Linear
 from m1local.kv_store import BYTES, FLOAT
@@ -40,7 +41,13 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model_of(format_: str) -> M1Model:
-    specs = {} if format_ == "float" else stored_as(CONFIG, format_, {"int4": 32}.get(format_))
+    if format_ == "float":
+        return quantized(CONFIG, {}).to(CARD)
+    stored = ("int8", None) if format_ == "int8" else ("int4", 32)
+    specs = stored_as(CONFIG, *stored)
+    if format_ == "mixed":  # one matrix as it was, and up is stored unlike gate
+        del specs["model.layers.0.self_attn.o_proj"]
+        specs["model.layers.1.mlp.up_proj"] = LinearSpec("int8")
     return quantized(CONFIG, specs).to(CARD)
 
 
@@ -57,13 +64,14 @@ def ordinary(model: M1Model, cache: KVCache, token_ids: list[int]) -> torch.Tens
     return logits
 
 
-@pytest.mark.parametrize("format_", ["float", "int8", "int4"])
+@pytest.mark.parametrize("format_", ["float", "int8", "int4", "mixed"])
 @torch.inference_mode()
 def test_the_tokens_are_those_of_the_ordinary_path(format_: str) -> None:
     model, expected_cache, cache = model_of(format_), new_cache(), new_cache()
     wanted = ordinary(model, expected_cache, PROMPT)
     ordinary(model, cache, PROMPT)
     decoder = Decoder(model, cache)
+    assert (decoder.step.grown is None) == (format_ in ("float", "mixed"))
     for _ in range(3):
         token = int(wanted.argmax())
         wanted = ordinary(model, expected_cache, [token])

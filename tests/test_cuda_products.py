@@ -5,11 +5,13 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from m1local.cuda import matrix as stored
 from m1local.cuda import support
 from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import QuantizedLinear
+from m1local.model import RMSNorm
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD
 
@@ -77,18 +79,42 @@ def test_one_row_equals_the_dequantized_product(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_two_matrices_are_multiplied_in_one_launch(name: str) -> None:
-    one, other = quantized(name, (13, 1408)), quantized(name, (13, 1408))
-    first, second = one.cuda_matrix(), other.cuda_matrix()
+@pytest.mark.parametrize("rows", [13, 64])  # of the activations behind it, no blocks and two
+def test_gate_and_up_are_one_kernel(name: str, rows: int) -> None:
+    gate, up = quantized(name, (rows, 1408)), quantized(name, (rows + 1, 1408))
+    first, second = gate.cuda_matrix(), up.cuda_matrix()
     assert first is not None
     assert second is not None
-    second.scales.copy_(second.scales.flip(0))
-    second.codes.copy_(second.codes.flip(0))
-    x = Activation.of(activations(1, 1408))
-    both = one_row.vector_product(x, first, second).sum(0)
-    assert torch.equal(both[:13], one_row.vector_product(x, first).sum(0))
-    assert torch.equal(both[13:], one_row.vector_product(x, second).sum(0))
-    assert not torch.equal(both[:13], both[13:])
+    x, out = activations(1, 1408) * 0.1, Activation(rows, dtype=torch.float32, device=CARD)
+    one_row.gated_product(Activation.of(x), first, second, out)
+    wanted = functional.silu(expected(x, gate)) * expected(x, up)[:, :rows]
+    close(out.natural, wanted, 2 * tolerance_of_one_row(name))
+    again = Activation.of(out.natural)
+    assert torch.equal(out.halves, again.halves)
+    assert torch.equal(out.scales, again.scales)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("int")])
+def test_a_product_is_added_and_normed_by_whoever_reads_it(name: str) -> None:
+    module, behind = quantized(name, (128, 1408)), quantized(name, (21, 128))
+    matrix, next_matrix = module.cuda_matrix(), behind.cuda_matrix()
+    assert matrix is not None
+    assert next_matrix is not None
+    x, stream = activations(1, 1408), activations(1, 128, torch.float32)[0] * 30
+    norm = RMSNorm(128, 1e-3).to(CARD)
+    norm.weight.data = 0.05 + 0.02 * activations(2, 128, torch.float32)[0]
+    wanted = stream + expected(x, module)[0]
+    out = Activation(128, dtype=torch.float32, device=CARD, eps=norm.eps)
+    one_row.added_product(Activation.of(x), matrix, stream, norm.weight, out)
+    close(stream, wanted, tolerance_of_one_row(name))
+    close(out.natural, (wanted * norm.weight)[None], tolerance_of_one_row(name))
+    normed = norm(wanted.float())[None]
+    found = one_row.vector_product(out, next_matrix).sum(0, keepdim=True)
+    close(found, expected(normed, behind), 2 * tolerance_of_one_row(name))
+    gated = Activation(21, dtype=torch.float32, device=CARD)
+    one_row.gated_product(out, next_matrix, next_matrix, gated)
+    product = expected(normed, behind)
+    close(gated.natural, functional.silu(product) * product, 4 * tolerance_of_one_row(name))
 
 
 def test_matrices_of_two_kinds_are_not_alike() -> None:

@@ -1,9 +1,9 @@
 """One row of activations as products read it: in three orders, and in whole numbers.
 
 What it is: the row in its own order, for what torch multiplies; in that of planes (matrix.py), for
-levels; and as whole numbers of 16 bits, each block of 32 columns with a scale of its own, for codes
-that are whole numbers too. A number's two halves lie apart, as bytes, so that one instruction
-multiplies four of them (one_row.py, `dot4`). Two bytes lose next to nothing, 2^-16 of a block's
+levels; and as whole numbers of 16 bits, each word of eight columns with a scale of its own, for
+codes that are whole numbers too. A number's two halves lie apart, as bytes, so that one instruction
+multiplies four of them (one_row.py, `dot4`). Two bytes lose next to nothing, 2^-16 of a word's
 greatest; bfloat16 loses 2^-9 of each. What it is not: for several rows, which tensor cores
 multiply.
 """
@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from m1local.cuda.card import WARPS
+from m1local.cuda.matrix import BLOCK, WORD
 from m1local.cuda.overlap import begun_early, settled
 
-COLUMNS = 32  # of a block
 MOST = 127 * 256  # so that both halves fit into a signed byte
 ROUNDED = 1024  # columns of a program
 
-_COLUMNS, _MOST = tl.constexpr(COLUMNS), tl.constexpr(MOST)
+_WORD, _MOST = tl.constexpr(WORD), tl.constexpr(MOST)
 _HALVES = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds, ties to even
 
 
@@ -31,42 +31,42 @@ def store_row(
     natural, planes, halves, scales, first, end, value, columns,
     N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Store the columns from `first` to `end`, `value` (N,) float32: whole blocks, if WHOLE."""
+    """Store the columns from `first` to `end`, `value` (N,) float32: whole words, if WHOLE."""
     at = first + tl.arange(0, N)
     narrow = value.to(natural.dtype.element_ty)
     tl.store(natural + at, narrow, mask=at < end)
     tl.store(planes + at % 8 * (columns // 8) + at // 8, narrow, mask=at < end)
     if WHOLE:
-        _store_whole(halves, scales, first, end, tl.where(at < end, value, 0.0), columns, N)
+        value = tl.where(at < end, value, 0.0)
+        words, column = tl.reshape(value, (N // _WORD, _WORD)), tl.arange(0, _WORD)[None, :]
+        word = first // _WORD + tl.arange(0, N // _WORD)
+        here = word * _WORD < end
+        scale, whole = _rounded(words)
+        tl.store(scales + word, scale, mask=here)
+        tl.store(scales + columns // _WORD + word, scale * tl.sum(whole, 1), mask=here)
+        word, here = word[:, None], here[:, None]
+        _store_halves(halves + word * _WORD + column, whole, columns, here)
+        # Even columns before odd ones, as they come out of four words of eight nibbles.
+        place = word // 4 * 32 + column % 2 * 16 + word % 4 * 4 + column // 2
+        _store_halves(halves + 2 * columns + place, whole, columns, here)
 
 
 @triton.jit
-def _store_whole(halves, scales, first, end, value, columns, N: tl.constexpr):
-    """The same N columns in whole numbers; see `Activation`."""
-    blocks = tl.reshape(value, (N // _COLUMNS, _COLUMNS))
-    greatest = tl.max(tl.abs(blocks), 1)
+def _rounded(words):
+    """Each word's scale, and its columns as whole numbers; see `Activation`."""
+    greatest = tl.max(tl.abs(words), 1)
     usable = greatest > 1e-30
     inverse = tl.where(usable, tl.div_rn(_MOST * 1.0, tl.where(usable, greatest, 1.0)), 0.0)
-    whole = ((blocks * inverse[:, None] + _HALVES) - _HALVES).to(tl.int32)
-    scale = greatest / _MOST + 0.0 * tl.sum(blocks, 1)  # what is not a number stays none
-    upper = (whole + 128) >> 8
-    block = first // _COLUMNS + tl.arange(0, N // _COLUMNS)
-    here = block * _COLUMNS < end
-    tl.store(scales + block, scale, mask=here)
-    tl.store(scales + columns // _COLUMNS + block, scale * tl.sum(whole, 1), mask=here)
-    inside = tl.arange(0, _COLUMNS)
-    # Even columns before odd ones, as they come out of words of eight nibbles.
-    sorted_at = inside % 2 * (_COLUMNS // 2) + inside // 2
-    _store_halves(halves, block[:, None] * _COLUMNS + inside[None, :], upper, whole, columns, here)
-    sorted_to = halves + 2 * columns
-    at = block[:, None] * _COLUMNS + sorted_at[None, :]
-    _store_halves(sorted_to, at, upper, whole, columns, here)
+    whole = ((words * inverse[:, None] + _HALVES) - _HALVES).to(tl.int32)
+    # What is not a number stays none.
+    return greatest / _MOST + 0.0 * tl.sum(words, 1), whole
 
 
 @triton.jit
-def _store_halves(halves, at, upper, whole, columns, here):
-    tl.store(halves + at, upper.to(tl.int8), mask=here[:, None])
-    tl.store(halves + columns + at, (whole - upper * 256).to(tl.int8), mask=here[:, None])
+def _store_halves(halves, whole, columns, here):
+    upper = (whole + 128) >> 8
+    tl.store(halves, upper.to(tl.int8), mask=here)
+    tl.store(halves + columns, (whole - upper * 256).to(tl.int8), mask=here)
 
 
 @triton.jit
@@ -87,19 +87,33 @@ class Activation:
 
     `natural` (1, K) in the order of columns, `planes` (1, K) in that of planes, both of the type of
     activations. `halves` (2, 2, K) int8: the numbers' upper and lower halves, in the order of
-    columns, and again with each block's even columns first; x = scale * (256 * upper + lower).
-    `scales` (2, K / 32) float32: each block's scale, and the sum of its columns. The last two are
-    empty where the columns are no whole blocks.
+    columns, and again with the even columns of each 32 first; x = scale * (256 * upper + lower).
+    `scales` (2, K / 8) float32: each word's scale, and the sum of its columns. The last two are
+    empty where the columns are no blocks of 32, which no kernel takes. `squares`, of a row that is
+    still to be divided by its root mean square with `eps`, are the sums of each word's (one_row.py,
+    `added_product`), else empty.
     """
 
-    def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate all; the planes mean nothing where columns are no whole words."""
+    def __init__(
+        self,
+        columns: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        eps: float | None = None,
+    ) -> None:
+        """Allocate all, with `squares` if there is an `eps`.
+
+        The planes mean nothing where columns are no whole words.
+        """
         self.natural = torch.zeros((1, columns), dtype=dtype, device=device)
         self.planes = torch.zeros_like(self.natural)
-        self.whole = columns % COLUMNS == 0
+        self.whole = columns % BLOCK == 0
         kept = columns if self.whole else 0
         self.halves = torch.zeros((2, 2, kept), dtype=torch.int8, device=device)
-        self.scales = torch.zeros((2, kept // COLUMNS), device=device)
+        self.scales = torch.zeros((2, kept // WORD), device=device)
+        self.eps = eps or 0.0
+        self.squares = torch.zeros(0 if eps is None else kept // WORD, device=device)
 
     @classmethod
     def of(cls, x: Tensor) -> Self:

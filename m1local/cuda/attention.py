@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from m1local.cache import LayerCache
-from m1local.cuda.activation import COLUMNS, Activation, store_row
+from m1local.cuda.activation import Activation, store_row
 from m1local.cuda.card import card
 from m1local.cuda.kept import head_of, load_kept, pointers
+from m1local.cuda.matrix import WORD
 from m1local.cuda.overlap import begun_early, settled
 
 LEAST_DOT = 16  # rows that the tensor cores take
@@ -133,7 +134,7 @@ def attend(
         WIDTH=padded, KEYS=tiles.keys, BYTES=in_bytes, num_warps=tiles.key_warps,
         **begun_early(q.device),
     )  # fmt: skip
-    whole = out.whole and width % COLUMNS == 0  # blocks do not lie in two heads
+    whole = out.whole and width % WORD == 0  # no word lies in two heads
     join_kernel[(layout.num_heads,)](
         kept.partial, kept.greatest, kept.sums, *out.tensors, layout.num_heads, width, parts,
         PARTS=triton.next_power_of_2(parts), WIDTH=padded, WHOLE=whole,

@@ -10,20 +10,20 @@ The step for a token that was drawn on the card may be begun before the host kno
 sequence's end, where nothing looks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from m1local.cache import KVCache
+from m1local.cache import KVCache, LayerCache
 from m1local.cuda import attention, fused
 from m1local.cuda.activation import Activation
 from m1local.cuda.embedding import EmbeddingRows
 from m1local.cuda.matrix import Matrix
-from m1local.cuda.one_row import alike, vector_product
+from m1local.cuda.one_row import added_product, alike, gated_product, vector_product
 from m1local.formats.base import QuantizedLinear
-from m1local.model import M1Layer, M1Model
+from m1local.model import M1Attention, M1Layer, M1Model, RMSNorm
 from m1local.rope import Rotation, frequencies, turned
 
 NOWHERE = (-1, None)  # a position and token that match nothing
@@ -43,13 +43,13 @@ def multiply(module: nn.Module, x: Activation) -> Tensor:
     return whole
 
 
-def multiply_both(one: nn.Module, other: nn.Module, x: Activation) -> tuple[Tensor, Tensor]:
-    """The same of two matrices of one shape: in one launch where both are stored alike."""
-    first, second = stored(one), stored(other)
-    if first is None or second is None or not alike(first, second):
-        return multiply(one, x), multiply(other, x)
-    gate, up = vector_product(x, first, second).chunk(2, dim=1)
-    return gate, up
+def gated(gate: nn.Module, up: nn.Module, x: Activation, out: Activation) -> None:
+    """`out` becomes silu(gate(x)) * up(x), by one kernel where both are stored alike."""
+    one, other = stored(gate), stored(up)
+    if one is None or other is None or not alike(one, other):
+        fused.silu_up(multiply(gate, x), multiply(up, x), out)
+    else:
+        gated_product(x, one, other, out)
 
 
 class DecodeStep:
@@ -64,12 +64,12 @@ class DecodeStep:
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         self.x = torch.zeros(config.hidden_size, device=self.device)
         self.logits = torch.zeros(config.vocab_size, device=self.device)
-        width, inner = config.hidden_size, config.intermediate_size
-        self.normed, self.mixed, self.inner = (
-            Activation(columns, dtype=dtype, device=self.device)
-            for columns in (width, width, inner)
-        )
-        self.q = torch.zeros(width, dtype=dtype, device=self.device)
+        new = partial(Activation, dtype=dtype, device=self.device)
+        self.normed, self.mixed = new(config.hidden_size), new(config.hidden_size)
+        self.inner = new(config.intermediate_size)
+        # Normed but for the factor of the whole row, where kernels of whole numbers read it.
+        self.grown = new(config.hidden_size, eps=norm.eps) if self._is_whole() else None
+        self.q = torch.zeros(config.hidden_size, dtype=dtype, device=self.device)
         layouts = {layer.layout: layer for layer in cache.layers[first:]}
         self.kept = {layout: attention.buffers(layer) for layout, layer in layouts.items()}
         self.frequencies = {
@@ -84,37 +84,49 @@ class DecodeStep:
         if self.rows is not None:
             self.rows.write(self.token, self.x)
         turns = {width: turned(self.position, by) for width, by in self.frequencies.items()}
-        product: Tensor | None = None
-        for index in range(self.first, len(self.cache.layers)):
-            block = backbone.layers[index]
-            assert isinstance(block, M1Layer)
-            product = self._layer(block, index, product, turns)
-        fused.add_and_norm(self.x, product, backbone.norm.weight, backbone.norm.eps, self.normed)
-        parts = multiply(self.model.lm_head, self.normed)
+        norms = [layer.input_layernorm for layer in self._layers()] + [backbone.norm]
+        fused.add_and_norm(self.x, None, norms[0].weight, norms[0].eps, self.normed)
+        normed = self.normed
+        layers = zip(self._layers(), self.cache.layers[self.first :], norms[1:], strict=True)
+        for block, layer, following in layers:
+            self._attend(block.self_attn, layer, normed, turns[layer.layout.head_dim])
+            normed = self._add(block.self_attn.o_proj, self.mixed, block.post_attention_layernorm)
+            gated(block.mlp.gate_proj, block.mlp.up_proj, normed, self.inner)
+            normed = self._add(block.mlp.down_proj, self.inner, following)
+        parts = multiply(self.model.lm_head, normed)
         torch.sum(parts, 0, dtype=torch.float32, out=self.logits)
         self.position.add_(1)
 
-    def _layer(
-        self,
-        block: M1Layer,
-        index: int,
-        product: Tensor | None,
-        turns: Mapping[int, Rotation],
-    ) -> Tensor:
-        """One layer, adding the `product` of the one before; returns its own last product."""
-        layer, module = self.cache.layers[index], block.self_attn
-        norm = block.input_layernorm
-        fused.add_and_norm(self.x, product, norm.weight, norm.eps, self.normed)
-        packed = multiply(module.W_pack, self.normed)
-        taps, turn = (module.conv_k, module.conv_v), turns[layer.layout.head_dim]
+    def _layers(self) -> list[M1Layer]:
+        blocks = list(self.model.model.layers)[self.first :]
+        return [block for block in blocks if isinstance(block, M1Layer)]
+
+    def _attend(
+        self, module: M1Attention, layer: LayerCache, normed: Activation, turn: Rotation
+    ) -> None:
+        """`mixed` becomes what the token's heads see; its key and value go into the cache."""
+        packed = multiply(module.W_pack, normed)
+        taps = module.conv_k, module.conv_v
         fused.place(packed, self.q, layer, taps, turn, self.position)
         attention.attend(self.q, layer, self.position, self.kept[layer.layout], self.mixed)
-        product = multiply(module.o_proj, self.mixed)
-        norm = block.post_attention_layernorm
-        fused.add_and_norm(self.x, product, norm.weight, norm.eps, self.normed)
-        gate, up = multiply_both(block.mlp.gate_proj, block.mlp.up_proj, self.normed)
-        fused.silu_up(gate, up, self.inner)
-        return multiply(block.mlp.down_proj, self.inner)
+
+    def _add(self, module: nn.Module, x: Activation, norm: RMSNorm) -> Activation:
+        """Add the product with x to the residual stream; returns the stream, normed."""
+        matrix = stored(module)
+        if matrix is None or self.grown is None:
+            fused.add_and_norm(self.x, multiply(module, x), norm.weight, norm.eps, self.normed)
+            return self.normed
+        added_product(x, matrix, self.x, norm.weight, self.grown)
+        return self.grown
+
+    def _is_whole(self) -> bool:
+        """Whether every matrix has codes that are whole numbers, for kernels to read."""
+        modules = [self.model.lm_head]
+        for block in self._layers():
+            mlp, heads = block.mlp, block.self_attn
+            modules += [heads.W_pack, heads.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        matrices = [stored(module) for module in modules]
+        return all(matrix is not None and matrix.is_whole for matrix in matrices)
 
 
 class Replay:

@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from m1local.cache import RAW_TOKENS, LayerCache
-from m1local.cuda.activation import COLUMNS, Activation, store_row
+from m1local.cuda.activation import Activation, store_row
 from m1local.cuda.card import WARPS
 from m1local.cuda.kept import pointers, store_kept
+from m1local.cuda.matrix import WORD
 from m1local.cuda.overlap import begun_early, settled
 
 NORM_WARPS = 16
@@ -48,7 +49,7 @@ def norm_kernel(
 
 @triton.jit
 def silu_up_kernel(
-    gate, gate_parts, gate_stride, up, up_parts, up_stride, natural, planes, halves, scales,
+    gate, gate_parts, up, up_parts, natural, planes, halves, scales,
     columns, BLOCK: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up."""
@@ -56,8 +57,8 @@ def silu_up_kernel(
     first = tl.program_id(0) * BLOCK
     at = first + tl.arange(0, BLOCK)
     here = at < columns
-    opened = sum_parts(gate, at, gate_parts, gate_stride, here)
-    value = opened * tl.sigmoid(opened) * sum_parts(up, at, up_parts, up_stride, here)
+    opened = sum_parts(gate, at, gate_parts, columns, here)
+    value = opened * tl.sigmoid(opened) * sum_parts(up, at, up_parts, columns, here)
     store_row(natural, planes, halves, scales, first, columns, value, columns, BLOCK, WHOLE)
 
 
@@ -123,16 +124,16 @@ def add_and_norm(
     parts = 0 if product is None else product.shape[0]
     norm_kernel[(1,)](
         x, x if product is None else product, weight, *out.tensors, parts, columns, eps,
-        BLOCK=max(COLUMNS, triton.next_power_of_2(columns)), WHOLE=out.whole,
+        BLOCK=max(WORD, triton.next_power_of_2(columns)), WHOLE=out.whole,
         num_warps=NORM_WARPS, **begun_early(x.device),
     )  # fmt: skip
 
 
 def silu_up(gate: Tensor, up: Tensor, out: Activation) -> None:
-    """`out` becomes silu(gate) * up, each (parts, I); they may lie side by side."""
+    """`out` becomes silu(gate) * up, each (parts, I)."""
     columns = gate.shape[1]
     silu_up_kernel[(triton.cdiv(columns, BLOCK),)](
-        gate, gate.shape[0], gate.stride(0), up, up.shape[0], up.stride(0), *out.tensors, columns,
+        gate, gate.shape[0], up, up.shape[0], *out.tensors, columns,
         BLOCK=BLOCK, WHOLE=out.whole, num_warps=WARPS, **begun_early(gate.device),
     )  # fmt: skip
 

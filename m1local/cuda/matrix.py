@@ -54,6 +54,11 @@ class Matrix:
         return self.shape[1] // BLOCK
 
     @property
+    def is_whole(self) -> bool:
+        """Whether its codes are whole numbers, and no levels."""
+        return self.kind not in (LEVELS, NESTED)
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which every kernel takes them."""
         return self.codes, self.scales, self.zeros, self.levels, self.outer

@@ -1,12 +1,14 @@
 """The product of one row of activations with stored matrices, in Triton: what decoding is made of.
 
-What it is: a kernel in which each warp reads two rows of W as they are stored, 16 bytes of codes to
+What it is: kernels in which each warp reads two rows of W as they are stored, 16 bytes of codes to
 a thread at a time, and keeps sums of its own until the end, so that nothing is exchanged while the
 weights come in. Codes that are whole numbers are multiplied four at a time with activations that
-are whole numbers too (activation.py); levels one by one, in float32. Two matrices of one shape,
-gate and up, may be read in one launch. Where the rows of W are too few to fill the card, the
-columns are split, and whoever reads the product next sums the parts. What it is not: for several
-rows (products.py), or measured.
+are whole numbers too (activation.py); levels one by one, in float32. What follows a product is done
+by the program that has its rows: SiLU times up, of gate and up that are read by one kernel; the sum
+with the residual stream and the norm's weight, while the norm itself, one factor for the whole row,
+is applied by whoever multiplies next. Else, where the rows of W are too few to fill the card, the
+columns are split, and whoever reads the product sums the parts. What it is not: for several rows
+(products.py), or measured.
 """
 
 import torch
@@ -14,39 +16,98 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1local.cuda.activation import Activation
+from m1local.cuda.activation import Activation, store_row
 from m1local.cuda.card import LANES, WARPS, card
 from m1local.cuda.matrix import INT8 as INT8_KIND
-from m1local.cuda.matrix import Matrix
+from m1local.cuda.matrix import WORD, Matrix
 from m1local.cuda.overlap import begun_early, settled
 from m1local.cuda.words import INT3, INT4, INT6, INT8, LEVELS, NESTED, NESTED_BLOCK
 
+# Where activations are written a program has WORD warps, so that a row each makes a whole word.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # which knows no assembler
 
 
 @triton.jit
 def vector_kernel(
-    x, one, other, out, rows, blocks, steps,
+    x, matrix, out, rows, blocks, steps, eps,
     KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
-    PAIR: tl.constexpr, OVERLAP: tl.constexpr,
+    SQUARES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Part `program 1` of x (K,) @ W.T, two rows of W for each warp: out (parts, N) float32.
+    """Part `program 1` of x (K,) @ W.T, two rows of W for each warp: out (parts, N) float32."""
+    first = tl.program_id(0) * (2 * WARPS)
+    row = first + tl.arange(0, WARPS)
+    begin = tl.program_id(1) * steps
+    total, other_total = _summed(
+        x, matrix, matrix, row, row + WARPS, rows, blocks, begin, steps, eps,
+        KIND, PER_GROUP, WARPS, LOADS, SQUARES, OVERLAP,
+    )  # fmt: skip
+    out += tl.program_id(1) * rows
+    tl.store(out + row, total, mask=row < rows)
+    tl.store(out + row + WARPS, other_total, mask=row + WARPS < rows)
 
-    They are WARPS apart in one matrix; or, of a PAIR, the same of two, which `out` has side by
-    side. A thread loads four words, 16 bytes of codes, and while it multiplies the next are on
-    their way. Every number has the words' place, (warps, loads, words): nothing is exchanged.
+
+@triton.jit
+def gated_kernel(
+    x, gate, up, natural, planes, halves, scales, rows, blocks, steps, eps,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
+    SQUARES: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """silu(x @ gate.T) * (x @ up.T), the same row of both for each warp, as activations."""
+    first = tl.program_id(0) * WARPS
+    row = first + tl.arange(0, WARPS)
+    opened, total = _summed(
+        x, gate, up, row, row, rows, blocks, 0, steps, eps,
+        KIND, PER_GROUP, WARPS, LOADS, SQUARES, OVERLAP,
+    )  # fmt: skip
+    value = opened * tl.sigmoid(opened) * total
+    store_row(natural, planes, halves, scales, first, rows, value, rows, WARPS, WHOLE)
+
+
+@triton.jit
+def added_kernel(
+    x, matrix, stream, weight, natural, planes, halves, scales, squares, rows, blocks, steps,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """stream (N,) += x @ W.T; then times weight, as activations, and its squares, word by word."""
+    first = tl.program_id(0) * (2 * WARPS)
+    row = first + tl.arange(0, WARPS)
+    total, other_total = _summed(
+        x, matrix, matrix, row, row + WARPS, rows, blocks, 0, steps, 0.0,
+        KIND, PER_GROUP, WARPS, LOADS, 0, OVERLAP,
+    )  # fmt: skip
+    for word in tl.static_range(2):
+        row = first + word * WARPS + tl.arange(0, WARPS)
+        here = row < rows
+        grown = tl.load(stream + row, mask=here, other=0.0) + (total if word == 0 else other_total)
+        tl.store(stream + row, grown, mask=here)
+        tl.store(squares + tl.program_id(0) * 2 + word, tl.sum(grown * grown, 0))
+        value = grown * tl.load(weight + row, mask=here, other=0.0).to(tl.float32)
+        at = first + word * WARPS
+        store_row(natural, planes, halves, scales, at, rows, value, rows, WARPS, True)
+
+
+@triton.jit
+def _summed(
+    x, one, other, row, other_row, rows, blocks, begin, steps, eps,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
+    SQUARES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """x times the rows `row` (WARPS,) of one matrix and `other_row` of another: (WARPS,) each.
+
+    A thread loads four words, 16 bytes of codes, and while it multiplies the next are on their way.
+    Every number has the words' place, (warps, loads, words): nothing is exchanged until the end.
     """
     loads = blocks * 2 if KIND == INT8 else blocks
-    first_row = tl.program_id(0) * (WARPS if PAIR else 2 * WARPS)
-    row = first_row + tl.arange(0, WARPS)[:, None, None]
-    other_row = row if PAIR else row + WARPS
-    begin = tl.program_id(1) * steps
+    first_row, other_first_row = row, other_row
+    row, other_row = row[:, None, None], other_row[:, None, None]
     stop = tl.minimum(begin + steps, tl.cdiv(loads, LOADS))
     load = begin * LOADS + tl.arange(0, LOADS)[None, :, None]
     end = tl.minimum(stop * LOADS, loads)
     kept = _load_row(one, row, rows, load, loads, end, KIND, PER_GROUP)
     other_kept = _load_row(other, other_row, rows, load, loads, end, KIND, PER_GROUP)
     settled(OVERLAP)
+    factor = _norm_factor(x[3], blocks * 32, eps, SQUARES)
     total = tl.zeros((WARPS, LOADS, 4), tl.float32)
     other_total = tl.zeros((WARPS, LOADS, 4), tl.float32)
     for _ in range(begin, stop):
@@ -64,12 +125,21 @@ def vector_kernel(
         at = other_row * (blocks // PER_GROUP) + load // PER_GROUP, load < loads
         other_total += _weighed(other_found, plain, other_kept, other, at, KIND)
         kept, other_kept, load = coming, other_coming, later
-    out += tl.program_id(1) * (2 * rows if PAIR else rows)
-    _store_sums(total, one, out, first_row, rows, WARPS, KIND)
-    if PAIR:
-        _store_sums(other_total, other, out + rows, first_row, rows, WARPS, KIND)
-    else:
-        _store_sums(other_total, other, out, first_row + WARPS, rows, WARPS, KIND)
+    return (
+        _row_sums(total, one, first_row, rows, KIND) * factor,
+        _row_sums(other_total, other, other_first_row, rows, KIND) * factor,
+    )
+
+
+@triton.jit
+def _norm_factor(squares, columns, eps, SQUARES: tl.constexpr):
+    """What RMSNorm multiplies a row by whose `squares` are summed word by word; 1 without any."""
+    if SQUARES == 0:
+        return 1.0
+    else:  # Triton compiles what follows a return
+        word = tl.arange(0, SQUARES)
+        total = tl.sum(tl.load(squares + word, mask=word < columns // 8, other=0.0), 0)
+        return 1 / tl.sqrt_rn(total / columns + eps)
 
 
 @triton.jit
@@ -98,8 +168,8 @@ def _load_row(matrix, row, rows, load, loads, end, KIND: tl.constexpr, PER_GROUP
 @triton.jit
 def _times_whole(x, kept, other, row, load, blocks, KIND: tl.constexpr):
     """Codes of two rows times whole numbers (activation.py), each word's sum; and x's sums."""
-    _, halves, scales = x
-    lower, word = blocks * 8, tl.arange(0, 4)[None, None, :] + row * 0
+    halves, scales = x[1], x[2]
+    lower, word = blocks * 8, row * 0 + tl.arange(0, 4)[None, None, :]
     if KIND == INT8:
         here = load < blocks * 2
         at = halves + load * 4 + word
@@ -107,7 +177,7 @@ def _times_whole(x, kept, other, row, load, blocks, KIND: tl.constexpr):
         even_low = tl.load(at + lower, mask=here, other=0)
         found = dot4(kept[0], even_low, dot4(kept[0], even, even * 0) * 256)
         other_found = dot4(other[0], even_low, dot4(other[0], even, even * 0) * 256)
-        scale, plain = tl.load(scales + load // 2, mask=here, other=0.0), 0.0
+        scale, plain = tl.load(scales + load * 2 + word // 2, mask=here, other=0.0), 0.0
     else:
         here = load < blocks
         at = halves + 2 * lower + load * 8 + word
@@ -116,8 +186,9 @@ def _times_whole(x, kept, other, row, load, blocks, KIND: tl.constexpr):
         even_low, odd_low = tl.load(at, mask=here, other=0), tl.load(at + 4, mask=here, other=0)
         found = _dot_words(kept, even, odd, even_low, odd_low, KIND)
         other_found = _dot_words(other, even, odd, even_low, odd_low, KIND)
-        scale = tl.load(scales + load, mask=here, other=0.0)
-        plain = tl.load(scales + blocks + load, mask=here, other=0.0)
+        at = scales + load * 4 + word
+        scale = tl.load(at, mask=here, other=0.0)
+        plain = tl.load(at + blocks * 4, mask=here, other=0.0)
     return found.to(tl.float32) * scale, other_found.to(tl.float32) * scale, plain
 
 
@@ -196,7 +267,7 @@ def dot4(one, other, total):
 
 @triton.jit
 def _weighed(found, plain, kept, matrix, at, KIND: tl.constexpr):
-    """The sum of weights times x: `found` of codes times x, and `plain` a block's sum of x."""
+    """Each word's sum of weights times x: `found` of codes times x, and `plain` of x alone."""
     _, _, scale, zero = kept
     if KIND == INT8:  # whose scale is that of a row, and applied to the sums
         total = found
@@ -209,8 +280,7 @@ def _weighed(found, plain, kept, matrix, at, KIND: tl.constexpr):
         total = found * (level + tl.load(outer + 256))
     else:
         scale = scale.to(tl.float32)
-        # The block's sum counts once for each of its four words.
-        total = found * scale + (plain * 0.25) * (zero.to(tl.float32) - _middle(KIND) * scale)
+        total = found * scale + plain * (zero.to(tl.float32) - _middle(KIND) * scale)
     return total
 
 
@@ -221,35 +291,66 @@ def _middle(KIND: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(total, matrix, out, first, rows, WARPS: tl.constexpr, KIND: tl.constexpr):
-    """The sums of WARPS rows from `first` on, each of one warp's numbers."""
-    row = first + tl.arange(0, WARPS)
+def _row_sums(total, matrix, row, rows, KIND: tl.constexpr):
+    """The sums of the rows `row` (WARPS,), each of one warp's numbers."""
     sums = tl.sum(tl.sum(total, 2), 1)
     if KIND == INT8:
         sums *= tl.load(matrix[1] + row, mask=row < rows, other=0.0)
-    tl.store(out + row, sums, mask=row < rows)
+    return sums
 
 
-def vector_product(x: Activation, matrix: Matrix, other: Matrix | None = None) -> Tensor:
-    """x (1, K) @ W.T -> (parts, N) float32, the sum of whose parts is the product.
-
-    With `other`, which must be stored `alike`, (parts, 2 * N): its product behind the first.
-    """
+def vector_product(x: Activation, matrix: Matrix) -> Tensor:
+    """x (1, K) @ W.T -> (parts, N) float32, the sum of whose parts is the product."""
     device = x.natural.device
-    loads = matrix.blocks * (2 if matrix.kind == INT8_KIND else 1)
-    programs = triton.cdiv(matrix.rows, WARPS if other else 2 * WARPS)
-    steps = triton.cdiv(loads, LANES)
+    programs, steps = triton.cdiv(matrix.rows, 2 * WARPS), _steps(matrix)
     parts = card(device).column_parts(programs, steps)
-    columns = matrix.rows * (2 if other else 1)
-    out = torch.empty((parts, columns), dtype=torch.float32, device=device)
+    out = torch.empty((parts, matrix.rows), dtype=torch.float32, device=device)
     vector_kernel[(programs, parts)](
-        (x.planes, x.halves.view(torch.int32), x.scales),
-        _vectors(matrix), _vectors(other or matrix),
-        out, matrix.rows, matrix.blocks, triton.cdiv(steps, parts),
-        KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WARPS, LOADS=LANES, PAIR=bool(other),
-        num_warps=WARPS, **begun_early(device),
+        _row(x), _vectors(matrix), out, matrix.rows, matrix.blocks, triton.cdiv(steps, parts),
+        x.eps, KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WARPS, LOADS=LANES,
+        SQUARES=_squares(x), num_warps=WARPS, **begun_early(device),
     )  # fmt: skip
     return out
+
+
+def gated_product(x: Activation, gate: Matrix, up: Matrix, out: Activation) -> None:
+    """`out` (1, N) becomes silu(x @ gate.T) * (x @ up.T), of two matrices that are `alike`."""
+    gated_kernel[(triton.cdiv(gate.rows, WORD),)](
+        _row(x), _vectors(gate), _vectors(up), *out.tensors, gate.rows, gate.blocks, _steps(gate),
+        x.eps, KIND=gate.kind, PER_GROUP=gate.per_group, WARPS=WORD, LOADS=LANES,
+        SQUARES=_squares(x), WHOLE=out.whole, num_warps=WORD, **begun_early(x.natural.device),
+    )  # fmt: skip
+
+
+def added_product(
+    x: Activation, matrix: Matrix, stream: Tensor, weight: Tensor, out: Activation
+) -> None:
+    """`stream` (N,) float32 += x (1, K) @ W.T; `out` becomes its RMSNorm with `weight` (N,).
+
+    But for the norm's factor, which every product with `out` applies; `out` has `squares` for that.
+    """
+    added_kernel[(triton.cdiv(matrix.rows, 2 * WORD),)](
+        _row(x), _vectors(matrix), stream, weight, *out.tensors, out.squares,
+        matrix.rows, matrix.blocks, _steps(matrix),
+        KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WORD, LOADS=LANES,
+        num_warps=WORD, **begun_early(stream.device),
+    )  # fmt: skip
+
+
+def _steps(matrix: Matrix) -> int:
+    """Of LANES loads of 16 bytes in a row."""
+    return -(-matrix.blocks * (2 if matrix.kind == INT8_KIND else 1) // LANES)
+
+
+def _row(x: Activation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Activations as the kernels take them: whole numbers four at a time."""
+    return x.planes, x.halves.view(torch.int32), x.scales, x.squares
+
+
+def _squares(x: Activation) -> int:
+    """How many squares a program reads, as a power of two."""
+    words: int = x.squares.numel()
+    return 1 << (words - 1).bit_length() if words else 0
 
 
 def _vectors(matrix: Matrix) -> tuple[Tensor, ...]:
