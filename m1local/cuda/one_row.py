@@ -81,9 +81,9 @@ def added_kernel(
         here = row < rows
         grown = tl.load(stream + row, mask=here, other=0.0) + (total if word == 0 else other_total)
         tl.store(stream + row, grown, mask=here)
-        tl.store(squares + tl.program_id(0) * 2 + word, tl.sum(grown * grown, 0))
-        value = grown * tl.load(weight + row, mask=here, other=0.0).to(tl.float32)
         at = first + word * WARPS
+        tl.store(squares + at // WARPS, tl.sum(grown * grown, 0), mask=at < rows)
+        value = grown * tl.load(weight + row, mask=here, other=0.0).to(tl.float32)
         store_row(natural, planes, halves, scales, at, rows, value, rows, WARPS, True)
 
 
