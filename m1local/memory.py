@@ -52,12 +52,16 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def room(device: torch.device) -> int:
+def room(device: torch.device, free: int | None = None, *, untouched: bool = False) -> int:
     """Bytes of `device` that a plan may fill: what is free but for what libraries take later.
 
-    Asking has made a card's context, so that is not among what is free.
+    `free` is what is free now if not said; asking has made a card's context, which is then not
+    among it. Of a card that is `untouched` there is none yet.
     """
-    return free_bytes(device) - (LIBRARY_BYTES if device.type == "cuda" else 0)
+    left = free_bytes(device) if free is None else free
+    if device.type != "cuda":
+        return left
+    return left - LIBRARY_BYTES - (CONTEXT_BYTES if untouched else 0)
 
 
 def used_device() -> torch.device:

@@ -151,6 +151,9 @@ def test_what_libraries_take_later_is_left_free(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * GIB)
     assert memory.room(CUDA) == 8 * GIB - memory.LIBRARY_BYTES
     assert memory.room(CPU) == 8 * GIB
+    assert memory.room(CUDA, GIB) == GIB - memory.LIBRARY_BYTES
+    untouched = memory.room(CUDA, GIB, untouched=True)
+    assert untouched == GIB - memory.LIBRARY_BYTES - memory.CONTEXT_BYTES
 
 
 class CardAllocator:

@@ -18,10 +18,10 @@ from m1local.engine import DEFAULT_CONTEXT_TOKENS
 from m1local.kv_store import BYTES
 from m1local.manifest import NAME as MANIFEST
 from m1local.memory import (
-    LIBRARY_BYTES,
     Model,
     Setting,
     free_bytes,
+    room,
     settle,
     suited,
     used_device,
@@ -89,6 +89,7 @@ class _Plan:
             name: Model(config, specs, dtype_on(device)) for name, specs in recipes(folder, config)
         }
         self._device, self._free = device, free_bytes(device)
+        self._room = room(device, self._free)
         self._longest = min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings)
         self._kinds = kinds(config) if kv_type is None else [kv_type]
         self._layers = config.num_hidden_layers
@@ -117,8 +118,8 @@ class _Plan:
 
     def _of(self, name: str, wanted: Setting) -> Choice:
         model, wanted = self.models[name], suited(wanted, self._device)
-        setting = settle(model, wanted, self._device, self._free - LIBRARY_BYTES)
-        needed = model.demand(setting, self._device).device + LIBRARY_BYTES
+        setting = settle(model, wanted, self._device, self._room)
+        needed = model.demand(setting, self._device).device + self._free - self._room
         return Choice(name, setting, self._layers, needed, self._free)
 
 

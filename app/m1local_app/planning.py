@@ -19,8 +19,6 @@ from m1local.formats import LinearSpec
 from m1local.kv_store import KV_BYTES, kind_fits
 from m1local.manifest import CheckpointManifest
 from m1local.memory import (
-    CONTEXT_BYTES,
-    LIBRARY_BYTES,
     Demand,
     Model,
     Setting,
@@ -56,7 +54,7 @@ class Machine:
         """This machine; or one with a card of `memory` bytes, or `speed` bytes per second."""
         given = torch.device("cuda") if memory is not None else used_device()
         if memory is not None:  # of a card on which nothing is yet, not even a context
-            free, fillable = memory, memory - CONTEXT_BYTES - LIBRARY_BYTES
+            free, fillable = memory, room(given, memory, untouched=True)
         else:
             free, fillable = free_bytes(given), room(given)
         host = HOST_BANDWIDTH if speed is not None else bandwidth(torch.device("cpu"))
