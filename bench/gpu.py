@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu_parts import PARTS, WHOLE, Subject
+from bench.gpu_parts import PARTS, WHOLE
+from bench.gpu_subject import Subject
 from bench.machine import describe_machine
 from m1local.cuda import support
 
@@ -30,6 +31,7 @@ KERNEL_TESTS = ("gpu", "cuda_products", "cuda_fused", "cuda_decode", "cuda_drawi
 MINUTES = 14.0
 LEAST_SECONDS = 20.0  # a part is not begun with less
 MOST_SECONDS = 240.0  # of one part
+SHOWN = 12  # kernels of a step
 SAID = 400  # characters of a failure that are kept
 
 Found = dict[str, Any]
@@ -125,6 +127,8 @@ def table(found: Found) -> str:
             )
         if "prompt_ms" in part:
             lines.append(_prompt_line(part, _whole_prompt(found)))
+    for kernel in _of(found, "profile").get("kernels", ())[:SHOWN]:
+        lines.append("a token: {microseconds:8.1f} us in {times:5.1f} of {kernel}".format(**kernel))
     ours = {"bitsandbytes NF4": "m1local nf4", "int4pack": "m1local int4"}
     for name, figures in _of(found, "peers").items():
         token = figures.get("token_ms")

@@ -1,34 +1,34 @@
 """The parts of bench/gpu.py: what is measured on a card, each by itself.
 
 What it is: the bandwidth of a copy; every format's product against the dequantized matrix; decode
-and prompts of a model of random weights; other libraries' products on matrices of the same sizes;
-and what the plan finds under a hard cap. What it is not: the order of the parts, their time, or the
-table, which are gpu.py's. On the CPU, in tests, the kernels run in Triton's interpreter.
+and prompts of a model of random weights; where the time of a step goes; and what the plan finds
+under a hard cap. What it is not: the order of the parts, their time, or the table, which are
+gpu.py's. On the CPU, in tests, the kernels run in Triton's interpreter.
 """
 
 import gc
-import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from bench.gpu_model import FORMATS, M1_14B, filled_cache, random_matrix, random_model, specs
-from m1local.checkpoint import compute_dtype
-from m1local.config import M1Config
-from m1local.cuda import int4pack
+from bench.gpu_model import FORMATS, filled_cache, random_matrix, random_model
+from bench.gpu_peers import peers
+from bench.gpu_subject import Subject, milliseconds
 from m1local.cuda.card import Card
-from m1local.formats.bnb import bitsandbytes
 from m1local.kv_store import BYTES, FLOAT
-from m1local.memory import CARD_CHUNK, Model, Setting, bandwidth, free_bytes, settle
+from m1local.memory import Model, Setting, bandwidth, free_bytes, settle
 from m1local.model import M1Model
 from m1local.placement import Placement, settled
 from m1local.sampling import SamplingParams
+
+if TYPE_CHECKING:  # Triton, which is only there with a card
+    from m1local.cuda.decode import DecodeStep, Replay
 
 WHOLE = "bf16"  # the name of the model whose matrices are as they were
 MOST_ERROR = 0.02
@@ -36,78 +36,6 @@ TOGETHER = 8  # steps that are timed as one
 WARMING = 3  # tokens of an answer before the first that counts: graphs are captured
 DRAWN = SamplingParams(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05, seed=1)
 CAPPED = (Setting(8192), Setting(2048, BYTES))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured, and how often; the defaults are the 14B.
-
-    `shapes` says how often each matrix but embedding and head occurs. `caches` is what the copies
-    of a matrix fill together, so that none is read from a cache.
-    """
-
-    device: torch.device
-    config: M1Config = M1_14B
-    contexts: tuple[int, ...] = (128, 4096, 16384, 32640)
-    prompt: int = 2048
-    chunk: int = CARD_CHUNK
-    repeats: int = 20
-    warm_ups: int = 3
-    warm_seconds: float = 0.2  # at least: an idle card's clocks rise slowly
-    answer: int = 64
-    copied: int = 1 << 30
-    caches: int = 256 << 20
-    cap: int = int(7.2 * 2**30)
-    shapes: Mapping[tuple[int, int], int] = field(
-        default_factory=lambda: {
-            (6144, 5120): 20, (7168, 5120): 20, (5120, 5120): 40, (17408, 5120): 80,
-            (5120, 17408): 40,
-        }
-    )  # fmt: skip
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of activations."""
-        return compute_dtype(self.device)
-
-    def setting(self, tokens: int, kv_type: str = FLOAT) -> Setting:
-        """A setting of at most so many tokens."""
-        longest = self.config.max_position_embeddings
-        return Setting(min(tokens, longest), kv_type, max_chunk=self.chunk)
-
-    def planned(self, name: str) -> Model:
-        """What the plan knows of the model in the format `name`."""
-        return Model(self.config, specs(self.config, name), self.dtype)
-
-
-def milliseconds(
-    work: Callable[[], object], subject: Subject, most: int = 20, together: int = 1
-) -> float:
-    """The median of `work`'s time, of at most `most` runs, on a card by its own clock.
-
-    So many runs are timed `together`, since in an answer a step is launched behind the one before.
-    """
-    on_card, times, begun = subject.device.type == "cuda", [], time.perf_counter()
-    warmed = 0
-    while warmed < subject.warm_ups or time.perf_counter() - begun < subject.warm_seconds:
-        work()
-        warmed += 1
-        if on_card:
-            torch.cuda.synchronize()
-    for _ in range(min(most, subject.repeats)):
-        if not on_card:
-            begun = time.perf_counter()
-            work()
-            times.append(1000 * (time.perf_counter() - begun))
-            continue
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        for _ in range(together):
-            work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / together)
-    return float(statistics.median(times))
 
 
 def copy(subject: Subject) -> dict[str, Any]:
@@ -143,7 +71,6 @@ def _errors(name: str, subject: Subject) -> dict[str, float]:
 
 def decode(name: str, kv_type: str, subject: Subject) -> dict[str, Any]:
     """Decode in the format `name`, at each context that fits, as a graph and without."""
-    from m1local.cuda.decode import Decoder, Replay
 
     device, planned = subject.device, subject.planned(name)
     free, rows = free_bytes(device), []
@@ -152,10 +79,7 @@ def decode(name: str, kv_type: str, subject: Subject) -> dict[str, Any]:
         return {"rows": [], "left_out": list(subject.contexts)}
     speed = bandwidth(device, subject.copied)
     setting = _with_room(subject, max(fitting), kv_type)
-    placement = Placement(device, 0, False, setting)
-    model = random_model(subject.config, name, placement, subject.dtype)
-    step = Decoder(model, filled_cache(subject.config, placement, 0)).step
-    replay = Replay(step, device)
+    step, replay = _step(name, setting, subject)
     for context in fitting:
         at = partial(_at, step.position, context)
         graph = milliseconds(partial(at, replay), subject, together=TOGETHER)
@@ -170,6 +94,43 @@ def decode(name: str, kv_type: str, subject: Subject) -> dict[str, Any]:
             }
         )  # fmt: skip
     return {"rows": rows, "left_out": [n for n in subject.contexts if n not in fitting]}
+
+
+def _step(name: str, setting: Setting, subject: Subject) -> tuple["DecodeStep", "Replay"]:
+    """The step of a model of random weights, and what launches it again and again."""
+    from m1local.cuda.decode import Decoder, Replay
+
+    placement = Placement(subject.device, 0, False, setting)
+    model = random_model(subject.config, name, placement, subject.dtype)
+    step = Decoder(model, filled_cache(subject.config, placement, 0)).step
+    return step, Replay(step, subject.device)
+
+
+def profile(subject: Subject) -> dict[str, Any]:
+    """Where the time of a step in int4 goes: each kernel's microseconds a token, and how many.
+
+    Kernels overlap, so they may be more together than the step.
+    """
+    from torch.profiler import ProfilerActivity
+
+    context = subject.contexts[0]
+    step, replay = _step("int4", _with_room(subject, context, FLOAT), subject)
+    _at(step.position, context, replay)
+    kinds = [ProfilerActivity.CPU]
+    if subject.device.type == "cuda":
+        torch.cuda.synchronize()
+        kinds.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as seen:
+        for _ in range(TOGETHER):
+            _at(step.position, context, replay)
+        if subject.device.type == "cuda":
+            torch.cuda.synchronize()
+    kernels = [
+        {"kernel": event.key[:60], "times": event.count / TOGETHER,
+         "microseconds": event.self_device_time_total / TOGETHER}
+        for event in seen.key_averages() if event.device_type.name == "CUDA"
+    ]  # fmt: skip
+    return {"kernels": sorted(kernels, key=lambda kernel: -kernel["microseconds"])}
 
 
 def serial(subject: Subject) -> dict[str, Any]:
@@ -247,88 +208,6 @@ def _read_and_answer(model: M1Model, placement: Placement, subject: Subject) -> 
     return {"prompt_ms": taken, "answer_tokens_per_second": speed, "why_no_graph": why}
 
 
-Multiply = Callable[[tuple[int, int], Tensor], Callable[[], object]]  # a matrix's shape, and x
-
-
-def peers(subject: Subject) -> dict[str, dict[str, Any]]:
-    """Milliseconds that a token's matrices take, but for the head; and a prompt's in bfloat16."""
-    found: dict[str, dict[str, Any]] = {}
-    ways: dict[str, tuple[Multiply, float]] = {  # with the bits of a weight
-        **{f"m1local {name}": (partial(_ours, name), 8 if name == "int8" else 4)
-           for name in FORMATS},
-        "bitsandbytes NF4": (_nf4, 4), "int4pack": (_pack, 4), "bf16 cuBLAS": (_bf16, 16),
-    }  # fmt: skip
-    for name, (multiply, bits) in ways.items():
-        try:
-            found[name] = _all(multiply, bits, 1, subject, "token_ms")
-        except Exception as error:  # a peer that fails here is a finding, not the end
-            found[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
-    chunks = -(-subject.prompt // subject.chunk)
-    chunk = _all(_bf16, 16, subject.chunk, subject, "chunk_ms")
-    found["bf16 cuBLAS"]["prompt_ms"] = chunks * chunk["chunk_ms"]
-    return found
-
-
-def _all(multiply: Multiply, bits: float, rows: int, subject: Subject, name: str) -> dict[str, Any]:
-    """Milliseconds of all of a token's products; and why one was launched without a graph."""
-    total, reasons = 0.0, set()
-    for shape, count in subject.shapes.items():
-        taken, reason = _timed(multiply, shape, bits, rows, subject)
-        total += count * taken
-        reasons.add(reason)
-    return {name: total, "why_no_graph": "; ".join(sorted(reasons - {""}))}
-
-
-def _timed(
-    multiply: Multiply, shape: tuple[int, int], bits: float, rows: int, subject: Subject
-) -> tuple[float, str]:
-    """Milliseconds of one product: of many on copies of the matrix, launched as one graph."""
-    from m1local.cuda.decode import Replay
-
-    device = subject.device
-    copies = max(1, -(-subject.caches // int(shape[0] * shape[1] * bits / 8)))
-    x = torch.randn((rows, shape[1]), device=device).to(subject.dtype)
-    products = [multiply(shape, x) for _ in range(copies)]
-
-    def work() -> None:
-        for product in products:
-            product()
-
-    replay = Replay(work, device)
-    return milliseconds(replay, subject) / copies, replay.reason
-
-
-def _ours(name: str, shape: tuple[int, int], x: Tensor) -> Callable[[], object]:
-    """As a step multiplies: x lies as the kernel reads it, and who reads the parts sums them."""
-    from m1local.cuda.activation import Activation
-    from m1local.cuda.one_row import vector_product
-
-    matrix = random_matrix(shape, FORMATS[name], x.device).on_card()
-    assert matrix is not None
-    row = Activation.of(x)
-    return lambda: vector_product(row, matrix)
-
-
-def _bf16(shape: tuple[int, int], x: Tensor) -> Callable[[], object]:
-    weight = torch.randn(shape, device=x.device).to(x.dtype)
-    return lambda: x @ weight.T
-
-
-def _nf4(shape: tuple[int, int], x: Tensor) -> Callable[[], object]:
-    module = random_matrix(shape, FORMATS["nf4"], x.device)
-    assert bitsandbytes()
-    inner: Callable[[Tensor], object] = module.inner  # type: ignore[assignment]  # a Linear4bit
-    return lambda: inner(x)
-
-
-def _pack(shape: tuple[int, int], x: Tensor) -> Callable[[], object]:
-    rows, columns = shape
-    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=x.device)
-    packed = int4pack.pack(codes)
-    scales = torch.ones((columns // 64, rows, 2), dtype=torch.bfloat16, device=x.device)
-    return lambda: int4pack.multiply(x, packed, 64, scales)
-
-
 def capped(subject: Subject) -> list[dict[str, Any]]:
     """What the plan finds for int4 under the hard cap, and how fast it runs."""
     device = subject.device
@@ -367,6 +246,7 @@ PARTS: dict[str, Callable[[Subject], object]] = {  # the most telling first: tim
     "kernels": check_kernels,
     "decode int4": partial(decode, "int4", FLOAT),
     "decode int4 serial": serial,
+    "profile": profile,
     "prompt int4": partial(prompt, "int4"),
     "peers": peers,
     "prompt bf16": partial(prompt, WHOLE),

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_model, gpu_parts
+from bench import gpu, gpu_model, gpu_parts, gpu_peers
 from bench.gpu import TESTS, in_a_process, missing, run_parts, table
-from bench.gpu_parts import PARTS, Subject
+from bench.gpu_parts import PARTS
+from bench.gpu_subject import Subject
 from m1local.config import M1Config
 from m1local.cuda import support
 from m1local.cuda.card import Card
@@ -105,6 +106,12 @@ def test_a_step_whose_kernels_do_not_overlap_is_measured_beside(
     assert Card((9, 0), 132).overlaps
 
 
+@torch.inference_mode()
+def test_where_the_time_goes_is_asked_of_the_card() -> None:
+    kernels = gpu_parts.profile(subject())["kernels"]
+    assert bool(kernels) == (CARD.type == "cuda")
+
+
 def test_contexts_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = subject().planned("int4")
     least = gpu_parts._takes(planned, subject(), 5, "f16")
@@ -131,8 +138,8 @@ def test_a_peer_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise RuntimeError("not for this card")
 
-    monkeypatch.setattr(gpu_parts, "_pack", broken)
-    found = gpu_parts.peers(subject())
+    monkeypatch.setattr(gpu_peers, "_pack", broken)
+    found = gpu_peers.peers(subject())
     assert found["int4pack"] == {"failed": "RuntimeError: not for this card"}
     assert found["bf16 cuBLAS"]["prompt_ms"] > 0
     assert all(found[f"m1local {name}"]["token_ms"] > 0 for name in ("int4", "int8", "nf4"))
