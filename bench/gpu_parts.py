@@ -113,7 +113,7 @@ def profile(subject: Subject) -> dict[str, Any]:
     """
     from torch.profiler import ProfilerActivity
 
-    context = subject.contexts[0]
+    context, steps = subject.contexts[0], min(TOGETHER, subject.repeats)
     step, replay = _step("int4", _with_room(subject, context, FLOAT), subject)
     _at(step.position, context, replay)
     kinds = [ProfilerActivity.CPU]
@@ -121,13 +121,13 @@ def profile(subject: Subject) -> dict[str, Any]:
         torch.cuda.synchronize()
         kinds.append(ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as seen:
-        for _ in range(TOGETHER):
+        for _ in range(steps):
             _at(step.position, context, replay)
         if subject.device.type == "cuda":
             torch.cuda.synchronize()
     kernels = [
-        {"kernel": event.key[:60], "times": event.count / TOGETHER,
-         "microseconds": event.self_device_time_total / TOGETHER}
+        {"kernel": event.key[:60], "times": event.count / steps,
+         "microseconds": event.self_device_time_total / steps}
         for event in seen.key_averages() if event.device_type.name == "CUDA"
     ]  # fmt: skip
     return {"kernels": sorted(kernels, key=lambda kernel: -kernel["microseconds"])}
