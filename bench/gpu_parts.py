@@ -28,7 +28,8 @@ from m1local.placement import Placement, settled
 from m1local.sampling import SamplingParams
 
 if TYPE_CHECKING:  # Triton, which is only there with a card
-    from m1local.cuda.decode import DecodeStep, Replay
+    from m1local.cuda.decode import DecodeStep
+    from m1local.cuda.replay import Replay
 
 WHOLE = "bf16"  # the name of the model whose matrices are as they were
 MOST_ERROR = 0.02
@@ -98,7 +99,8 @@ def decode(name: str, kv_type: str, subject: Subject) -> dict[str, Any]:
 
 def _step(name: str, setting: Setting, subject: Subject) -> tuple["DecodeStep", "Replay"]:
     """The step of a model of random weights, and what launches it again and again."""
-    from m1local.cuda.decode import Decoder, Replay
+    from m1local.cuda.decode import Decoder
+    from m1local.cuda.replay import Replay
 
     placement = Placement(subject.device, 0, False, setting)
     model = random_model(subject.config, name, placement, subject.dtype)

@@ -52,7 +52,7 @@ def _timed(
     multiply: Multiply, shape: tuple[int, int], bits: float, rows: int, subject: Subject
 ) -> tuple[float, str]:
     """Milliseconds of one product: of many on copies of the matrix, launched as one graph."""
-    from m1local.cuda.decode import Replay
+    from m1local.cuda.replay import Replay
 
     device = subject.device
     copies = max(1, -(-subject.caches // int(shape[0] * shape[1] * bits / 8)))

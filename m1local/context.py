@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from m1local.advice import telling
 from m1local.cache import KVCache
 from m1local.errors import ContextLengthError
-from m1local.memory import Setting, telling
+from m1local.memory import Setting
 from m1local.model import M1Model
 from m1local.sampling import Sampler, SamplingParams
 

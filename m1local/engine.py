@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from m1local.advice import telling
 from m1local.config import M1Config
 from m1local.context import Context
 from m1local.contexts import ContextPool
@@ -17,7 +18,7 @@ from m1local.errors import TokenizerError
 from m1local.generate import Event, GenerationSettings, generate
 from m1local.generation_config import GenerationConfig
 from m1local.kv_store import FLOAT
-from m1local.memory import Setting, telling
+from m1local.memory import Setting
 from m1local.model import M1Model
 from m1local.placement import GpuLayers, Placement, decoder_of, load, place, reader_of
 from m1local.tokenizer import M1Tokenizer

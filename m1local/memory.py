@@ -9,7 +9,6 @@ Source of the formulas: what model.py and cache.py allocate; checked by tests/te
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import psutil
@@ -18,9 +17,9 @@ import torch
 from m1local.cache import DEFAULT_MAX_CHUNK, REWIND_TOKENS, KVCache, LayerCache
 from m1local.checkpoint import EMBEDDING, HEAD, expected_tensors
 from m1local.config import HeadLayout, M1Config
+from m1local.cuda import support
 from m1local.cuda.card import restored_weights
 from m1local.cuda.transfer import aligned
-from m1local.errors import MemoryLimitError
 from m1local.formats import LinearSpec
 from m1local.formats.base import ROWS_PER_SLICE, Stored
 from m1local.kv_store import FLOAT, KV_BYTES
@@ -33,7 +32,7 @@ CONTEXT_BYTES = 300 << 20  # of a card's context: presumed, not measured yet
 LIBRARY_BYTES = 150 << 20  # of cuBLAS and kernels, which come after it: presumed as well
 PROCESS_BYTES = 350 << 20  # of Python and torch besides (bench/results/memory.json)
 GRAPH_BYTES = 64 << 10  # of each launch that a captured graph holds: presumed
-LAUNCHES_PER_LAYER = 9  # at most; 7 where all codes are whole numbers
+LAUNCHES_PER_LAYER = 11  # at most; 7 where all codes are whole numbers
 ALLOCATED_PIECE, LEAST_OF_ITS_OWN = 2 << 20, 10 << 20  # of torch's allocator on a card
 SLICE_COPIES = 3  # of a slice while it is dequantized, in float32
 MEASURED_BYTES = 512 << 20
@@ -47,6 +46,7 @@ LAYERS = "model.layers."
 def free_bytes(device: torch.device) -> int:
     """Bytes that may be allocated on `device` without pushing anything out."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what a model left that is no more
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return int(psutil.virtual_memory().available)
@@ -161,12 +161,12 @@ class Model:
         self.dtype = dtype
         self.quantized = bool(specs)
         self.parts: dict[str, int] = {}
-        self._aligned: dict[str, int] = {}  # the same parts in one allocation
+        self._sizes: dict[str, list[int]] = {}  # of each tensor
         for name, stored in expected_tensors(config, specs).items():
             found = stored if isinstance(stored, Stored) else Stored(stored, dtype)
             part = _part(name)
             self.parts[part] = self.parts.get(part, 0) + found.nbytes
-            self._aligned[part] = self._aligned.get(part, 0) + aligned(found.nbytes)
+            self._sizes.setdefault(part, []).append(found.nbytes)
 
     @property
     def weights(self) -> int:
@@ -198,18 +198,13 @@ class Model:
                 host=all_of_it, read=0, host_read=read,
             )  # fmt: skip
         away = embedding if setting.embedding_on_host or first else 0
-        weights, together = self.weights - host_layers - away, self.allocated(setting)
-        buffers = (each for one in kept[first:] for each in (*one.k.tensors, *one.v.tensors))
-        gaps = together - weights + gap(together) + sum(gap(each.nbytes) for each in buffers)
+        weights = self.weights - host_layers - away
         return Demand(
             weights=weights,
             cache=sum(caches[first:]),
-            workspace=workspace(
-                self.config, setting, self.dtype.itemsize, masked=device.type == "cpu"
-            )
-            + (self.slices(setting, device) if self.quantized else 0),
+            workspace=self._workspace(setting, device),
             graphs=on_card * LAUNCHES_PER_LAYER * GRAPH_BYTES if device.type == "cuda" else 0,
-            gaps=gaps if device.type == "cuda" else 0,
+            gaps=self._gaps(setting, kept[first:], device),
             runtime=CONTEXT_BYTES + LIBRARY_BYTES if device.type == "cuda" else PROCESS_BYTES,
             host=host_layers + away + sum(caches[:first]),
             read=weights - (embedding - away) + sum(seen[first:]),
@@ -218,12 +213,36 @@ class Model:
 
     def allocated(self, setting: Setting) -> int:
         """Bytes of the one allocation for all weights that `setting` puts on a card."""
+        return sum(aligned(size) for size in self._on_card(setting))
+
+    def _on_card(self, setting: Setting) -> Iterator[int]:
+        """The bytes of each tensor that `setting` puts on a card."""
         layers = self.config.num_hidden_layers
         first = 0 if setting.gpu_layers is None else max(0, layers - setting.gpu_layers)
         elsewhere = {f"{LAYERS}{layer}" for layer in range(first)}
         if setting.embedding_on_host or first:
             elsewhere.add(EMBEDDING)
-        return sum(size for part, size in self._aligned.items() if part not in elsewhere)
+        for part, sizes in self._sizes.items():
+            yield from () if part in elsewhere else sizes
+
+    def _gaps(self, setting: Setting, buffers: Sequence[LayerCache], device: torch.device) -> int:
+        """What lies unused between and behind what `setting` puts on a card."""
+        if device.type != "cuda":
+            return 0
+        kept = (each for one in buffers for each in (*one.k.tensors, *one.v.tensors))
+        behind = sum(gap(each.nbytes) for each in kept)
+        if not by_kernels(device):  # each tensor is allocated by itself
+            return behind + sum(gap(size) for size in self._on_card(setting))
+        together = self.allocated(setting)
+        return behind + together - sum(self._on_card(setting)) + gap(together)
+
+    def _workspace(self, setting: Setting, device: torch.device) -> int:
+        kernels = device.type == "cuda" and by_kernels(device)
+        size = workspace(
+            self.config, setting, self.dtype.itemsize,
+            masked=not kernels, ordered=kernels and self.quantized,
+        )  # fmt: skip
+        return size + (self.slices(setting, device) if self.quantized else 0)
 
     def slices(self, setting: Setting, device: torch.device) -> int:
         """Bytes of the weights that are restored at a time for the many rows of a chunk."""
@@ -282,11 +301,19 @@ def read_bytes(layout: HeadLayout, setting: Setting) -> int:
     return int(2 * layout.num_kv_heads * layout.head_dim * KV_BYTES[setting.kv_type] * seen)
 
 
-def workspace(config: M1Config, setting: Setting, itemsize: int, *, masked: bool = True) -> int:
+def workspace(
+    config: M1Config,
+    setting: Setting,
+    itemsize: int,
+    *,
+    masked: bool = True,
+    ordered: bool = False,
+) -> int:
     """Bytes that a chunk of the prompt takes at most, in m1local/model.py, and the logits.
 
     `masked`: torch computes attention, with a mask of what each query sees, and on keys and values
-    restored from bytes; kernels need neither.
+    restored from bytes; kernels need neither. `ordered`: products on a card copy what they
+    multiply, in the order of its weights (m1local/cuda/products.py).
     """
     width, inner = config.hidden_size, config.intermediate_size
     chunk = min(setting.max_chunk, setting.context_tokens)
@@ -301,7 +328,7 @@ def workspace(config: M1Config, setting: Setting, itemsize: int, *, masked: bool
         heads = max(at.num_kv_heads * at.head_dim for at in layouts)
         restored = setting.context_tokens * heads * 2 * (itemsize + FLOAT32_BYTES)
     turning = packed + 3 * width * FLOAT32_BYTES
-    mlp = 3 * inner * itemsize
+    mlp = (4 * inner + 2 * width if ordered else 3 * inner) * itemsize
     head = config.vocab_size * (itemsize + 2 * FLOAT32_BYTES)
     return chunk * (stream + max(attention, turning, mlp)) + head + restored
 
@@ -319,8 +346,14 @@ def options(wanted: Setting, layers: int) -> Iterator[Setting]:
 
 
 def suited(wanted: Setting, device: torch.device) -> Setting:
-    """`wanted` as it is on `device`: a card reads prompts in larger chunks."""
-    return replace(wanted, max_chunk=CARD_CHUNK) if device.type == "cuda" else wanted
+    """`wanted` as it is on `device`: kernels of a card read prompts in larger chunks."""
+    larger = device.type == "cuda" and by_kernels(device)
+    return replace(wanted, max_chunk=CARD_CHUNK) if larger else wanted
+
+
+def by_kernels(card: torch.device) -> bool:
+    """Whether Triton's kernels compute on `card`; presumed of one that is not there."""
+    return not torch.cuda.is_available() or support.usable(card)
 
 
 def in_smaller_chunks(wanted: Setting) -> Setting:
@@ -334,55 +367,3 @@ def settle(model: Model, wanted: Setting, device: torch.device, free: int) -> Se
         if model.demand(setting, device).device <= free:
             return setting
     return replace(wanted, gpu_layers=0)
-
-
-def check(model: Model, setting: Setting, device: torch.device, free: int) -> None:
-    """Raise MemoryLimitError unless `setting` fits into `free` bytes of `device`.
-
-    It says what is needed, what there is, and the next setting to try.
-    """
-    needed = model.demand(setting, device).device
-    if needed > free:
-        raise MemoryLimitError(
-            f"{needed / 2**30:.1f} GiB are needed on the card, {free / 2**30:.1f} GiB are free. "
-            f"Try {next_step(setting)}."
-        )
-
-
-def next_step(setting: Setting) -> str:
-    """What to try when `setting` did not fit after all, as words with an option."""
-    layers = setting.gpu_layers
-    if not setting.embedding_on_host and layers is None:
-        return "--gpu-layers auto, which leaves the embedding, and layers if need be, to the CPU"
-    if setting.context_tokens > 2048:
-        return f"a smaller context: --ctx-size {max(2048, setting.context_tokens // 2)}"
-    if layers is None or layers > 0:
-        fewer = "0" if layers is not None and layers < 8 else str((layers or 40) - 8)
-        return f"fewer layers on the card: --gpu-layers {fewer}"
-    return "closing other programs, or a checkpoint of fewer bits (m1 plan shows them)"
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a card had no room, whoever asked: torch's allocator, the driver, Triton or cuBLAS.
-
-    Only the first has an exception of its own.
-    """
-    said = str(error)
-    of_driver = "CUDA" in said and "out of memory" in said
-    return isinstance(error, torch.OutOfMemoryError) or of_driver or "ALLOC_FAILED" in said
-
-
-@contextmanager
-def telling(setting: Setting) -> Iterator[None]:
-    """Turn a failed allocation into a message that names the next setting to try."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
-        raise MemoryLimitError(
-            f"The card's memory is used up ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are "
-            f"free). What was said is kept. Try {next_step(setting)}."
-        ) from error

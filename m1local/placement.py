@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from m1local.advice import check
 from m1local.cache import KVCache, LayerCache
 from m1local.checkpoint import CONFIG, EMBEDDING, HEAD, compute_dtype, is_quantized, load_model
 from m1local.config import M1Config
@@ -26,7 +27,6 @@ from m1local.memory import (
     Demand,
     Model,
     Setting,
-    check,
     in_smaller_chunks,
     room,
     settle,
@@ -188,7 +188,7 @@ def decoding(card: torch.device) -> str:
     """How single tokens are computed on `card`, and why, in words for `m1 doctor`."""
     if reason := why_plain(card):
         return f"the model's own forward pass ({reason})"
-    from m1local.cuda.decode import Replay
+    from m1local.cuda.replay import Replay
 
     tried = torch.zeros(1, device=card)
 

@@ -53,9 +53,9 @@ def _products(tiles: Any, half: str, overlap: bool) -> Iterator[Case]:
         "nf4-dq": (words.NESTED, 2, "*i32", "*u8"),
     }
     for name, (kind, per_group, codes, scales) in kinds.items():
-        stored = {"codes": codes, "scales": scales, "zeros": scales, "levels": "*fp32"}
-        upper = {"int3": "*u8", "int6": "*i16"}.get(name, "*fp32")
-        stored |= {"levels": upper, "outer": "*fp32"}
+        stored = {"codes": codes, "scales": scales, "zeros": scales}
+        stored["levels"] = {"int3": "*u8", "int6": "*i16", "int4": scales}.get(name, "*fp32")
+        stored["outer"] = "*fp32" if name == "nf4-dq" else scales
         of_kind = {"KIND": kind.value, "PER_GROUP": per_group}
         numbers = {"rows": "i32", "blocks": "i32", "steps": "i32"}
         vectors = tuple((stored | {"codes": "*i32" if name == "int8" else codes}).values())

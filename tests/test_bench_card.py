@@ -20,6 +20,7 @@ from tests import interpreter  # noqa: F401  # skips without Triton; before its 
 from tests.conftest import CARD
 
 from m1local.cuda import decode  # isort: skip
+from m1local.cuda.replay import Replay  # isort: skip
 from m1local.cuda.drawing import DrawingDecoder  # isort: skip
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -66,11 +67,9 @@ ONE = ["waited", "clock", "fed", "fed", "waited", "clock"]  # two tokens, the cl
 def test_the_graph_is_captured_before_the_clock_starts(
     engine: Engine, happened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replay = decode.Replay
-
-    def noted(*given: Any, **named: Any) -> decode.Replay:
+    def noted(*given: Any, **named: Any) -> Replay:
         happened.append("captured")
-        return replay(*given, **named)
+        return Replay(*given, **named)
 
     monkeypatch.setattr(decode, "Replay", noted)
     (found,) = measure(engine, [Case(2, depth=30)], repetitions=2)

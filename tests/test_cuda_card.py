@@ -56,7 +56,7 @@ def test_a_wave_that_is_nearly_full_is_not_made_into_two() -> None:
         parts = big.column_parts(programs, steps)
         waves, whole = -(-programs * parts // room), -(-programs // room)
         assert waves * (-(-steps // parts) + 1) <= whole * (steps + 1)
-    assert big.column_parts(640, 17) == 3  # two waves of six steps, where one has seventeen
+    assert big.column_parts(300, 17) == 3  # one wave of six steps, where one has seventeen
 
 
 def test_what_is_restored_at_a_time_fills_the_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from tests.conftest import CARD, TINY
 from tests.test_kv_store import WIDE
 from tests.test_memory import quantized, stored_as
 
-from m1local.cuda import decode  # isort: skip
+from m1local.cuda import replay  # isort: skip
 from m1local.cuda.decode import Decoder  # isort: skip
 from m1local.cuda.drawing import DrawingDecoder  # isort: skip
 
@@ -199,18 +199,18 @@ def test_warming_up_stays_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = model_of("float"), new_cache()
 
     def fake(work: Callable[[], None], prepare: Callable[[], object]) -> Callable[[], None]:
-        for _ in range(decode.WARM_UPS):
+        for _ in range(replay.WARM_UPS):
             prepare()
             seen.append(int(decoder.step.position))
             decoder.step.position.add_(1)
         return work
 
-    monkeypatch.setattr(decode, "captured", fake)
+    monkeypatch.setattr(replay, "captured", fake)
     decoder = Decoder(model, cache)
     decoder.step.device = torch.device("cuda")
     ordinary(model, cache, PROMPT)
     decoder.feed(3)
-    assert seen == [len(PROMPT)] * decode.WARM_UPS
+    assert seen == [len(PROMPT)] * replay.WARM_UPS
     assert int(decoder.step.position) == len(PROMPT) + 1
 
 
@@ -255,7 +255,7 @@ def test_a_failed_capture_leaves_the_thread_on_its_stream(monkeypatch: pytest.Mo
     for name, fake in (("Stream", Stream), ("stream", stream), ("graph", Graph)):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    replay = decode.Replay(lambda: None, torch.device("cuda"))
-    assert replay.reason.startswith("capturing failed: operation failed")
+    again = replay.Replay(lambda: None, torch.device("cuda"))
+    assert again.reason.startswith("capturing failed: operation failed")
     assert chosen == ["the thread's"]
     assert modes == ["thread_local"]

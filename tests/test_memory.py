@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu_model import M1_14B
 from m1local import memory
+from m1local.advice import check, next_step, telling
 from m1local.cache import DEFAULT_MAX_CHUNK, KVCache
 from m1local.checkpoint import expected_tensors
 from m1local.config import M1Config
@@ -24,12 +25,9 @@ from m1local.memory import (
     Setting,
     bandwidth,
     cache_bytes,
-    check,
-    next_step,
     options,
     settle,
     suited,
-    telling,
 )
 from m1local.model import M1Model
 from tests.conftest import TINY, random_model

@@ -24,8 +24,8 @@ class Tiles(NamedTuple):
 
     `tile_rows`, `tile_words`: of W, in units of eight columns, for several rows of activations, up
     to `most_rows` of them; above, restoring W once costs less than decoding it for each tile.
-    `resident`: programs of 128 threads that a multiprocessor holds with the 64 registers that one
-    row of activations takes.
+    `resident`: programs of 128 threads that a multiprocessor holds with the 64 to 72 registers that
+    one row of activations takes.
     `keys` that one step of attention looks at, with `key_warps`;
     `queries` of a prompt that look together, with `query_warps`. `byte_queries` and
     `byte_query_warps` are the same where keys and values are in bytes.
@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
 
     tile_rows: int
     tile_words: int
-    resident: int = 8
+    resident: int = 7
     most_rows: int = 64
     keys: int = 32
     key_warps: int = WARPS

@@ -1,8 +1,8 @@
 """One token through a model on the card: static buffers, a captured graph, and bookkeeping.
 
 What it is: the decode step as a row of kernels, whose input is a token and a position that lie on
-the card; the same launches are captured once as a CUDA graph, or made anew each time where
-capturing is not possible, with a reason. `Decoder` keeps the cache's books as the model's own
+the card; the same launches are captured once as a CUDA graph where that is possible (replay.py).
+`Decoder` keeps the cache's books as the model's own
 forward pass does, so both may take turns. What it is not: prefill, or a sampler (drawing.py).
 
 The step for a token that was drawn on the card may be begun before the host knows the token
@@ -10,7 +10,6 @@ The step for a token that was drawn on the card may be begun before the host kno
 sequence's end, where nothing looks.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,12 +21,12 @@ from m1local.cuda.activation import Activation
 from m1local.cuda.embedding import EmbeddingRows
 from m1local.cuda.matrix import Matrix
 from m1local.cuda.one_row import added_product, alike, gated_product, vector_product
+from m1local.cuda.replay import Replay
 from m1local.formats.base import QuantizedLinear
 from m1local.model import M1Attention, M1Layer, M1Model, RMSNorm
 from m1local.rope import Rotation, frequencies, turned
 
 NOWHERE = (-1, None)  # a position and token that match nothing
-WARM_UPS = 2  # Triton compiles at the first launch, which must not be captured
 
 
 def stored(module: nn.Module) -> Matrix | None:
@@ -127,52 +126,6 @@ class DecodeStep:
             modules += [heads.W_pack, heads.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         matrices = [stored(module) for module in modules]
         return all(matrix is not None and matrix.is_whole for matrix in matrices)
-
-
-class Replay:
-    """Work that is launched again and again: as a captured graph, or as it is with a reason."""
-
-    def __init__(
-        self,
-        work: Callable[[], None],
-        device: torch.device,
-        prepare: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Capture `work`, after it ran a few times, each time after `prepare`."""
-        self._launch, self.reason = work, ""
-        if device.type != "cuda":
-            self.reason = f"no graphs on {device.type}"
-            return
-        try:
-            self._launch = captured(work, prepare)
-        except RuntimeError as error:  # what cannot be captured can still be launched
-            said = str(error) or type(error).__name__
-            self.reason = f"capturing failed: {said.splitlines()[0]}"
-
-    def __call__(self) -> None:
-        """Launch it once."""
-        self._launch()
-
-
-def captured(work: Callable[[], None], prepare: Callable[[], object]) -> Callable[[], None]:
-    """`work` as a CUDA graph's replay."""
-    current = torch.cuda.current_stream()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            prepare()
-            work()
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Where capturing fails torch leaves the thread on the graph's stream: the outer one takes it
-    # back. What other threads do with the card meanwhile is no business of the capture.
-    with (
-        torch.cuda.stream(current),
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
-    ):
-        work()
-    return graph.replay
 
 
 class Decoder:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from m1local import penalties
 from m1local.cache import KVCache
-from m1local.cuda.decode import Decoder, Replay
+from m1local.cuda.decode import Decoder
+from m1local.cuda.replay import Replay
 from m1local.model import M1Model
 from m1local.sampling import ALL, LEAST_TEMPERATURE, Sampler, SamplingParams, not_finite
 

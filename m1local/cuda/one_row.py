@@ -120,9 +120,10 @@ def _summed(
             )
         else:
             found, other_found, plain = _times_whole(x, kept, other_kept, row, load, blocks, KIND)
-        at = row * (blocks // PER_GROUP) + load // PER_GROUP, load < loads
+        groups, inside = blocks // PER_GROUP, load < loads
+        at = row * groups + load // PER_GROUP, inside & (row < rows)
         total += _weighed(found, plain, kept, one, at, KIND)
-        at = other_row * (blocks // PER_GROUP) + load // PER_GROUP, load < loads
+        at = other_row * groups + load // PER_GROUP, inside & (other_row < rows)
         other_total += _weighed(other_found, plain, other_kept, other, at, KIND)
         kept, other_kept, load = coming, other_coming, later
     return (
@@ -134,12 +135,12 @@ def _summed(
 @triton.jit
 def _norm_factor(squares, columns, eps, SQUARES: tl.constexpr):
     """What RMSNorm multiplies a row by whose `squares` are summed word by word; 1 without any."""
-    if SQUARES == 0:
-        return 1.0
-    else:  # Triton compiles what follows a return
+    factor = 1.0
+    if SQUARES > 0:
         word = tl.arange(0, SQUARES)
         total = tl.sum(tl.load(squares + word, mask=word < columns // 8, other=0.0), 0)
-        return 1 / tl.sqrt_rn(total / columns + eps)
+        factor = 1 / tl.sqrt_rn(total / columns + eps)
+    return factor
 
 
 @triton.jit

@@ -8,6 +8,7 @@ step with and without it.
 Source: CUDA programming guide, "Programmatic dependent launch"; PTX ISA, griddepcontrol.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ import triton
 import triton.language as tl
 
 from m1local.cuda.card import card
+from m1local.cuda.replay import WARM_UPS, captured
+
+EARLY = {"OVERLAP": True, "launch_pdl": True}
+TRIED = 4  # launches in a row
 
 
 @triton.jit
@@ -31,8 +36,31 @@ def _told(instruction: tl.constexpr):
     tl.inline_asm_elementwise(instruction, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
+@triton.jit
+def _trial_kernel(count):
+    """count (1,) += 1, when what was launched before is done."""
+    settled(True)
+    tl.store(count, tl.load(count) + 1)
+
+
 def begun_early(device: torch.device) -> dict[str, Any]:
     """What every launch of a step is given: whether it overlaps the one before it."""
-    if card(device).overlaps:
-        return {"OVERLAP": True, "launch_pdl": True}
+    if card(device).overlaps and accepted(device):
+        return EARLY
     return {"OVERLAP": False}
+
+
+@cache
+def accepted(device: torch.device) -> bool:
+    """Whether such launches work on `device`, also in a graph: tried once."""
+    count = torch.zeros(1, device=device)
+
+    def work() -> None:
+        for _ in range(TRIED):
+            _trial_kernel[(1,)](count, launch_pdl=True, num_warps=1)
+
+    try:
+        captured(work, lambda: None)()
+        return int(count) == TRIED * (WARM_UPS + 1)
+    except Exception:  # of Triton or the driver, whichever knows no such launches
+        return False

@@ -21,6 +21,8 @@ def missing(device: torch.device) -> str | None:
     """Why Triton's kernels do not run on `device`, in words; None where they do."""
     if device.type != "cuda":
         return f"the kernels are for CUDA, not {device.type}"
+    if torch.version.hip:
+        return "the kernels are for NVIDIA's cards"
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton, on Windows triton-windows)"
     capability = card(device).capability

@@ -46,21 +46,23 @@ def statistics(
     PER_GROUP is how many blocks share them. For nested scales `outer` holds 256 levels, the
     offset, and a scale for each 256 of them.
     """
+    at = row * (blocks // PER_GROUP) + block // PER_GROUP
     if KIND == INT8:
         scale = tl.load(scales + row + block * 0, mask=here, other=0.0)
-        return scale, scale * 0.0
-    at = row * (blocks // PER_GROUP) + block // PER_GROUP
-    if KIND == INT4 or KIND >= INT3:
+        zero = scale * 0.0
+    elif KIND == INT4 or KIND >= INT3:
         scale = tl.load(scales + at, mask=here, other=0.0).to(tl.float32)
-        return scale, tl.load(zeros + at, mask=here, other=0.0).to(tl.float32)
-    if KIND == LEVELS:
+        zero = tl.load(zeros + at, mask=here, other=0.0).to(tl.float32)
+    elif KIND == LEVELS:
         scale = tl.load(scales + at, mask=here, other=0.0)
-        return scale, scale * 0.0
-    code = tl.load(scales + at, mask=here, other=0).to(tl.int32)
-    level = tl.load(outer + code, mask=here, other=0.0)
-    offset = tl.load(outer + 256)
-    scale = level * tl.load(outer + 257 + at // NESTED_BLOCK, mask=here, other=0.0) + offset
-    return scale, scale * 0.0
+        zero = scale * 0.0
+    else:
+        code = tl.load(scales + at, mask=here, other=0).to(tl.int32)
+        level = tl.load(outer + code, mask=here, other=0.0)
+        offset = tl.load(outer + 256)
+        scale = level * tl.load(outer + 257 + at // NESTED_BLOCK, mask=here, other=0.0) + offset
+        zero = scale * 0.0
+    return scale, zero
 
 
 @triton.jit

@@ -1,0 +1,116 @@
+"""Every launch as it is made on a card, but for the launch itself: without one.
+
+Run as a program (`python -m tests.launch_kernels 90 int4`): a format's products of one, a few and
+many rows, a decode step and a prompt's attention go through Triton's own launcher, with the tensors
+that the runtime would pass, as far as the compiled kernel. So types that do not fit show here; in
+compile_kernels.py they are written down by hand. It prints the kernels' names. A process of its
+own, since kernels that were imported for the interpreter cannot be compiled.
+"""
+
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+FORMATS = ("int3", "int4", "int5", "int6", "int8", "bnb-nf4", "bnb-nf4-dq", "bnb-fp4")
+STEPS = ("int4", "int8", "nf4")  # the formats of bench/gpu_model.py
+MULTIPROCESSORS = 132
+
+
+class Driver:
+    """As much of a card's driver as the compiler asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def pretend(capability: int, launched: list[str]) -> None:
+    """Make a card of `capability`, for which everything is compiled and nothing launched."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from m1local.cuda import card, support
+
+    chosen = card.Card(divmod(capability, 10), MULTIPROCESSORS)
+    vars(card)["card"] = lambda device: chosen  # before the others import it
+    vars(support)["missing"] = lambda device: None
+    from m1local.cuda import overlap
+
+    vars(overlap)["accepted"] = lambda device: True
+    triton.runtime.driver.set_active(Driver(capability))
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, **options: Any) -> Any:
+        launched.append(self.__name__)
+        return run(self, *args, **options | {"warmup": True})
+
+    JITFunction.run = compiled
+
+
+def products(name: str, dtype: torch.dtype) -> None:
+    """One, two and many rows by a matrix in the format `name`."""
+    from m1local.cuda import products
+    from m1local.formats import LinearSpec, format_class
+
+    spec, shape = (
+        LinearSpec(name, 64 if name.startswith("int") and name != "int8" else None),
+        (96, 512),
+    )
+    chosen = format_class(spec.format)
+    tensors = chosen.shared_tensors(shape, spec) | chosen.quantize(torch.randn(shape), spec)
+    matrix = chosen.table(tensors, shape, spec).cuda_matrix()
+    assert matrix is not None
+    for rows in (1, 2, 100):
+        products.product(torch.randn(rows, shape[1]).to(dtype), matrix)
+
+
+def step(name: str, dtype: torch.dtype) -> None:
+    """A decode step and a prompt's attention of two layers of the 14B."""
+    from bench.gpu_model import M1_14B, filled_cache, random_model
+    from m1local import placement
+    from m1local.cuda.decode import DecodeStep
+    from m1local.cuda.prefill import attend_chunk
+    from m1local.memory import Setting
+
+    config = replace(
+        M1_14B, num_hidden_layers=2, vocab_size=4096, sliding_window_layers=frozenset({1})
+    )
+    vars(placement)["compute_dtype"] = lambda device: dtype
+    placed = placement.Placement(torch.device("cpu"), 0, False, Setting(2048))
+    cache = filled_cache(config, placed, 600)
+    DecodeStep(random_model(config, name, placed, dtype), cache)()
+    for layer in cache.layers:
+        heads, width = layer.layout.num_heads, layer.layout.head_dim
+        attend_chunk(torch.zeros((1, heads, 40, width), dtype=dtype), layer, 600)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Compile what the capability and the formats given as arguments launch."""
+    launched: list[str] = []
+    capability = int(sys.argv[1])
+    pretend(capability, launched)
+    dtype = torch.bfloat16 if capability >= 80 else torch.float16
+    for name in sys.argv[2:] or FORMATS:
+        products(name, dtype)
+        if (known := name.removeprefix("bnb-")) in STEPS:
+            step(known, dtype)
+    sys.stdout.write("\n".join(sorted(set(launched))) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    main()
