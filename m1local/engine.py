@@ -5,11 +5,15 @@ checked against each other. What it is not: a conversation; several may share on
 then re-reads what the others pushed out of the context.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from m1local.advice import telling
+from m1local.cache import KVCache
 from m1local.config import M1Config
 from m1local.context import Context
 from m1local.contexts import ContextPool
@@ -89,6 +93,24 @@ class Engine:
         engine.placement, engine.loaded = placement, loaded
         done("weights")
         return engine
+
+    @property
+    def on_card(self) -> bool:
+        """Whether any of it lies on a card."""
+        return self.placement is not None and self.placement.card.type == "cuda"
+
+    def release(self) -> None:
+        """Give back the memory of weights and contexts: only sizes can be asked for afterwards."""
+        config, of = self.model.config, self.context.cache
+        with torch.device("meta"):
+            self.model = M1Model(config)
+        cache = KVCache.allocate(
+            config, of.capacity, dtype=of.layers[0].raw_k.dtype, device="meta",
+            max_chunk=of.max_chunk, kv_type=of.layers[0].kv_type,
+        )  # fmt: skip
+        self.context = Context(self.model, cache)
+        self.contexts = ContextPool(self.context)
+        gc.collect()  # what was captured and what decodes know each other
 
     @property
     def defaults(self) -> GenerationSettings:

@@ -1,6 +1,7 @@
 """The model panel's work, without a browser: quantizing a local folder, and changing the model."""
 
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from m1local import placement
 from m1local.engine import Engine
+from m1local.errors import M1Error
 from m1local.formats import FORMATS
 from m1local.manifest import CheckpointManifest
 from m1local_app import progress
@@ -69,6 +71,44 @@ def test_a_local_folder_is_quantized_and_then_talked_to(panel: Any, tmp_path: Pa
     assert tab.conversation.id == kept
     assert list(tab.conversation.send("more"))
     assert "int8" in panel.show()[panel._parts.model]
+
+
+def test_on_a_card_the_present_model_makes_room_for_the_next(
+    panel: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, load, alive = panel._desk, Engine.load, list[bool]()
+    tab = desk.tab("one")
+    assert list(tab.conversation.send("hello"))
+    held = weakref.ref(desk.engine.model), weakref.ref(desk.engine.context.cache)
+    write_checkpoint(tmp_path / "other", seed=3)
+
+    def watched(folder: Path, **named: Any) -> Engine:
+        alive.append(any(each() is not None for each in held))
+        desk.engine.contexts.capacity + desk.engine.context.cache.nbytes  # what the page shows
+        return load(folder, **named)
+
+    monkeypatch.setattr(Engine, "on_card", True)
+    monkeypatch.setattr(Engine, "load", watched)
+    desk.change_model(tmp_path / "other", "other")
+    assert alive == [False]
+    assert (desk.label, tab.conversation.session.engine) == ("other", desk.engine)
+    assert list(tab.conversation.send("more"))
+
+
+def test_on_a_card_the_present_model_comes_back_where_the_next_cannot_be_loaded(
+    panel: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = panel._desk
+    tab = desk.tab("one")
+    assert list(tab.conversation.send("hello"))
+    said_before = [turn.message for turn in tab.conversation.session.turns]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(Engine, "on_card", True)
+    with pytest.raises(M1Error):
+        desk.change_model(tmp_path / "empty", "empty")
+    assert (desk.label, desk.folder) == ("tiny", tmp_path / "tiny")
+    assert [turn.message for turn in tab.conversation.session.turns] == said_before
+    assert list(tab.conversation.send("more"))
 
 
 def test_the_kernels_are_those_of_the_checkpoint_s_formats(panel: Any, tmp_path: Path) -> None:

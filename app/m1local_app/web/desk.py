@@ -117,19 +117,38 @@ class Desk:
         return tab
 
     def change_model(self, folder: Path, label: str) -> None:
-        """Talk to another checkpoint from now on; to be called when it is one's turn."""
-        engine = Engine.load(
-            folder,
-            context_tokens=self.context_tokens,
-            gpu_layers=self.gpu_layers,
-            kv_type=self.kv_type,
-        )
+        """Talk to another checkpoint from now on; to be called when it is one's turn.
+
+        A card seldom has room for two: there the present one makes room first, and comes back if
+        the other cannot be loaded.
+        """
+        room_made = self.engine.on_card
+        if room_made:
+            self.engine.release()
+        try:
+            engine = self._loaded(folder)
+        except Exception:
+            if room_made:
+                self.engine = self._loaded(self.folder)
+                self._renew_tabs()
+            raise
         changed = engine.defaults
         kept = self.settings
         self.engine, self.folder, self.label = engine, folder, label
         self.settings = replace(changed, loop_guard=kept.loop_guard, lookup=kept.lookup)
         self.given = frozenset()
         self.form = self._recalled()
+        self._renew_tabs()
+
+    def _loaded(self, folder: Path) -> Engine:
+        return Engine.load(
+            folder,
+            context_tokens=self.context_tokens,
+            gpu_layers=self.gpu_layers,
+            kv_type=self.kv_type,
+        )
+
+    def _renew_tabs(self) -> None:
         for tab in self.tabs.all():
             tab.conversation = self._renewed(tab.conversation)
 
