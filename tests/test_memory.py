@@ -16,6 +16,7 @@ from m1local.cache import DEFAULT_MAX_CHUNK, KVCache
 from m1local.checkpoint import expected_tensors
 from m1local.config import M1Config
 from m1local.context import Context, Decoder
+from m1local.cuda import support
 from m1local.cuda.transfer import aligned
 from m1local.errors import MemoryLimitError
 from m1local.formats import LinearSpec, format_class
@@ -217,6 +218,23 @@ def test_a_card_reads_prompts_in_larger_chunks_where_it_has_room() -> None:
     assert chunks == [memory.CARD_CHUNK] * 2 + [DEFAULT_MAX_CHUNK] * 40
     smaller = settle(model, wanted, CUDA, needed[2])
     assert (smaller.max_chunk, smaller.gpu_layers) == (DEFAULT_MAX_CHUNK, None)
+
+
+def test_where_triton_is_missing_the_plan_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(M1_14B, stored_as(M1_14B, "int4", 64), torch.bfloat16)
+    wanted = Setting(32768)
+    kernels = model.demand(wanted, CUDA)
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "by_kernels", lambda card: False)
+        plain = model.demand(wanted, CUDA)
+        assert suited(wanted, CUDA) == wanted  # attention of more tokens would fill the card
+    assert plain.gaps - kernels.gaps > 200 << 20  # each tensor is allocated by itself
+    assert plain.workspace > kernels.workspace  # a mask
+    assert memory.by_kernels(CUDA) or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for usable in (True, False):
+        monkeypatch.setattr(support, "usable", lambda card, usable=usable: usable)
+        assert memory.by_kernels(CUDA) is usable
 
 
 class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped
