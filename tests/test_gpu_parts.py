@@ -220,8 +220,9 @@ def test_a_file_of_tests_that_takes_too_long_loses_no_other_s(
         return subprocess.CompletedProcess(command, int(bad), said, "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    found = gpu.kernel_tests(90, now=iter([0.0, 0, 10, 20, 88, 95]).__next__)
-    assert given == [90, 80, 70, 2, 1]
+    found = gpu.kernel_tests(90, now=iter([0.0, 0, 10, 20, 30, 40, 88, 95]).__next__)
+    assert given == [90, 80, 70, 60, 50, 2, 1]
+    assert len(given) == len(gpu.KERNEL_TESTS)
     assert found["cuda_products"] == {"passed": 4}
     assert found["cuda_decode"] == {"failed": 1, "passed": 3}
     assert found["wrong"] == ["cuda_fused: the time was up", "FAILED tests/x.py::y - off by 1"]
