@@ -121,17 +121,3 @@ def test_where_kernels_overlap_each_waits_and_only_weights_are_read_before(
             assert early == EARLY[found["kernel"].partition(" ")[2]], found
         else:
             assert early == 0, found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [75, 90])
-def test_what_is_launched_has_the_types_that_kernels_take(capability: int, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.launch_kernels", str(capability)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    kernels = {name.removesuffix("_kernel") for name in done.stdout.split()}
-    assert kernels == {*ONE_ROW, *OF_A_PROMPT, "round", "norm", "place", "row", "attend", "join"}
