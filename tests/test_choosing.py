@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from bench.synthetic import DIMENSIONS
 from m1local import home
 from m1local.manifest import CheckpointManifest
+from m1local.memory import CARD_CHUNK
 from m1local_app import choosing, library
 from m1local_app.cli import cli
 from m1local_app.language import choose as speak
@@ -40,6 +41,8 @@ def taken(chosen: Chosen, kv_type: str | None = None) -> tuple[object, ...]:
     assert found is not None
     assert found.needed <= found.free
     setting = found.setting
+    if found.free > 20 << 30:  # room for everything: prompts are read as a card reads them
+        assert setting.max_chunk == CARD_CHUNK
     return found.recipe, setting.context_tokens, setting.kv_type, setting.gpu_layers
 
 

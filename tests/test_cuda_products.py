@@ -101,7 +101,7 @@ def test_a_product_is_added_and_normed_by_whoever_reads_it(name: str) -> None:
     assert matrix is not None
     assert next_matrix is not None
     x, stream = activations(1, 1408), activations(1, 128, torch.float32)[0] * 30
-    norm = RMSNorm(128, 1e-3).to(CARD)
+    norm = RMSNorm(128, 500.0).to(CARD)  # so large that leaving it out would show
     norm.weight.data = 0.05 + 0.02 * activations(2, 128, torch.float32)[0]
     wanted = stream + expected(x, module)[0]
     out = Activation(128, dtype=torch.float32, device=CARD, eps=norm.eps)

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bench.synthetic import DIMENSIONS
+from m1local.memory import CARD_CHUNK
 from m1local_app.cli import cli
+from m1local_app.planning import Machine, plan
 
 BIG = DIMENSIONS | {"num_hidden_layers": 40, "sliding_window_layers": list(range(1, 40, 2))}
 CARD = ["--memory", "12GB", "--bandwidth", "360GB/s"]
@@ -45,6 +48,12 @@ def test_the_14b_on_a_card_that_is_not_there(config_only: Path) -> None:
     assert spent + int4["bytes"]["runtime"] < 10 << 30
     assert 30 < int4["tokens_per_second"] < 46
     assert rows["int8", 8192]["gpu_layers"] is not None
+
+
+def test_prompts_are_planned_in_the_chunks_in_which_a_card_reads_them(config_only: Path) -> None:
+    machine = Machine(torch.device("cuda"), 24 << 30, 23 << 30, 1e12, 4e10)
+    rows = [row for row in plan(config_only, machine, 8192) if row.recipe == "int4"]
+    assert [row.setting and row.setting.max_chunk for row in rows] == [CARD_CHUNK] * 2
 
 
 def test_the_table_names_what_each_column_is(config_only: Path) -> None:

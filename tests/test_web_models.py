@@ -102,10 +102,24 @@ def test_on_a_card_the_present_model_comes_back_where_the_next_cannot_be_loaded(
     tab = desk.tab("one")
     assert list(tab.conversation.send("hello"))
     said_before = [turn.message for turn in tab.conversation.session.turns]
-    (tmp_path / "empty").mkdir()
+    load, halves, alive = Engine.load, list[Any](), list[bool]()
+
+    def failing(folder: Path, **named: Any) -> Engine:
+        if folder == tmp_path / "tiny":
+            alive.append(halves[0]() is not None)
+            return load(folder, **named)
+        half = torch.nn.Linear(2, 2)  # of a model, held by this function until it is forgotten
+        halves.append(weakref.ref(half))
+        try:
+            raise torch.OutOfMemoryError
+        except RuntimeError as error:
+            raise M1Error("no room") from error
+
     monkeypatch.setattr(Engine, "on_card", True)
-    with pytest.raises(M1Error):
-        desk.change_model(tmp_path / "empty", "empty")
+    monkeypatch.setattr(Engine, "load", failing)
+    with pytest.raises(M1Error, match="no room"):
+        desk.change_model(tmp_path / "other", "other")
+    assert alive == [False]
     assert (desk.label, desk.folder) == ("tiny", tmp_path / "tiny")
     assert [turn.message for turn in tab.conversation.session.turns] == said_before
     assert list(tab.conversation.send("more"))

@@ -21,7 +21,7 @@ from m1local.cuda.card import LANES, WARPS, card
 from m1local.cuda.matrix import INT8 as INT8_KIND
 from m1local.cuda.matrix import WORD, Matrix
 from m1local.cuda.overlap import begun_early, settled
-from m1local.cuda.words import INT3, INT4, INT6, INT8, LEVELS, NESTED, NESTED_BLOCK
+from m1local.cuda.words import INT3, INT4, INT6, INT8, LEVELS, NESTED, middle, nested
 
 # Where activations are written a program has WORD warps, so that a row each makes a whole word.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # which knows no assembler
@@ -275,20 +275,11 @@ def _weighed(found, plain, kept, matrix, at, KIND: tl.constexpr):
     elif KIND == LEVELS:
         total = found * scale
     elif KIND == NESTED:
-        outer = matrix[4]
-        level = tl.load(outer + scale.to(tl.int32))
-        level *= tl.load(outer + 257 + at[0] // NESTED_BLOCK, mask=at[1], other=0.0)
-        total = found * (level + tl.load(outer + 256))
+        total = found * nested(scale, matrix[4], at[0], at[1])
     else:
         scale = scale.to(tl.float32)
-        total = found * scale + plain * (zero.to(tl.float32) - _middle(KIND) * scale)
+        total = found * scale + plain * (zero.to(tl.float32) - middle(KIND) * scale)
     return total
-
-
-@triton.jit
-def _middle(KIND: tl.constexpr):
-    """The code that means exactly the zero of its group."""
-    return 4.0 if KIND == INT3 else (24.0 if KIND == INT6 else 8.0)
 
 
 @triton.jit

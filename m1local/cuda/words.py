@@ -57,12 +57,24 @@ def statistics(
         scale = tl.load(scales + at, mask=here, other=0.0)
         zero = scale * 0.0
     else:
-        code = tl.load(scales + at, mask=here, other=0).to(tl.int32)
-        level = tl.load(outer + code, mask=here, other=0.0)
-        offset = tl.load(outer + 256)
-        scale = level * tl.load(outer + 257 + at // NESTED_BLOCK, mask=here, other=0.0) + offset
+        scale = nested(tl.load(scales + at, mask=here, other=0), outer, at, here)
         zero = scale * 0.0
     return scale, zero
+
+
+@triton.jit
+def nested(code, outer, at, here):
+    """The scale at the place `at` from its code; `outer` as in `statistics`."""
+    level = tl.load(outer + code.to(tl.int32))
+    return level * tl.load(outer + 257 + at // NESTED_BLOCK, mask=here, other=0.0) + tl.load(
+        outer + 256
+    )
+
+
+@triton.jit
+def middle(KIND: tl.constexpr):
+    """The code that means exactly the zero of its group."""
+    return 4.0 if KIND == INT3 else (24.0 if KIND == INT6 else 8.0)
 
 
 @triton.jit
@@ -73,14 +85,13 @@ def weight(raw, column: tl.constexpr, scale, zero, levels, KIND: tl.constexpr):
         return (signed.to(tl.float32, bitcast=True) - 12582912.0) * scale
     if KIND == INT4:
         code = (raw >> (4 * column)) & 15 | EXPONENT
-        return (code.to(tl.float32, bitcast=True) - 8388616.0) * scale + zero
+        return (code.to(tl.float32, bitcast=True) - (8388608.0 + middle(KIND))) * scale + zero
     if KIND >= INT3:
         WIDTH: tl.constexpr = 2 if KIND == INT3 else 4
         ABOVE: tl.constexpr = 2 if KIND == INT6 else 1
-        MIDDLE: tl.constexpr = 4.0 if KIND == INT3 else (24.0 if KIND == INT6 else 8.0)
         low = (raw.to(tl.int32) >> (WIDTH * column)) & ((1 << WIDTH) - 1)
         high = ((raw >> 32).to(tl.int32) >> (ABOVE * column)) & ((1 << ABOVE) - 1)
         code = low | high << WIDTH | EXPONENT
-        return (code.to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)) * scale + zero
+        return (code.to(tl.float32, bitcast=True) - (8388608.0 + middle(KIND))) * scale + zero
     code = (raw >> (4 * (column ^ 1))) & 15
     return tl.load(levels + code) * scale

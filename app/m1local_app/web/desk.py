@@ -5,7 +5,9 @@ that Gradio knows about.
 """
 
 import contextlib
+import gc
 import threading
+import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -127,8 +129,9 @@ class Desk:
             self.engine.release()
         try:
             engine = self._loaded(folder)
-        except Exception:
+        except Exception as error:  # whatever it was, what was there comes back
             if room_made:
+                _forget_frames(error)
                 self.engine = self._loaded(self.folder)
                 self._renew_tabs()
             raise
@@ -161,3 +164,11 @@ class Desk:
         else:  # kept nowhere
             again.session.restore([Turn(turn.message) for turn in before.session.turns])
         return again
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop what the functions of an error and of its causes held, as half of a model on a card."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
