@@ -18,23 +18,19 @@ from m1local.cache import DEFAULT_MAX_CHUNK, REWIND_TOKENS, KVCache, LayerCache
 from m1local.checkpoint import EMBEDDING, HEAD, expected_tensors
 from m1local.config import HeadLayout, M1Config
 from m1local.cuda import support
-from m1local.cuda.card import restored_weights
 from m1local.cuda.transfer import aligned
 from m1local.formats import LinearSpec
-from m1local.formats.base import ROWS_PER_SLICE, Stored
+from m1local.formats.base import Stored
 from m1local.kv_store import FLOAT, KV_BYTES
-from m1local.native import matmul
 from m1local.native.stream import read_through
+from m1local.workspace import Workspace
 
-FLOAT32_BYTES = 4
-MASK_BYTES = 8 + 1 + 1 + 1  # a query and a key: distance, visible, within the window, both
 CONTEXT_BYTES = 300 << 20  # of a card's context: presumed, not measured yet
 LIBRARY_BYTES = 150 << 20  # of cuBLAS and kernels, which come after it: presumed as well
 PROCESS_BYTES = 350 << 20  # of Python and torch besides (bench/results/memory.json)
 GRAPH_BYTES = 64 << 10  # of each launch that a captured graph holds: presumed
 LAUNCHES_PER_LAYER = 11  # at most; 7 where all codes are whole numbers
 ALLOCATED_PIECE, LEAST_OF_ITS_OWN = 2 << 20, 10 << 20  # of torch's allocator on a card
-SLICE_COPIES = 3  # of a slice while it is dequantized, in float32
 MEASURED_BYTES = 512 << 20
 LEAST_MEASURED_BYTES = 64 << 20  # less would stay in the caches of some cards
 TRIES = 5
@@ -202,7 +198,7 @@ class Model:
         return Demand(
             weights=weights,
             cache=sum(caches[first:]),
-            workspace=self._workspace(setting, device),
+            workspace=self.workspace(setting, kept, device).nbytes,
             graphs=on_card * LAUNCHES_PER_LAYER * GRAPH_BYTES if device.type == "cuda" else 0,
             gaps=self._gaps(setting, kept[first:], device),
             runtime=CONTEXT_BYTES + LIBRARY_BYTES if device.type == "cuda" else PROCESS_BYTES,
@@ -225,6 +221,15 @@ class Model:
         for part, sizes in self._sizes.items():
             yield from () if part in elsewhere else sizes
 
+    def workspace(
+        self, setting: Setting, caches: Sequence[LayerCache], device: torch.device
+    ) -> Workspace:
+        """What reading a prompt takes; `caches` are those of the layers."""
+        return Workspace(
+            self.config, caches, min(setting.max_chunk, setting.context_tokens), self.dtype, device,
+            kernels=device.type == "cuda" and by_kernels(device), quantized=self.quantized,
+        )  # fmt: skip
+
     def _gaps(self, setting: Setting, buffers: Sequence[LayerCache], device: torch.device) -> int:
         """What lies unused between and behind what `setting` puts on a card."""
         if device.type != "cuda":
@@ -235,23 +240,6 @@ class Model:
             return behind + sum(gap(size) for size in self._on_card(setting))
         together = self.allocated(setting)
         return behind + together - sum(self._on_card(setting)) + gap(together)
-
-    def _workspace(self, setting: Setting, device: torch.device) -> int:
-        kernels = device.type == "cuda" and by_kernels(device)
-        size = workspace(
-            self.config, setting, self.dtype.itemsize,
-            masked=not kernels, ordered=kernels and self.quantized,
-        )  # fmt: skip
-        return size + (self.slices(setting, device) if self.quantized else 0)
-
-    def slices(self, setting: Setting, device: torch.device) -> int:
-        """Bytes of the weights that are restored at a time for the many rows of a chunk."""
-        widest = max(self.config.hidden_size, self.config.intermediate_size)
-        if device.type == "cuda":
-            return restored_weights(device) * self.dtype.itemsize
-        if setting.max_chunk <= matmul.ROWS and matmul.usable():
-            return 0
-        return ROWS_PER_SLICE * widest * SLICE_COPIES * FLOAT32_BYTES
 
 
 def gap(nbytes: int) -> int:
@@ -299,38 +287,6 @@ def read_bytes(layout: HeadLayout, setting: Setting) -> int:
     """Bytes of keys and values that one layer reads for a token when the context is full."""
     seen = min(setting.context_tokens, layout.window or setting.context_tokens)
     return int(2 * layout.num_kv_heads * layout.head_dim * KV_BYTES[setting.kv_type] * seen)
-
-
-def workspace(
-    config: M1Config,
-    setting: Setting,
-    itemsize: int,
-    *,
-    masked: bool = True,
-    ordered: bool = False,
-) -> int:
-    """Bytes that a chunk of the prompt takes at most, in m1local/model.py, and the logits.
-
-    `masked`: torch computes attention, with a mask of what each query sees, and on keys and values
-    restored from bytes; kernels need neither. `ordered`: products on a card copy what they
-    multiply, in the order of its weights (m1local/cuda/products.py).
-    """
-    width, inner = config.hidden_size, config.intermediate_size
-    chunk = min(setting.max_chunk, setting.context_tokens)
-    stream = 2 * width * itemsize  # residual and normed
-    layouts = [config.heads(layer) for layer in range(config.num_hidden_layers)]
-    packed = max(width + 2 * at.num_kv_heads * at.head_dim for at in layouts) * itemsize
-    attention = 2 * packed + width * itemsize
-    if masked:
-        attention += setting.context_tokens * (MASK_BYTES + itemsize)
-    restored = 0
-    if setting.kv_type != FLOAT and masked:  # those of one layer, and on their way in float32
-        heads = max(at.num_kv_heads * at.head_dim for at in layouts)
-        restored = setting.context_tokens * heads * 2 * (itemsize + FLOAT32_BYTES)
-    turning = packed + 3 * width * FLOAT32_BYTES
-    mlp = (4 * inner + 2 * width if ordered else 3 * inner) * itemsize
-    head = config.vocab_size * (itemsize + 2 * FLOAT32_BYTES)
-    return chunk * (stream + max(attention, turning, mlp)) + head + restored
 
 
 def options(wanted: Setting, layers: int) -> Iterator[Setting]:

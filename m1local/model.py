@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m1local import grouped
 from m1local.cache import KVCache, LayerCache, RawState, Visible
 from m1local.config import HeadLayout, M1Config
 from m1local.cuda import support
@@ -85,20 +86,10 @@ def follow(x: Tensor, weight: Tensor) -> Tensor:
     return x if x.device == weight.device else x.to(weight.device, weight.dtype)
 
 
-def visibility(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Which key each query may see: (T,) and (S,) positions -> (T, S) bool.
-
-    `window` counts the token itself: window 1 sees nothing but the query's own key.
-    """
-    distance = query_positions[:, None] - key_positions[None, :]
-    visible = distance >= 0
-    return visible if window is None else visible & (distance < window)
-
-
 def attend_kept(q: Tensor, cache: LayerCache, seen: Visible, chunk: Chunk) -> Tensor | None:
     """Attention of q (1, H, T, D) by a kernel that reads the cache as it lies -> (1, T, H * D).
 
-    None where there is none for this device or so many tokens; then torch computes it, as below.
+    None where there is none for this device or so many tokens; then torch computes it (grouped.py).
     """
     if q.device.type == "cpu":
         window = cache.layout.window
@@ -152,10 +143,8 @@ class M1Attention(nn.Module):
                 key_positions = seen.positions
                 k, v = seen.k.read(len(key_positions)), seen.v.read(len(key_positions))
         if mixed is None:
-            mask = visibility(chunk.positions, key_positions, self.layout.window)
-            heads = functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=self.layout.head_dim**-0.5, enable_gqa=True
-            )
+            window = self.layout.window
+            heads = grouped.attend(q, k, v, chunk.positions, key_positions, window)
             mixed = heads.transpose(1, 2).flatten(2)
         output: Tensor = self.o_proj(mixed)
         return output

@@ -32,7 +32,7 @@ FORBIDDEN = {
 # Inside the runtime a module imports only from the lines above its own.
 RUNTIME_ORDER = (
     ("errors",),
-    ("folder", "home", "formats", "sums", "kv_store"),
+    ("folder", "home", "formats", "sums", "kv_store", "grouped"),
     ("native.library", "native.recycled", "native"),
     ("native.quantize", "native.matmul", "native.attention", "native.neighbours", "native.stream"),
     ("native.sha256",),
@@ -48,7 +48,7 @@ RUNTIME_ORDER = (
     ("cache", "shards", "manifest"),
     ("cuda.fused", "cuda.embedding"),
     ("cuda.attention", "cuda.prefill"),
-    ("model",),
+    ("model", "workspace"),
     ("checkpoint", "tokenizer", "penalties", "loop_guard", "cuda.decode", "native.step"),
     ("sampling", "json_schema", "memory"),
     ("cuda.drawing", "advice"),

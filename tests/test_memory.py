@@ -238,10 +238,11 @@ def test_where_triton_is_missing_the_plan_is_that_of_torch(monkeypatch: pytest.M
 
 
 class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped
-    """Counts the bytes of all storages that operators make, while they live."""
+    """Counts the bytes of all storages that operators make on a device, while they live."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.known: dict[int, int] = {}
         self.now = self.peak = 0
 
@@ -257,7 +258,7 @@ class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if tensor.device.type != "cpu" or key in self.known:
+        if tensor.device.type != self.device or key in self.known:
             return
         self.known[key] = storage.nbytes()
         self.now += storage.nbytes()

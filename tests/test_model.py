@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from m1local import grouped
 from m1local import model as model_module
 from m1local.cache import KVCache
 from m1local.config import M1Config
-from m1local.model import M1Model, normalize_head, short_convolution, visibility
+from m1local.grouped import visibility
+from m1local.model import M1Model, normalize_head, short_convolution
 from m1local.rope import Rotation, rotate
 from tests.conftest import TINY, random_model
 from tests.reference import reference_logits
@@ -225,17 +227,15 @@ def break_norm_head(model: M1Model, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def break_kv_heads(model: M1Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = SimpleNamespace(
-        silu=functional.silu, scaled_dot_product_attention=attend_to_wrong_kv_head
-    )
-    monkeypatch.setattr(model_module, "functional", wrong)
+    wrong = SimpleNamespace(scaled_dot_product_attention=attend_to_wrong_kv_head)
+    monkeypatch.setattr(grouped, "functional", wrong)
 
 
 def break_window(model: M1Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def wider(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
         return visibility(queries, keys, None if window is None else window + 1)
 
-    monkeypatch.setattr(model_module, "visibility", wider)
+    monkeypatch.setattr(grouped, "visibility", wider)
 
 
 def break_taps_order(model: M1Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from m1local.cache import LayerCache, Visible
 from m1local.config import HeadLayout
+from m1local.grouped import visibility
 from m1local.kv_store import BYTES, FLOAT, KVStore, from_bytes, kind_fits
-from m1local.model import visibility
 from m1local.native import attention, library
 
 # Heads, key/value heads, width: both kinds of the 14B's layers, and odd ones.
