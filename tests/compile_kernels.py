@@ -15,7 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-UNEVEN = ("parts", "steps", "x_rows", "first", "start", "length")  # no multiples of 16
+UNEVEN = (
+    "parts",
+    "packed_parts",
+    "steps",
+    "x_rows",
+    "first",
+    "start",
+    "length",
+)  # no multiples of 16
 CAPABILITIES = (75, 80, 86, 89, 90, 120)
 
 
@@ -40,9 +48,9 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _attention(card.tiles, half, card.overlaps)
 
 
-def _products(tiles: Any, half: str, overlap: bool) -> Iterator[Case]:
-    from m1local.cuda import card, one_row, products, words
-    from m1local.cuda.matrix import WORD
+def _stored() -> Iterator[tuple[str, dict[str, int], dict[str, str]]]:
+    """Formats by name: what is fixed of a kind, and the types of a matrix's tensors."""
+    from m1local.cuda import words
 
     kinds = {
         "int4": (words.INT4, 2, "*i32", "*bf16"),
@@ -56,9 +64,16 @@ def _products(tiles: Any, half: str, overlap: bool) -> Iterator[Case]:
         stored = {"codes": codes, "scales": scales, "zeros": scales}
         stored["levels"] = {"int3": "*u8", "int6": "*i16", "int4": scales}.get(name, "*fp32")
         stored["outer"] = "*fp32" if name == "nf4-dq" else scales
-        of_kind = {"KIND": kind.value, "PER_GROUP": per_group}
+        yield name, {"KIND": kind.value, "PER_GROUP": per_group}, stored
+
+
+def _products(tiles: Any, half: str, overlap: bool) -> Iterator[Case]:
+    from m1local.cuda import card, one_row, products
+    from m1local.cuda.matrix import WORD
+
+    for name, of_kind, stored in _stored():
         numbers = {"rows": "i32", "blocks": "i32", "steps": "i32"}
-        vectors = tuple((stored | {"codes": "*i32" if name == "int8" else codes}).values())
+        vectors = tuple((stored | ({"codes": "*i32"} if name == "int8" else {})).values())
         lanes = {"LOADS": card.LANES, "OVERLAP": overlap}
         x, normed = {"x": (half, "*i32", "*fp32", "*fp32")}, {"SQUARES": 1024}
         yield Case(
@@ -100,9 +115,8 @@ def _products(tiles: Any, half: str, overlap: bool) -> Iterator[Case]:
 
 
 def _neighbours(half: str, overlap: bool) -> Iterator[Case]:
-    from m1local.cache import RAW_TOKENS
     from m1local.cuda import activation, card, embedding, fused
-    from m1local.kv_store import BYTES, FLOAT
+    from m1local.cuda.matrix import WORD
 
     row, fixed = _row(half), {"WHOLE": True, "OVERLAP": overlap}
     yield Case(
@@ -121,27 +135,20 @@ def _neighbours(half: str, overlap: bool) -> Iterator[Case]:
         | {"columns": "i32"},
         {"BLOCK": fused.BLOCK} | fixed, card.WARPS,
     )  # fmt: skip
-    for width, kept in itertools.product((128, 256), (FLOAT, BYTES)):
-        tensors = dict.fromkeys(("q_out", "raw_k", "raw_v"), half)
-        yield Case(
-            f"place {width} {kept}", fused.place_kernel,
-            {"packed": "*fp32", "parts": "i32"} | tensors
-            | {f"{name}_cache": half if kept == FLOAT else "*i8" for name in "kv"}
-            | {f"{name}_scales": half if kept == FLOAT else "*bf16" for name in "kv"}
-            | {"taps_k": half, "taps_v": half, "cos": "*fp32", "sin": "*fp32",
-               "position_at": "*i64", "heads": "i32", "kv_heads": "i32", "width": "i32",
-               "slots": "i32"},
-            {"RAW": RAW_TOKENS, "WIDTH": width, "BYTES": kept == BYTES, "OVERLAP": overlap}, 1,
-        )  # fmt: skip
-    for kind, table in (("int8", "*i8"), ("int4", "*u8"), ("float", half)):
-        value = {"int8": embedding.INT8, "int4": embedding.INT4, "float": embedding.FLOAT}[kind]
-        scales = "*fp32" if kind == "int8" else "*bf16"
-        yield Case(
-            f"row {kind}", embedding.row_kernel,
-            {"token_at": "*i64", "codes": table, "scales": scales, "zeros": scales, "out": "*fp32",
-             "columns": "i32", "group": "i32"},
-            {"KIND": value.value, "BLOCK": embedding.BLOCK, "OVERLAP": overlap}, card.WARPS,
-        )  # fmt: skip
+    fixed = {"OVERLAP": overlap}
+    yield Case(
+        "row", embedding.row_kernel,
+        {"token_at": "*i64", "table": half, "out": "*fp32", "columns": "i32"},
+        {"COLUMNS": embedding.COLUMNS} | fixed, card.WARPS,
+    )  # fmt: skip
+    for name, of_kind, stored in _stored():
+        if not name.startswith("nf4"):
+            yield Case(
+                f"stored {name}", embedding.stored_row_kernel,
+                {"token_at": "*i64", "matrix": tuple(stored.values()), "out": "*fp32",
+                 "blocks": "i32"},
+                of_kind | {"WORDS": embedding.COLUMNS // WORD} | fixed, card.WARPS,
+            )  # fmt: skip
 
 
 def _row(half: str) -> dict[str, str]:
@@ -159,9 +166,11 @@ def _attention(chosen: Any, half: str, overlap: bool) -> Iterator[Case]:
         stored |= {f"{name}_scales": half if kept == FLOAT else "*bf16" for name in ("k", "v")}
         yield Case(
             f"attend {width} {kept}", attention.attend_kernel,
-            {"q": half} | stored | {"position_at": "*i64", "partial": "*fp32",
-             "greatest": "*fp32", "sums": "*fp32", "heads": "i32", "width": "i32", "slots": "i32",
-             "window": "i32", "scale": "fp32"},
+            {"packed": "*fp32", "packed_parts": "i32"}
+            | {name: (stored[name], stored[f"{name}_scales"]) for name in "kv"}
+            | {"raw": (half, half), "taps": (half, half), "turn": ("*fp32", "*fp32"),
+               "position_at": "*i64", "partial": "*fp32", "greatest": "*fp32", "sums": "*fp32",
+               "heads": "i32", "width": "i32", "slots": "i32", "window": "i32", "scale": "fp32"},
             {"GROUP": group, "GROUP_ROWS": 16, "WIDTH": width, "KEYS": tiles.keys,
              "BYTES": kept == BYTES, "OVERLAP": overlap},
             tiles.key_warps,

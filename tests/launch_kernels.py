@@ -64,6 +64,7 @@ def products(name: str, dtype: torch.dtype) -> None:
     """One, two and many rows by a matrix in the format `name`."""
     from m1local.cuda import products
     from m1local.formats import LinearSpec, format_class
+    from m1local.formats.base import QuantizedEmbedding
 
     spec, shape = (
         LinearSpec(name, 64 if name.startswith("int") and name != "int8" else None),
@@ -71,10 +72,20 @@ def products(name: str, dtype: torch.dtype) -> None:
     )
     chosen = format_class(spec.format)
     tensors = chosen.shared_tensors(shape, spec) | chosen.quantize(torch.randn(shape), spec)
-    matrix = chosen.table(tensors, shape, spec).cuda_matrix()
+    table = chosen.table(tensors, shape, spec)
+    matrix = table.cuda_matrix()
     assert matrix is not None
+    if chosen.gathers:
+        row_of(QuantizedEmbedding(table, dtype))
     for rows in (1, 2, 100):
         products.product(torch.randn(rows, shape[1]).to(dtype), matrix)
+
+
+def row_of(embedding: torch.nn.Module) -> None:
+    """One row of an embedding."""
+    from m1local.cuda.embedding import EmbeddingRows
+
+    EmbeddingRows(embedding).write(torch.zeros(1, dtype=torch.long), torch.zeros(512))
 
 
 def step(name: str, dtype: torch.dtype) -> None:
@@ -104,6 +115,7 @@ def main() -> None:
     capability = int(sys.argv[1])
     pretend(capability, launched)
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
+    row_of(torch.nn.Embedding(96, 512, dtype=dtype))
     for name in sys.argv[2:] or FORMATS:
         products(name, dtype)
         if (known := name.removeprefix("bnb-")) in STEPS:

@@ -47,6 +47,7 @@ RUNTIME_ORDER = (
     ("formats.groups", "formats.int8", "formats.bnb"),
     ("cache", "shards", "manifest"),
     ("cuda.fused", "cuda.embedding"),
+    ("cuda.heads",),
     ("cuda.attention", "cuda.prefill"),
     ("model", "workspace"),
     ("checkpoint", "tokenizer", "penalties", "loop_guard", "cuda.decode", "native.step"),

@@ -11,7 +11,7 @@ from m1local.config import M1Config
 from m1local.context import Context
 from m1local.cuda import support
 from m1local.formats import LinearSpec
-from m1local.formats.groups import Int4Linear
+from m1local.formats.groups import GroupLinear
 from m1local.formats.int8 import Int8Linear
 from m1local.kv_store import BYTES, FLOAT
 from m1local.memory import Setting
@@ -36,15 +36,15 @@ CONFIG = M1Config.from_dict(RAW)
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "missing", lambda device: None)
-    for chosen in (Int4Linear, Int8Linear):  # the ordinary path is that of plain torch here
+    for chosen in (GroupLinear, Int8Linear):  # the ordinary path is that of plain torch here
         monkeypatch.setattr(chosen, "forward", chosen.multiply_sliced)
 
 
 def model_of(format_: str) -> M1Model:
     if format_ == "float":
         return quantized(CONFIG, {}).to(CARD)
-    stored = ("int8", None) if format_ == "int8" else ("int4", 32)
-    specs = stored_as(CONFIG, *stored)
+    stored = "int4" if format_ == "mixed" else format_
+    specs = stored_as(CONFIG, stored, None if stored == "int8" else 32)
     if format_ == "mixed":  # one matrix as it was, and up is stored unlike gate
         del specs["model.layers.0.self_attn.o_proj"]
         specs["model.layers.1.mlp.up_proj"] = LinearSpec("int8")
@@ -64,7 +64,7 @@ def ordinary(model: M1Model, cache: KVCache, token_ids: list[int]) -> torch.Tens
     return logits
 
 
-@pytest.mark.parametrize("format_", ["float", "int8", "int4", "mixed"])
+@pytest.mark.parametrize("format_", ["float", "int8", "int3", "int4", "int6", "mixed"])
 @torch.inference_mode()
 def test_the_tokens_are_those_of_the_ordinary_path(format_: str) -> None:
     model, expected_cache, cache = model_of(format_), new_cache(), new_cache()

@@ -112,15 +112,13 @@ class Both:
 
     def by_kernels(self, packed: Tensor, position: int) -> Activation:
         """The token whose product is `packed` (parts, width), by the kernels."""
-        q = torch.zeros(self.model.split_sizes[0], dtype=self.dtype, device=CARD)
         at = torch.tensor([position], device=CARD)
         taps, turn = (
             (self.model.conv_k, self.model.conv_v),
             rotation(at, self.layout.head_dim, THETA),
         )
-        fused.place(packed, q, self.cache, taps, turn, at)
         out = Activation(self.model.split_sizes[0], dtype=self.dtype, device=CARD)
-        attention.attend(q, self.cache, at, attention.buffers(self.cache), out)
+        attention.attend(packed, self.cache, taps, turn, at, attention.buffers(self.cache), out)
         return out
 
     def same_cache(self, expected_cache: LayerCache, tolerance: float) -> None:

@@ -2,8 +2,10 @@
 
 What it is: a kernel in which each program looks at a part of the keys of one kv head, for all query
 heads that read it, and a second one that joins the parts (the softmax of a part is known up to its
-greatest score). The visible positions of a ring lie one after another around it, so keys that a
-window has left behind are not read. What it is not: for several rows of queries.
+greatest score). Each program turns its queries itself (heads.py), which costs less than a kernel
+before it, and the one whose part ends with the newest key stores it. The visible positions of a
+ring lie one after another around it, so keys that a window has left behind are not read. What it is
+not: for several rows of queries.
 Source: the online softmax of arXiv 1805.02867, split as in arXiv 2311.01282.
 """
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from m1local.cache import LayerCache
 from m1local.cuda.activation import Activation, store_row
 from m1local.cuda.card import card
+from m1local.cuda.heads import place_newest, turned_rows
 from m1local.cuda.kept import head_of, load_kept, pointers
 from m1local.cuda.matrix import WORD
 from m1local.cuda.overlap import begun_early, settled
@@ -26,15 +29,20 @@ EVERYTHING = 2**30  # a window that no position leaves
 
 @triton.jit
 def attend_kernel(
-    q, k, k_scales, v, v_scales, position_at, partial, greatest, sums,
+    packed, packed_parts, k, v, raw, taps, turn, position_at, partial, greatest, sums,
     heads, width, slots, window, scale,
     GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
     BYTES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Part `program 1` of the keys of kv head `program 0`, for its GROUP query heads."""
+    """Part `program 1` of the keys of kv head `program 0`, for its GROUP query heads.
+
+    The part with the newest key puts it, and its value, into the cache first.
+    """
     settled(OVERLAP)
     kv_head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    end = tl.load(position_at).to(tl.int32) + 1
+    kv_heads = tl.num_programs(0)
+    position = tl.load(position_at).to(tl.int32)
+    end = position + 1
     seen = tl.minimum(end, window)
     each = tl.cdiv(tl.cdiv(seen, parts), KEYS) * KEYS
     begin = end - seen + part * each
@@ -43,35 +51,56 @@ def attend_kernel(
     row = tl.arange(0, GROUP_ROWS)
     inside = tl.arange(0, WIDTH)
     head = kv_head * GROUP + row
-    inside_here = inside < width
-    q_here = (row < GROUP)[:, None] & inside_here[None, :]
-    query = tl.load(q + head[:, None] * width + inside[None, :], mask=q_here, other=0.0)
+    here = (row < GROUP)[:, None] & (inside < width)[None, :]
+    most = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP_ROWS,), tl.float32)
+    out = part * heads + head
+    if begin < stop:
+        product = packed, packed_parts, (heads + 2 * kv_heads) * width
+        keys = head_of(k[0], k[1], kv_head, slots, width, BYTES)
+        values = head_of(v[0], v[1], kv_head, slots, width, BYTES)
+        if stop == end:
+            place_newest(
+                product, turn, raw, taps, keys, values, kv_head, heads, kv_heads,
+                position, position % slots, width, WIDTH, BYTES,
+            )  # fmt: skip
+            tl.debug_barrier()  # all threads will read what some have stored
+        query = turned_rows(product, turn, head, here, width, WIDTH).to(raw[0].dtype.element_ty)
+        most, total, mixed = _looked(
+            query, keys, values, raw[0], begin, stop, slots, width, scale,
+            GROUP_ROWS, WIDTH, KEYS, BYTES,
+        )  # fmt: skip
+        # Nobody reads what a part without keys has mixed.
+        tl.store(partial + out[:, None] * width + inside[None, :], mixed, mask=here)
+    tl.store(greatest + out, most, mask=row < GROUP)
+    tl.store(sums + out, total, mask=row < GROUP)
+
+
+@triton.jit
+def _looked(
+    query, k, v, like, begin, stop, slots, width, scale,
+    GROUP_ROWS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """What the queries see from `begin` to `stop`: greatest score, sum and mixed values of each."""
     most = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_ROWS,), tl.float32)
     mixed = tl.zeros((GROUP_ROWS, WIDTH), tl.float32)
-    k, k_scales = head_of(k, k_scales, kv_head, slots, width, BYTES)
-    v, v_scales = head_of(v, v_scales, kv_head, slots, width, BYTES)
     for key in range(begin, stop, KEYS):
         place = key + tl.arange(0, KEYS)
         here = place < stop
         slot = place % slots
-        keys = load_kept(k, k_scales, slot, here, width, q, KEYS, WIDTH, BYTES)
+        keys = load_kept(k[0], k[1], slot, here, width, like, KEYS, WIDTH, BYTES)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(here[None, :], scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
         shrunk = tl.exp(most - higher)
         total = total * shrunk + tl.sum(weights, 1)
-        values = load_kept(v, v_scales, slot, here, width, q, KEYS, WIDTH, BYTES)
+        values = load_kept(v[0], v[1], slot, here, width, like, KEYS, WIDTH, BYTES)
         mixed = mixed * shrunk[:, None]
         mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
         most = higher
-    out = part * heads + head
-    row_here = row < GROUP
-    tl.store(greatest + out, most, mask=row_here)
-    tl.store(sums + out, total, mask=row_here)
-    mixed_here = q_here & (begin < stop)  # nobody reads what a part without keys has mixed
-    tl.store(partial + out[:, None] * width + inside[None, :], mixed, mask=mixed_here)
+    return most, total, mixed
 
 
 @triton.jit
@@ -115,30 +144,38 @@ def buffers(layer: LayerCache) -> AttentionBuffers:
 
 
 def attend(
-    q: Tensor, layer: LayerCache, position: Tensor, kept: AttentionBuffers, out: Activation
+    packed: Tensor,
+    layer: LayerCache,
+    taps: tuple[Tensor, Tensor],
+    turn: tuple[Tensor, Tensor],
+    position: Tensor,
+    kept: AttentionBuffers,
+    out: Activation,
 ) -> None:
-    """`out` (H * D) becomes the attention of q (H * D) at `position` (1,) over `layer`.
+    """`out` (H * D) becomes the attention of a token at `position` (1,) over `layer` and itself.
 
-    The key and value of `position` must be in the cache already (fused.place).
+    `packed` (parts, C + 2 * Hkv * D) is the product that holds its q, k and v; `taps` those of k
+    and v, (1, 1, Hkv, 1, 2); `turn` the cosine and sine (1, D / 2) of the position.
     """
     layout = layer.layout
     group, width = layout.num_heads // layout.num_kv_heads, layout.head_dim
     padded = max(LEAST_DOT, triton.next_power_of_2(width))
     parts, in_bytes = kept.sums.shape[0], layer.k.scales is not None
-    tiles = card(q.device).tiles.over(in_bytes=in_bytes)
+    tiles = card(packed.device).tiles.over(in_bytes=in_bytes)
     attend_kernel[(layout.num_kv_heads, parts)](
-        q, *pointers(layer.k), *pointers(layer.v), position,
+        packed, packed.shape[0], pointers(layer.k), pointers(layer.v),
+        (layer.raw_k, layer.raw_v), taps, tuple(turn), position,
         kept.partial, kept.greatest, kept.sums,
         layout.num_heads, width, layer.slots, layout.window or EVERYTHING, width**-0.5,
         GROUP=group, GROUP_ROWS=max(LEAST_DOT, triton.next_power_of_2(group)),
         WIDTH=padded, KEYS=tiles.keys, BYTES=in_bytes, num_warps=tiles.key_warps,
-        **begun_early(q.device),
+        **begun_early(packed.device),
     )  # fmt: skip
     whole = out.whole and width % WORD == 0  # no word lies in two heads
     join_kernel[(layout.num_heads,)](
         kept.partial, kept.greatest, kept.sums, *out.tensors, layout.num_heads, width, parts,
         PARTS=triton.next_power_of_2(parts), WIDTH=padded, WHOLE=whole,
-        num_warps=JOIN_WARPS, **begun_early(q.device),
+        num_warps=JOIN_WARPS, **begun_early(packed.device),
     )  # fmt: skip
     if out.whole and not whole:
         out.fill(out.natural)

@@ -68,7 +68,6 @@ class DecodeStep:
         self.inner = new(config.intermediate_size)
         # Normed but for the factor of the whole row, where kernels of whole numbers read it.
         self.grown = new(config.hidden_size, eps=norm.eps) if self._is_whole() else None
-        self.q = torch.zeros(config.hidden_size, dtype=dtype, device=self.device)
         layouts = {layer.layout: layer for layer in cache.layers[first:]}
         self.kept = {layout: attention.buffers(layer) for layout, layer in layouts.items()}
         self.frequencies = {
@@ -105,9 +104,8 @@ class DecodeStep:
     ) -> None:
         """`mixed` becomes what the token's heads see; its key and value go into the cache."""
         packed = multiply(module.W_pack, normed)
-        taps = module.conv_k, module.conv_v
-        fused.place(packed, self.q, layer, taps, turn, self.position)
-        attention.attend(self.q, layer, self.position, self.kept[layer.layout], self.mixed)
+        taps, kept = (module.conv_k, module.conv_v), self.kept[layer.layout]
+        attention.attend(packed, layer, taps, turn, self.position, kept, self.mixed)
 
     def _add(self, module: nn.Module, x: Activation, norm: RMSNorm) -> Activation:
         """Add the product with x to the residual stream; returns the stream, normed."""
