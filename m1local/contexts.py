@@ -8,7 +8,7 @@ comes back. What it is not: a copy of anything on the disk.
 from collections import OrderedDict
 
 from m1local.context import Context
-from m1local.memory import free_bytes
+from m1local.memory import room
 
 MOST_CONTEXTS = 8
 FREE_SHARE = 2  # a further context may take half of what is free
@@ -17,8 +17,12 @@ FREE_SHARE = 2  # a further context may take half of what is free
 class ContextPool:
     """Contexts of one size, by the key of the conversation that uses them."""
 
-    def __init__(self, first: Context) -> None:
-        """Hand out `first`, and more like it while memory allows."""
+    def __init__(self, first: Context, spared: int = 0) -> None:
+        """Hand out `first`, and more like it while memory allows.
+
+        `spared` bytes are left for what reading a prompt and a captured step take later.
+        """
+        self._spared = spared
         self._unused = [first]
         self._held: OrderedDict[int, Context] = OrderedDict()  # the one used last at the end
         self.capacity = first.capacity
@@ -34,7 +38,7 @@ class ContextPool:
             return self._unused.pop()
         oldest = next(iter(self._held))
         context = self._held[oldest]
-        room = free_bytes(context.device) // FREE_SHARE
-        if len(self._held) < MOST_CONTEXTS and context.cache.nbytes <= room:
+        left = (room(context.device) - self._spared) // FREE_SHARE
+        if len(self._held) < MOST_CONTEXTS and context.cache.nbytes <= left:
             return context.another()
         return self._held.pop(oldest)

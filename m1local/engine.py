@@ -24,7 +24,15 @@ from m1local.generation_config import GenerationConfig
 from m1local.kv_store import FLOAT
 from m1local.memory import Setting
 from m1local.model import M1Model
-from m1local.placement import GpuLayers, Placement, decoder_of, load, place, reader_of
+from m1local.placement import (
+    GpuLayers,
+    Placement,
+    decoder_of,
+    demand,
+    load,
+    place,
+    reader_of,
+)
 from m1local.tokenizer import M1Tokenizer
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -91,6 +99,8 @@ class Engine:
         context = Context(model, cache, decoder, placement.setting, reader)
         engine = cls(model, tokenizer, generation, context)
         engine.placement, engine.loaded = placement, loaded
+        needed = demand(folder, placement)
+        engine.contexts = ContextPool(context, needed.workspace + needed.graphs)
         done("weights")
         return engine
 

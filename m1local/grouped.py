@@ -51,16 +51,16 @@ def attend_in_parts(
     """The same, a few queries at a time; the H / Hkv heads of a group follow each other as rows."""
     batch, heads, tokens, width = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
-    out = q.new_empty((batch, kv_heads, group, tokens, width))
+    out = q.new_empty((batch, heads, tokens, width))
     taken = queries_at_a_time(heads, len(key_positions))
     for start in range(0, tokens, taken):
-        part = q[:, :, start : start + taken].unflatten(1, (kv_heads, group))
+        part = q[:, :, start : start + taken]
         mask = visibility(query_positions[start : start + taken], key_positions, window)
-        rows = part.flatten(2, 3)
+        rows = part.reshape(batch, kv_heads, group * len(mask), width)
         found = functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(group, 1))
-        # As views: how a kernel lays its result out is its own business.
-        out[:, :, :, start : start + taken] = found.unflatten(2, (group, len(mask)))
-    return out.flatten(1, 2)
+        # No view: a kernel may lay its result out by tokens.
+        out[:, :, start : start + taken] = found.reshape(part.shape)
+    return out
 
 
 def queries_at_a_time(heads: int, keys: int) -> int:

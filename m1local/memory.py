@@ -15,11 +15,12 @@ import psutil
 import torch
 
 from m1local.cache import DEFAULT_MAX_CHUNK, REWIND_TOKENS, KVCache, LayerCache
-from m1local.checkpoint import EMBEDDING, HEAD, expected_tensors
+from m1local.checkpoint import EMBEDDING, HEAD, expected_tensors, parameter_shapes
 from m1local.config import HeadLayout, M1Config
 from m1local.cuda import support
+from m1local.cuda.card import is_served
 from m1local.cuda.transfer import aligned
-from m1local.formats import LinearSpec
+from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import Stored
 from m1local.kv_store import FLOAT, KV_BYTES
 from m1local.native.stream import read_through
@@ -61,8 +62,9 @@ def room(device: torch.device, free: int | None = None, *, untouched: bool = Fal
 
 
 def used_device() -> torch.device:
-    """The first card, or the CPU where there is none."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The first card, or the CPU where there is none that this torch has code for."""
+    first = torch.device("cuda", 0)
+    return first if torch.cuda.is_available() and is_served(first) else torch.device("cpu")
 
 
 def bandwidth(device: torch.device, nbytes: int = MEASURED_BYTES) -> float:
@@ -155,7 +157,15 @@ class Model:
         """`specs` by module, as a manifest has them; what is not in it is kept in `dtype`."""
         self.config = config
         self.dtype = dtype
-        self.quantized = bool(specs)
+        shapes = parameter_shapes(config) if specs else {}
+        matrices = {(shapes[f"{name}.weight"], spec.format) for name, spec in specs.items()}
+        self.restored = max(
+            (
+                format_class(known).restored_bytes((shape[0], shape[1]), dtype)
+                for shape, known in matrices
+            ),
+            default=0,
+        )
         self.parts: dict[str, int] = {}
         self._sizes: dict[str, list[int]] = {}  # of each tensor
         for name, stored in expected_tensors(config, specs).items():
@@ -227,7 +237,7 @@ class Model:
         """What reading a prompt takes; `caches` are those of the layers."""
         return Workspace(
             self.config, caches, min(setting.max_chunk, setting.context_tokens), self.dtype, device,
-            kernels=device.type == "cuda" and by_kernels(device), quantized=self.quantized,
+            kernels=device.type == "cuda" and by_kernels(device), restored=self.restored,
         )  # fmt: skip
 
     def _gaps(self, setting: Setting, buffers: Sequence[LayerCache], device: torch.device) -> int:

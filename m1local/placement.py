@@ -153,7 +153,10 @@ def load(folder: Path, placement: Placement) -> tuple[M1Model, Moved | None]:
     model = load_model(folder, device=placement.card, parts=parts, move=transfer)
     if placement.embedding_on_host:
         pin_embedding(model)
-    return model, transfer.finish()
+    moved = transfer.finish()
+    if not together:  # what lay there before it was packed
+        torch.cuda.empty_cache()
+    return model, moved
 
 
 def pin_embedding(model: M1Model) -> None:

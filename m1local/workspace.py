@@ -14,22 +14,21 @@ import torch
 from m1local.cache import LayerCache
 from m1local.config import M1Config
 from m1local.cuda.card import restored_weights
-from m1local.formats.base import ROWS_PER_SLICE
+from m1local.formats.base import FLOAT32_BYTES, ROWS_PER_SLICE, SLICE_COPIES
 from m1local.grouped import SCORES
 from m1local.kv_store import FLOAT
 from m1local.native import matmul
 
-FLOAT32_BYTES = 4
 MASK_BYTES = 8 + 1 + 1 + 1  # a query and a key: distance, visible, within the window, both
 KEPT_COPIES = 3  # keys, the same scaled, and values, in float32
-SLICE_COPIES = 3  # of a slice while it is dequantized, in float32
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
     """What must be known of a model, its caches, and where it computes.
 
-    `kernels`: whether those of m1local/cuda serve on a card.
+    `kernels`: whether those of m1local/cuda serve on a card; `restored`: bytes for parts of a
+    matrix where they do not, 0 of a model that is not quantized.
     """
 
     config: M1Config
@@ -38,7 +37,7 @@ class Workspace:
     dtype: torch.dtype
     device: torch.device
     kernels: bool
-    quantized: bool
+    restored: int
 
     @property
     def nbytes(self) -> int:
@@ -51,11 +50,12 @@ class Workspace:
     @property
     def slices(self) -> int:
         """Bytes of the weights that are restored at a time for the many rows of a chunk."""
-        if not self.quantized:
+        if not self.restored:
             return 0
-        if self.on_card and self.kernels:
-            return restored_weights(self.device) * self.dtype.itemsize
-        if not self.on_card and self.chunk <= matmul.ROWS and matmul.usable():
+        if self.on_card:
+            by_kernels = restored_weights(self.device) * self.dtype.itemsize
+            return by_kernels if self.kernels else self.restored
+        if self.chunk <= matmul.ROWS and matmul.usable():
             return 0
         widest = max(self.config.hidden_size, self.config.intermediate_size)
         return ROWS_PER_SLICE * widest * SLICE_COPIES * FLOAT32_BYTES

@@ -339,10 +339,10 @@ def test_conversations_take_as_many_contexts_as_memory_has_room_for(
 ) -> None:
     engine = new_engine()
     each = engine.context.cache.nbytes
-    monkeypatch.setattr(contexts, "free_bytes", lambda device: 2 * each)
+    monkeypatch.setattr(contexts, "room", lambda device: 2 * each)
     sessions = [ChatSession(engine, settings=settings()) for _ in range(3)]
     assert len({id(session.context) for session in sessions}) == 3
-    monkeypatch.setattr(contexts, "free_bytes", lambda device: 2 * each - 1)
+    monkeypatch.setattr(contexts, "room", lambda device: 2 * each - 1)
     held = [session.context for session in sessions]
     assert sessions[0].context is held[0]  # so that the second was not used for longest
     assert ChatSession(engine, settings=settings()).context is held[1]

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench.synthetic import DIMENSIONS
-from m1local import home
+from m1local import home, memory
 from m1local.manifest import CheckpointManifest
 from m1local.memory import CARD_CHUNK
 from m1local_app import choosing, library
@@ -59,6 +59,13 @@ def test_the_best_that_is_whole_on_the_card(
 ) -> None:
     pretend(monkeypatch, gib)
     assert taken(big) == (recipe, tokens, kv_type, None)
+
+
+def test_without_kernels_four_bits_are_made(big: Chosen, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 24)
+    for module in (choosing, memory):
+        monkeypatch.setattr(module, "by_kernels", lambda device: False)
+    assert choosing.choose(big, None).recipe == "int4"  # type: ignore[union-attr]
 
 
 def test_then_layers_leave_the_card(big: Chosen, monkeypatch: pytest.MonkeyPatch) -> None:

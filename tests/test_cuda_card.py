@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from m1local import memory
 from m1local.cuda import support
 from m1local.cuda.card import (
     MOST_KEY_PARTS,
@@ -14,6 +15,7 @@ from m1local.cuda.card import (
     TILES,
     Card,
     card,
+    is_served,
     restored_weights,
 )
 from tests.conftest import CARD
@@ -69,6 +71,27 @@ def test_what_is_restored_at_a_time_fills_the_card(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     absent = restored_weights(torch.device("cuda"))
     assert absent == Card((8, 6), SMALL_CARD).restored_weights()
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "served"),
+    [
+        ((8, 6), ["sm_75", "sm_80", "sm_90", "sm_120"], True), ((6, 1), ["sm_75", "sm_80"], False),
+        ((12, 1), ["sm_90", "sm_120"], True), ((7, 0), ["sm_75", "sm_90a"], False),
+        ((10, 0), ["sm_80", "sm_90", "compute_90"], True), ((8, 0), ["sm_86"], False),
+        ((8, 6), [], True),
+    ],
+)  # fmt: skip
+def test_a_card_without_code_in_this_torch_is_not_used(
+    capability: tuple[int, int], built: list[str], served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    assert is_served.__wrapped__(device) == served
+    monkeypatch.setattr(memory, "is_served", is_served.__wrapped__)
+    assert (memory.used_device() == device) == served
 
 
 def test_keys_are_split_by_a_power_of_two() -> None:

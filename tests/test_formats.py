@@ -357,3 +357,15 @@ def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
         match="int8, int3, int4, int5, int6, bnb-nf4, bnb-nf4-dq, bnb-fp4, bnb-int8",
     ):
         format_class("int2")
+
+
+@torch.inference_mode()
+def test_codes_of_eight_bits_are_multiplied_and_scaled_afterwards() -> None:
+    spec, weight = LinearSpec("int8"), torch.randn(300, 96)
+    module = Int8Linear.from_tensors(Int8Linear.quantize(weight, spec), (300, 96), spec)
+    x = torch.randn(2, 5, 96, dtype=torch.bfloat16)
+    wanted = x.float() @ module.dequantize().T
+    found = module.multiply_codes(x)
+    assert found.dtype == torch.bfloat16
+    worst = 1e-2 * float(wanted.abs().max())
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=worst)

@@ -259,6 +259,7 @@ def load(chosen: Chosen, wanted: EngineOptions, timings: Timings) -> "Engine":
 
 def _tell_where(engine: "Engine") -> None:
     """Say what went to a card, and how fast."""
+    from m1local.placement import why_plain
     from m1local_app.answer_view import note
     from m1local_app.kept import size_text
 
@@ -276,6 +277,8 @@ def _tell_where(engine: "Engine") -> None:
             speed=moved.nbytes / 1e9 / max(moved.seconds, 1e-9),
         )
     )
+    if reason := why_plain(placement.card):
+        note(tr("m1local's kernels do not run on this card, so all is slower: {why}", why=reason))
 
 
 def gpu_layers(text: str) -> "GpuLayers":

@@ -124,7 +124,9 @@ def _device() -> Iterator[Fact]:
         memory = size_text(card.total_memory)
         yield Fact("device", f"cuda:{index}", f"{card.name}, {memory}, {card.major}.{card.minor}")
     if torch.cuda.is_available():
-        yield Fact("device", "used", "cuda:0")
+        used = used_device()
+        advice = tr("this build of torch has no code for the card; one for an older CUDA may")
+        yield Fact("device", "used", str(used), advice if used.type == "cpu" else "")
     else:
         built = torch.version.cuda
         found = tr("torch finds no card") if built else tr("torch was built without CUDA")

@@ -5,6 +5,7 @@ capability, chosen here because Triton's own tuning needs the card at hand. What
 measured yet; the table follows from how many threads and registers a multiprocessor has.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -143,6 +144,22 @@ def restored_weights(device: torch.device) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         return Card((8, 6), SMALL_CARD).restored_weights()
     return card(device).restored_weights()
+
+
+@cache
+def is_served(device: torch.device) -> bool:
+    """Whether torch was built with code for the card: newer builds leave the oldest ones out.
+
+    Code for a major version serves its later minor ones, and what is still to be compiled for the
+    card ("compute_90") any newer (torch/cuda/__init__.py, `_check_cubins`).
+    """
+    found = torch.cuda.get_device_capability(device)
+    built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+    for kind, major, minor in built:
+        of = int(major), int(minor)
+        if of <= found and (kind == "compute" or of[0] == found[0]):
+            return True
+    return not built
 
 
 @cache

@@ -5,6 +5,7 @@ there is a card, and then the smallest kernel is tried. What it is not: a check 
 that fails says so when it is launched.
 """
 
+import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +15,11 @@ import torch
 from m1local.cuda.card import OLDEST, card
 
 SAID = 160  # characters of an error
+NEEDED = (
+    "try pip install -U triton-windows"
+    if sys.platform == "win32"
+    else "it takes a C compiler and Python's headers (apt install gcc python3-dev)"
+)
 
 
 @cache
@@ -32,10 +38,7 @@ def missing(device: torch.device) -> str | None:
         import_module("m1local.cuda.trial").launch(device)
     except Exception as error:  # of a compiler, a linker, a driver: any leaves torch's own ways
         said = (str(error) or type(error).__name__).splitlines()[0]
-        return (
-            "Triton cannot launch a kernel, which takes a C compiler and Python's headers "
-            f"(apt install gcc python3-dev): {said[:SAID]}"
-        )
+        return f"Triton cannot launch a kernel; {NEEDED}: {said[:SAID]}"
     return None
 
 

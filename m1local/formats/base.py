@@ -22,6 +22,9 @@ from m1local.native import matmul
 from m1local.native import quantize as native
 
 ROWS_PER_SLICE = 256  # of W: slices that stay in the cache are five times faster than the whole
+CARD_SLICE = 8 << 20  # weights of a slice on a card, where each operator takes a launch
+SLICE_COPIES = 3  # of a slice while it is dequantized, in float32
+FLOAT32_BYTES = 4
 SLICES = "slices dequantized to float"
 TRITON = "Triton, as stored; with many rows, restored slices and cuBLAS"
 WEIGHTS_PER_PART = 1 << 20  # quantized and handed on at a time, about
@@ -75,6 +78,11 @@ class QuantizedLinear(nn.Module):
         """What multiplies on a card by a format that the Triton kernels know, and why."""
         reason = support.missing(device)
         return TRITON if reason is None else f"{otherwise} ({reason})"
+
+    @classmethod
+    def restored_bytes(cls, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """What a product in `dtype` takes for parts of W on a card without our kernels."""
+        return min(shape[0] * shape[1], CARD_SLICE) * SLICE_COPIES * FLOAT32_BYTES
 
     @classmethod
     def stored(cls, out_features: int, in_features: int, spec: LinearSpec) -> dict[str, Stored]:
@@ -199,10 +207,13 @@ class QuantizedLinear(nn.Module):
     def multiply_sliced(self, x: Tensor) -> Tensor:
         """`x @ W.T` slice by slice of W, so that W is never whole in memory."""
         output = x.new_empty((*x.shape[:-1], self.out_features))
-        for start in range(0, self.out_features, ROWS_PER_SLICE):
-            stop = min(start + ROWS_PER_SLICE, self.out_features)
+        for start, stop in slices_of(self.out_features, self.rows_per_slice(x.device)):
             output[..., start:stop] = x @ self.slice_rows(start, stop, x.dtype).T
         return output
+
+    def rows_per_slice(self, device: torch.device) -> int:
+        """How many rows of W are dequantized at a time on `device`."""
+        return ROWS_PER_SLICE if device.type == "cpu" else max(1, CARD_SLICE // self.in_features)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

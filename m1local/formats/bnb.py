@@ -82,6 +82,11 @@ class Bnb4bitLinear(QuantizedLinear):
         return _kernel() if device.type == "cpu" else cls.card_kernel(device, _kernel())
 
     @classmethod
+    def restored_bytes(cls, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """All of W: the library dequantizes it for more than some ten rows."""
+        return shape[0] * shape[1] * dtype.itemsize
+
+    @classmethod
     def check(cls, out_features: int, in_features: int, spec: LinearSpec) -> str | None:
         """Blocks must not cross rows, so that row slices quantize independently."""
         if in_features % BLOCK:
