@@ -11,6 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
+GIB = 2**30
+SIZES = ("peak_reserved", "peak_on_the_card", "context_bytes")
 
 
 def machine_line(result: dict[str, Any]) -> str:
@@ -292,6 +294,50 @@ def kv_type(result: dict[str, Any]) -> str:
     )
 
 
+def gpu(result: dict[str, Any]) -> str:
+    """Decoding on a card by context; beside it what else its run and the later ones found."""
+    header = ("context", "tokens/s", "GB/s", "of the copy", "launched one by one, tokens/s")
+    rows: list[tuple[object, ...]] = [
+        (
+            f"{row['context']:,}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['gb_per_second']:,.0f}",
+            f"{row['percent_of_copy']:.0f} %",
+            f"{1000 / row['plain_ms']:.0f}",
+        )
+        for row in result["decode int4"]["rows"]
+    ]
+    return f"{table(header, rows)}\n\n{_gpu_beside(result)}"
+
+
+def _gpu_beside(result: dict[str, Any]) -> str:
+    peers = {name: found["token_ms"] for name, found in result["peers"].items()}
+    ours, later, capped = peers["m1local int4"], result["later"], result["capped"]
+    prompts, peak = [result[f"prompt {name}"] for name in ("int4", "bf16")], result["prompt int4"]
+    sizes = {name: f"{peak[name] / GIB:.2f}" for name in SIZES}
+    first, after = result["decode int4"]["rows"][0], later["decode int4"][0]
+    part = first["percent_of_copy"] * first["graph_ms"] / after["graph_ms"]
+    return (
+        f"The 14B's dimensions, random weights, int4 in groups of 64, on one {result['card']} "
+        f"(copies at {result['copy']['gb_per_second']:,.0f} GB/s), torch "
+        f"{result['machine']['torch']}; `{result['command']}`. The matrices of a token alone: "
+        f"{ours:.2f} ms; int8 {peers['m1local int8']:.2f}, NF4 {peers['m1local nf4']:.2f}; "
+        f"bitsandbytes' NF4 {peers['bitsandbytes NF4']:.2f} "
+        f"({peers['bitsandbytes NF4'] / ours:.2f} times ours in int4), torch's int4pack "
+        f"{peers['int4pack']:.2f} ({peers['int4pack'] / ours:.2f}), bf16 by cuBLAS "
+        f"{peers['bf16 cuBLAS']:.2f}. A prompt of 2,048 tokens: {prompts[0]['prompt_ms']:.0f} ms, "
+        f"bf16 {prompts[1]['prompt_ms']:.0f}. With 8k of context torch reserved "
+        f"{sizes['peak_reserved']} GiB ({peak['percent_of_plan'] - 100:.1f} % more than planned), "
+        f"the process {sizes['peak_on_the_card']} with {sizes['context_bytes']} of CUDA's own. "
+        f"Under 7.2 GiB: {capped[0]['gpu_layers']} layers on the card and 8k of context "
+        f"{capped[0]['tokens_per_second']:.0f} tokens/s, {capped[1]['gpu_layers']} layers and 2k "
+        f"in bytes {capped[1]['tokens_per_second']:.0f}. Changed since, and measured the same day: "
+        f"{after['graph_ms']:.2f} ms a token at {after['context']} "
+        f"({1000 / after['graph_ms']:.0f} tokens/s, {part:.0f} % of the copy), the prompt "
+        f"{later['prompt int4']['prompt_ms']:.0f} ms."
+    )
+
+
 def _ratio(found: dict[str, float] | None, kinds: Sequence[str]) -> str:
     return ", ".join(f"{found[kind]:.2f}" for kind in kinds) if found else ""
 
@@ -311,6 +357,7 @@ def render(text: str) -> str:
         "decode_speed_avx2": decode_speed_more,
         "decode_memory": decode_memory,
         "kv_type": kv_type,
+        "gpu": gpu,
     }
     for name, block in blocks.items():
         path = RESULTS / f"{name}.json"

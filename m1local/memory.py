@@ -26,8 +26,8 @@ from m1local.kv_store import FLOAT, KV_BYTES
 from m1local.native.stream import read_through
 from m1local.workspace import Workspace
 
-CONTEXT_BYTES = 300 << 20  # of a card's context: presumed, not measured yet
-LIBRARY_BYTES = 150 << 20  # of cuBLAS and kernels, which come after it: presumed as well
+CONTEXT_BYTES = 300 << 20  # of a smaller card's context: presumed
+LIBRARY_BYTES = 150 << 20  # of cuBLAS and kernels, which come after it; both are 757 on an H200
 PROCESS_BYTES = 350 << 20  # of Python and torch besides (bench/results/memory.json)
 GRAPH_BYTES = 64 << 10  # of each launch that a captured graph holds: presumed
 LAUNCHES_PER_LAYER = 10  # at most; 6 where all codes are whole numbers

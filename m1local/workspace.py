@@ -87,10 +87,12 @@ class Workspace:
         return self.chunk * (self._packed * self.dtype.itemsize + turned)
 
     def _mlp(self) -> int:
-        """On a card silu's result too, then a copy in the order in which weights lie there."""
+        """On a card silu too, while nothing is restored; else gate, up and their product."""
         width, inner = self.config.hidden_size, self.config.intermediate_size
-        row = 4 * inner + 2 * width if self.on_card else 3 * inner
-        return self.chunk * row * self.dtype.itemsize + self.slices
+        row = self.chunk * self.dtype.itemsize
+        if not self.on_card:
+            return row * 3 * inner + self.slices
+        return row * 2 * width + max(row * 4 * inner, row * 3 * inner + self.slices)
 
     @property
     def _packed(self) -> int:

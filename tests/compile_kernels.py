@@ -92,7 +92,7 @@ def _products(tiles: Any, half: str, overlap: bool) -> Iterator[Case]:
                 f"added {name}", one_row.added_kernel,
                 x | {"matrix": vectors, "stream": "*fp32", "weight": half} | _row(half)
                 | {"squares": "*fp32"} | numbers,
-                of_kind | lanes | {"WARPS": WORD}, WORD,
+                of_kind | lanes | {"WARPS": WORD // 2}, WORD // 2,
             )  # fmt: skip
         if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
             continue

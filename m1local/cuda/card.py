@@ -2,7 +2,7 @@
 
 What it is: what the kernels must know of a card, and a table of configurations by its compute
 capability, chosen here because Triton's own tuning needs the card at hand. What it is not:
-measured yet; the table follows from how many threads and registers a multiprocessor has.
+measured, but for 9.0; the table follows from how many threads and registers a multiprocessor has.
 """
 
 import re

@@ -129,9 +129,3 @@ def planar(x: Tensor) -> Tensor:
     """x (M, K) with its columns in the order of planes: (M, K), contiguous."""
     rows, columns = x.shape
     return x.reshape(rows, columns // WORD, WORD).transpose(1, 2).reshape(rows, columns)
-
-
-def natural(x: Tensor) -> Tensor:
-    """What `planar` undoes: (M, K) in planes back in the order of columns."""
-    rows, columns = x.shape
-    return x.reshape(rows, WORD, columns // WORD).transpose(1, 2).reshape(rows, columns)

@@ -23,7 +23,7 @@ from m1local.cuda.matrix import WORD, Matrix
 from m1local.cuda.overlap import begun_early, settled
 from m1local.cuda.words import INT3, INT4, INT6, INT8, LEVELS, NESTED, middle, nested
 
-# Where activations are written a program has WORD warps, so that a row each makes a whole word.
+# Where activations are written a program's rows make a whole word.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # which knows no assembler
 
 
@@ -69,22 +69,24 @@ def added_kernel(
     KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """stream (N,) += x @ W.T; then times weight, as activations, and its squares, word by word."""
+    """stream (N,) += x @ W.T; then times weight, as activations, and its squares, word by word.
+
+    Two rows that follow each other for each of four warps: a whole word.
+    """
     first = tl.program_id(0) * (2 * WARPS)
-    row = first + tl.arange(0, WARPS)
+    row = first + 2 * tl.arange(0, WARPS)
     total, other_total = _summed(
-        x, matrix, matrix, row, row + WARPS, rows, blocks, 0, steps, 0.0,
+        x, matrix, matrix, row, row + 1, rows, blocks, 0, steps, 0.0,
         KIND, PER_GROUP, WARPS, LOADS, 0, OVERLAP,
     )  # fmt: skip
-    for word in tl.static_range(2):
-        row = first + word * WARPS + tl.arange(0, WARPS)
-        here = row < rows
-        grown = tl.load(stream + row, mask=here, other=0.0) + (total if word == 0 else other_total)
-        tl.store(stream + row, grown, mask=here)
-        at = first + word * WARPS
-        tl.store(squares + at // WARPS, tl.sum(grown * grown, 0), mask=at < rows)
-        value = grown * tl.load(weight + row, mask=here, other=0.0).to(tl.float32)
-        store_row(natural, planes, halves, scales, at, rows, value, rows, WARPS, True)
+    row = first + tl.arange(0, 2 * WARPS)
+    here = row < rows
+    grown = tl.reshape(tl.join(total, other_total), (2 * WARPS,))
+    grown += tl.load(stream + row, mask=here, other=0.0)
+    tl.store(stream + row, grown, mask=here)
+    tl.store(squares + first // (2 * WARPS), tl.sum(grown * grown, 0), mask=first < rows)
+    value = grown * tl.load(weight + row, mask=here, other=0.0).to(tl.float32)
+    store_row(natural, planes, halves, scales, first, rows, value, rows, 2 * WARPS, True)
 
 
 @triton.jit
@@ -104,28 +106,36 @@ def _summed(
     stop = tl.minimum(begin + steps, tl.cdiv(loads, LOADS))
     load = begin * LOADS + tl.arange(0, LOADS)[None, :, None]
     end = tl.minimum(stop * LOADS, loads)
-    kept = _load_row(one, row, rows, load, loads, end, KIND, PER_GROUP)
-    other_kept = _load_row(other, other_row, rows, load, loads, end, KIND, PER_GROUP)
+    AHEAD: tl.constexpr = 2 if KIND < INT3 else 1  # codes in two planes take more registers
+    kept = _load_both(one, other, row, other_row, rows, load, loads, end, KIND, PER_GROUP)
+    after = kept
+    if AHEAD == 2:
+        after = _load_both(
+            one, other, row, other_row, rows, load + LOADS, loads, end, KIND, PER_GROUP
+        )
     settled(OVERLAP)
-    factor = _norm_factor(x[3], blocks * 32, eps, SQUARES)
+    factor = _norm_factor(x[3], blocks * 32, eps, SQUARES, WARPS)
     total = tl.zeros((WARPS, LOADS, 4), tl.float32)
     other_total = tl.zeros((WARPS, LOADS, 4), tl.float32)
     for _ in range(begin, stop):
-        later = load + LOADS
-        coming = _load_row(one, row, rows, later, loads, end, KIND, PER_GROUP)
-        other_coming = _load_row(other, other_row, rows, later, loads, end, KIND, PER_GROUP)
+        later = load + AHEAD * LOADS
+        coming = _load_both(one, other, row, other_row, rows, later, loads, end, KIND, PER_GROUP)
         if KIND == LEVELS or KIND == NESTED:  # noqa: SIM109  # Triton knows no `in`
             found, other_found, plain = _times_levels(
-                x, kept, other_kept, one[3], other[3], row, load, blocks
+                x, kept[0], kept[1], one[3], other[3], row, load, blocks
             )
         else:
-            found, other_found, plain = _times_whole(x, kept, other_kept, row, load, blocks, KIND)
+            found, other_found, plain = _times_whole(x, kept[0], kept[1], row, load, blocks, KIND)
         groups, inside = blocks // PER_GROUP, load < loads
         at = row * groups + load // PER_GROUP, inside & (row < rows)
-        total += _weighed(found, plain, kept, one, at, KIND)
+        total += _weighed(found, plain, kept[0], one, at, KIND)
         at = other_row * groups + load // PER_GROUP, inside & (other_row < rows)
-        other_total += _weighed(other_found, plain, other_kept, other, at, KIND)
-        kept, other_kept, load = coming, other_coming, later
+        other_total += _weighed(other_found, plain, kept[1], other, at, KIND)
+        if AHEAD == 2:
+            kept, after = after, coming
+        else:
+            kept = coming
+        load += LOADS
     return (
         _row_sums(total, one, first_row, rows, KIND) * factor,
         _row_sums(other_total, other, other_first_row, rows, KIND) * factor,
@@ -133,14 +143,28 @@ def _summed(
 
 
 @triton.jit
-def _norm_factor(squares, columns, eps, SQUARES: tl.constexpr):
-    """What RMSNorm multiplies a row by whose `squares` are summed word by word; 1 without any."""
+def _norm_factor(squares, columns, eps, SQUARES: tl.constexpr, WARPS: tl.constexpr):
+    """What RMSNorm multiplies a row by whose `squares` are summed word by word; 1 without any.
+
+    Each warp sums all of them by itself, so that none waits: (WARPS,).
+    """
     factor = 1.0
     if SQUARES > 0:
-        word = tl.arange(0, SQUARES)
-        total = tl.sum(tl.load(squares + word, mask=word < columns // 8, other=0.0), 0)
-        factor = 1 / tl.sqrt_rn(total / columns + eps)
+        warp, word = tl.arange(0, WARPS)[:, None], tl.arange(0, SQUARES)[None, :]
+        found = tl.load(squares + word + warp * 0, mask=word < columns // 8, other=0.0)
+        factor = 1 / tl.sqrt_rn(tl.sum(found, 1) / columns + eps)
     return factor
+
+
+@triton.jit
+def _load_both(
+    one, other, row, other_row, rows, load, loads, end, KIND: tl.constexpr, PER_GROUP: tl.constexpr
+):
+    """What a step reads of two rows."""
+    return (
+        _load_row(one, row, rows, load, loads, end, KIND, PER_GROUP),
+        _load_row(other, other_row, rows, load, loads, end, KIND, PER_GROUP),
+    )
 
 
 @triton.jit
@@ -321,11 +345,11 @@ def added_product(
 
     But for the norm's factor, which every product with `out` applies; `out` has `squares` for that.
     """
-    added_kernel[(triton.cdiv(matrix.rows, 2 * WORD),)](
+    added_kernel[(triton.cdiv(matrix.rows, WORD),)](
         _row(x), _vectors(matrix), stream, weight, *out.tensors, out.squares,
         matrix.rows, matrix.blocks, _steps(matrix),
-        KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WORD, LOADS=LANES,
-        num_warps=WORD, **begun_early(stream.device),
+        KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WORD // 2, LOADS=LANES,
+        num_warps=WORD // 2, **begun_early(stream.device),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 What it is: a kernel over the words of words.py in which tensor cores multiply some ten rows; one
 that restores slices of W for cuBLAS, which multiplies many; and the choice among these and the
-kernel for one row (one_row.py). What it is not: measured.
+kernel for one row (one_row.py). What it is not: tuned; it ran on an H200 alone.
 """
 
 import torch
@@ -18,6 +18,7 @@ from m1local.cuda.words import INT8, load_words, statistics, weight
 
 LEAST_TILE = 16  # rows that the tensor cores take
 EXPANDED_ROWS, EXPANDED_WORDS = 4, 128
+EVEN_ROWS = 128  # of cuBLAS' tiles
 
 
 @triton.jit(do_not_specialize=["x_rows"])
@@ -60,7 +61,7 @@ def expand_kernel(
     codes, scales, zeros, levels, outer, out, first, rows, blocks,
     KIND: tl.constexpr, PER_GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` to `rows` of W, columns in the order of planes: out (n, K)."""
+    """Rows `first` to `rows` of W: out (n, K)."""
     out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     row = first + out_row
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)[None, :]
@@ -68,10 +69,10 @@ def expand_kernel(
     here = (word < words) & (row < rows)
     raw = load_words(codes, levels, row * words + word, here, KIND)
     scale, zero = statistics(scales, zeros, outer, row, word // 4, blocks, here, KIND, PER_GROUP)
-    for column in tl.static_range(8):
-        found = weight(raw, column, scale, zero, levels, KIND)
-        at = out + out_row * (words * 8) + column * words + word
-        tl.store(at, found.to(out.dtype.element_ty), mask=here)
+    column = tl.arange(0, 8)[None, None, :]
+    found = weight(raw[:, :, None], column, scale[:, :, None], zero[:, :, None], levels, KIND)
+    at = out + (out_row * words + word)[:, :, None] * 8 + column
+    tl.store(at, found.to(out.dtype.element_ty), mask=here[:, :, None])
 
 
 def tile_product(x: Tensor, matrix: Matrix) -> Tensor:
@@ -92,7 +93,7 @@ def tile_product(x: Tensor, matrix: Matrix) -> Tensor:
 
 
 def restored(matrix: Matrix, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows `start` to `stop` of W, columns in the order of planes: (n, K)."""
+    """Rows `start` to `stop` of W: (n, K)."""
     out = torch.empty((stop - start, matrix.columns), dtype=dtype, device=matrix.codes.device)
     grid = (
         _pieces(stop - start, EXPANDED_ROWS), _pieces(matrix.columns // WORD, EXPANDED_WORDS)
@@ -111,15 +112,19 @@ def product(x: Tensor, matrix: Matrix) -> Tensor:
         return x.new_empty((0, matrix.rows))
     if len(x) == 1:
         return vector_product(Activation.of(x), matrix).sum(0, keepdim=True).to(x.dtype)
-    ordered = planar(x)
     if len(x) <= card(x.device).tiles.most_rows:
-        return tile_product(ordered, matrix).sum(0).to(x.dtype)
+        return tile_product(planar(x), matrix).sum(0).to(x.dtype)
     output = x.new_empty((len(x), matrix.rows))
-    taken = max(1, card(x.device).restored_weights() // matrix.columns)
-    for start in range(0, matrix.rows, taken):
-        stop = min(start + taken, matrix.rows)
-        torch.matmul(ordered, restored(matrix, start, stop, x.dtype).T, out=output[:, start:stop])
+    for start, stop in _slices(matrix.rows, card(x.device).restored_weights() // matrix.columns):
+        torch.matmul(x, restored(matrix, start, stop, x.dtype).T, out=output[:, start:stop])
     return output
+
+
+def _slices(rows: int, most: int) -> list[tuple[int, int]]:
+    """Where slices of at most some `most` rows begin and end, all about the same."""
+    even = _pieces(rows, max(1, _pieces(rows, max(1, most))))
+    taken = _pieces(even, EVEN_ROWS) * EVEN_ROWS
+    return [(start, min(start + taken, rows)) for start in range(0, rows, taken)]
 
 
 def _pieces(whole: int, size: int) -> int:

@@ -78,8 +78,8 @@ def middle(KIND: tl.constexpr):
 
 
 @triton.jit
-def weight(raw, column: tl.constexpr, scale, zero, levels, KIND: tl.constexpr):
-    """The weight in place `column` of the words `raw`, in float32."""
+def weight(raw, column, scale, zero, levels, KIND: tl.constexpr):
+    """The weight in place `column` of the words `raw`, in float32; of many columns, if they are."""
     if KIND == INT8:
         signed = (raw >> (8 * column)).to(tl.int8).to(tl.int32) + SIGNED_EXPONENT
         return (signed.to(tl.float32, bitcast=True) - 12582912.0) * scale
