@@ -222,10 +222,6 @@ class GroupLinear(QuantizedLinear):
 
     def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Dequantized rows (n, K)."""
-        if self.packed and self.codes.device.type == "cuda":
-            size = group_size_of(self.spec)
-            whole = cuda_int4pack.restored(self.codes, self.in_features, size, self.scales_zeros)
-            return whole[start:stop].to(dtype)
         return self._restore(self._centred(start, stop), *self._statistics(start, stop), dtype)
 
     def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -263,9 +259,10 @@ class GroupLinear(QuantizedLinear):
         if (compiled := self.multiply_compiled(x)) is not None:
             return compiled
         flat, size = x.reshape(-1, self.in_features), group_size_of(self.spec)
-        if (on_card := self.multiply_on_card(x)) is not None:
-            return on_card
-        if self.packed and x.device.type == "cuda":
+        if (found := self.multiply_on_card(x)) is not None:
+            return found
+        on_card = self.packed and x.device.type == "cuda"
+        if on_card and cuda_int4pack.multiplies(x.device, len(flat)):
             multiplied = cuda_int4pack.multiply(flat, self.codes, size, self.scales_zeros)
             return multiplied.view(*x.shape[:-1], self.out_features)
         if not self.packed or len(flat) > FEW_ROWS:
@@ -283,6 +280,9 @@ class GroupLinear(QuantizedLinear):
             if self.high is not None:
                 planes["weight_high"] = self.high[start:stop]
             return self.unpack(planes).float() - self.middle
+        if self.codes.device.type == "cuda":
+            codes = cuda_int4pack.unpack(self.codes, self.in_features, start, stop)
+            return codes.float() - NIBBLE_MIDDLE
         centred = int4pack.unpack(self.codes, start, stop).float() - NIBBLE_MIDDLE
         if self.high is not None:
             above = int4pack.unpack(self.high, start, stop).float() - NIBBLE_MIDDLE
