@@ -332,7 +332,7 @@ def _gpu_beside(result: dict[str, Any]) -> str:
         f"Under 7.2 GiB: {capped[0]['gpu_layers']} layers on the card and 8k of context "
         f"{capped[0]['tokens_per_second']:.0f} tokens/s, {capped[1]['gpu_layers']} layers and 2k "
         f"in bytes {capped[1]['tokens_per_second']:.0f}. Changed since, and measured the same day: "
-        f"{after['graph_ms']:.2f} ms a token at {after['context']} "
+        f"{after['graph_ms']:.2f} ms a token at {after['context']} without overlapping launches "
         f"({1000 / after['graph_ms']:.0f} tokens/s, {part:.0f} % of the copy), the prompt "
         f"{later['prompt int4']['prompt_ms']:.0f} ms."
     )

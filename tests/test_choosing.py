@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from bench.synthetic import DIMENSIONS
 from m1local import home, memory
+from m1local.cuda import int4pack
 from m1local.manifest import CheckpointManifest
 from m1local.memory import CARD_CHUNK
 from m1local_app import choosing, library
@@ -65,7 +66,9 @@ def test_without_kernels_four_bits_are_made(big: Chosen, monkeypatch: pytest.Mon
     pretend(monkeypatch, 24)
     for module in (choosing, memory):
         monkeypatch.setattr(module, "by_kernels", lambda device: False)
-    assert choosing.choose(big, None).recipe == "int4"  # type: ignore[union-attr]
+    for packed, recipe in ((True, "int4"), (False, "int8")):
+        monkeypatch.setattr(int4pack, "serves", lambda *_, packed=packed: packed)
+        assert choosing.choose(big, None).recipe == recipe  # type: ignore[union-attr]
 
 
 def test_then_layers_leave_the_card(big: Chosen, monkeypatch: pytest.MonkeyPatch) -> None:

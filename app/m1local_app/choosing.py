@@ -14,6 +14,7 @@ import torch
 
 from m1local.checkpoint import CONFIG, is_quantized
 from m1local.config import M1Config
+from m1local.cuda import int4pack
 from m1local.engine import DEFAULT_CONTEXT_TOKENS
 from m1local.kv_store import BYTES
 from m1local.manifest import NAME as MANIFEST
@@ -70,8 +71,9 @@ def choose(chosen: Chosen, kv_type: str | None) -> Choice | None:
     plan = _Plan(chosen.folder, device, kv_type)
     if is_quantized(chosen.folder):
         return plan.best(tuple(plan.models))
-    # Without kernels torch multiplies four bits far faster than eight.
-    makes = MADE if by_kernels(device) else MADE[-1:]
+    # Without kernels torch multiplies four bits far faster than eight, where it knows them packed.
+    packed = not by_kernels(device) and int4pack.serves(device, int4pack.TILE)
+    makes = MADE[-1:] if packed else MADE
     made = plan.best(tuple(name for name in makes if name in plan.models))
     if made is None or _is_kept(chosen, made.recipe):
         return made

@@ -8,7 +8,7 @@ by the program that has its rows: SiLU times up, of gate and up that are read by
 with the residual stream and the norm's weight, while the norm itself, one factor for the whole row,
 is applied by whoever multiplies next. Else, where the rows of W are too few to fill the card, the
 columns are split, and whoever reads the product sums the parts. What it is not: for several rows
-(products.py), or measured.
+(products.py).
 """
 
 import torch
@@ -114,7 +114,7 @@ def _summed(
             one, other, row, other_row, rows, load + LOADS, loads, end, KIND, PER_GROUP
         )
     settled(OVERLAP)
-    factor = _norm_factor(x[3], blocks * 32, eps, SQUARES, WARPS)
+    factor = _norm_factor(x[3], blocks * 32, eps, SQUARES, WARPS, LOADS)
     total = tl.zeros((WARPS, LOADS, 4), tl.float32)
     other_total = tl.zeros((WARPS, LOADS, 4), tl.float32)
     for _ in range(begin, stop):
@@ -143,16 +143,22 @@ def _summed(
 
 
 @triton.jit
-def _norm_factor(squares, columns, eps, SQUARES: tl.constexpr, WARPS: tl.constexpr):
+def _norm_factor(
+    squares, columns, eps, SQUARES: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr
+):
     """What RMSNorm multiplies a row by whose `squares` are summed word by word; 1 without any.
 
-    Each warp sums all of them by itself, so that none waits: (WARPS,).
+    Each warp sums all of them by itself, in the words' place, so that none waits: (WARPS,).
     """
     factor = 1.0
     if SQUARES > 0:
-        warp, word = tl.arange(0, WARPS)[:, None], tl.arange(0, SQUARES)[None, :]
-        found = tl.load(squares + word + warp * 0, mask=word < columns // 8, other=0.0)
-        factor = 1 / tl.sqrt_rn(tl.sum(found, 1) / columns + eps)
+        warp, lane = tl.arange(0, WARPS)[:, None, None], tl.arange(0, LANES)[None, :, None]
+        word = warp * 0 + lane * 4 + tl.arange(0, 4)[None, None, :]
+        total = tl.zeros((WARPS, LANES, 4), tl.float32)
+        for first in tl.static_range(0, SQUARES, LANES * 4):
+            here = first + word < columns // 8
+            total += tl.load(squares + first + word, mask=here, other=0.0)
+        factor = 1 / tl.sqrt_rn(tl.sum(tl.sum(total, 2), 1) / columns + eps)
     return factor
 
 
