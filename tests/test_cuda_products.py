@@ -178,6 +178,19 @@ def test_shapes_that_the_kernels_do_not_take(name: str, shape: tuple[int, int]) 
     assert quantized(name, shape).cuda_matrix() is None
 
 
+@pytest.mark.parametrize(
+    ("rows", "most"), [(17408, 8192), (17408, 1), (5, 0), (5120, 9000), (129, 128)]
+)
+def test_slices_of_a_matrix_are_about_the_same(rows: int, most: int) -> None:
+    slices = products._slices(rows, most)
+    assert [start for start, _ in slices] == [0, *(stop for _, stop in slices[:-1])]
+    assert slices[-1][1] == rows
+    sizes = [stop - start for start, stop in slices]
+    assert max(sizes) < most + 2 * products.EVEN_ROWS
+    assert len(sizes) <= -(-rows // max(1, most))
+    assert sizes[0] - sizes[-1] <= products.EVEN_ROWS * len(sizes)
+
+
 def test_the_order_of_planes() -> None:
     assert stored.planar(torch.arange(16.0)[None]).tolist()[0][:4] == [0, 8, 1, 9]
 

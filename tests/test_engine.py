@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from m1local import contexts
 from m1local.config import M1Config
 from m1local.engine import Engine
 from m1local.errors import CheckpointError, ConfigError, ContextLengthError, TokenizerError
 from m1local.generate import Finished, FinishReason
 from m1local.generation_config import GenerationConfig
+from m1local.placement import demand
 from m1local.sampling import SamplingParams
 from tests.conftest import TINY, random_model
 
@@ -92,3 +94,15 @@ def test_a_damaged_small_file_is_noticed_before_weights_are_read(
     (without_weights / name).write_text("{")
     with pytest.raises(kind, match=name):
         Engine.load(without_weights)
+
+
+def test_a_loaded_engine_spares_what_a_prompt_takes(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for short, another in ((0, True), (1, False)):
+        engine = Engine.load(tiny_checkpoint)
+        assert engine.placement is not None
+        spared = demand(tiny_checkpoint, engine.placement).workspace
+        left = 2 * engine.context.cache.nbytes + spared - short
+        monkeypatch.setattr(contexts, "room", lambda device, left=left: left)
+        assert (engine.contexts.of(1) is not engine.contexts.of(2)) == another
