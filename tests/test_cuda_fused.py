@@ -1,6 +1,7 @@
 """What lies between the products of a decode step, and attention, against m1local/model.py."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -202,6 +203,18 @@ def test_more_keys_than_one_part_reads_at_a_time() -> None:
     one.cache.k.values.copy_(noise(*one.cache.k.values.shape, seed=5))
     one.cache.v.values.copy_(noise(*one.cache.v.values.shape, seed=6))
     one.compare(290, parts=1, tolerance=2e-5)
+
+
+@pytest.mark.skipif(CARD.type == "cuda", reason="a card orders its programs itself")
+def test_no_part_needs_another_to_be_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    forwards = builder.set_grid_idx
+
+    def backwards(*at: int) -> None:
+        forwards(*(size - 1 - here for size, here in zip(builder.grid_dim, at, strict=True)))
+
+    monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    test_more_keys_than_one_part_reads_at_a_time()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
