@@ -312,11 +312,10 @@ def gpu(result: dict[str, Any]) -> str:
 
 def _gpu_beside(result: dict[str, Any]) -> str:
     peers = {name: found["token_ms"] for name, found in result["peers"].items()}
-    ours, later, capped = peers["m1local int4"], result["later"], result["capped"]
+    ours, capped, cores = peers["m1local int4"], result["capped"], result["tensor cores"]
     prompts, peak = [result[f"prompt {name}"] for name in ("int4", "bf16")], result["prompt int4"]
     sizes = {name: f"{peak[name] / GIB:.2f}" for name in SIZES}
-    first, after = result["decode int4"]["rows"][0], later["decode int4"][0]
-    part = first["percent_of_copy"] * first["graph_ms"] / after["graph_ms"]
+    after, many, of_levels = cores["decode int4"][0], cores["ten layers"], cores["decode nf4"][0]
     return (
         f"The 14B's dimensions, random weights, int4 in groups of 64, on one {result['card']} "
         f"(copies at {result['copy']['gb_per_second']:,.0f} GB/s), torch "
@@ -331,10 +330,14 @@ def _gpu_beside(result: dict[str, Any]) -> str:
         f"the process {sizes['peak_on_the_card']} with {sizes['context_bytes']} of CUDA's own. "
         f"Under 7.2 GiB: {capped[0]['gpu_layers']} layers on the card and 8k of context "
         f"{capped[0]['tokens_per_second']:.0f} tokens/s, {capped[1]['gpu_layers']} layers and 2k "
-        f"in bytes {capped[1]['tokens_per_second']:.0f}. Changed since, and measured the same day: "
-        f"{after['graph_ms']:.2f} ms a token at {after['context']} without overlapping launches "
-        f"({1000 / after['graph_ms']:.0f} tokens/s, {part:.0f} % of the copy), the prompt "
-        f"{later['prompt int4']['prompt_ms']:.0f} ms."
+        f"in bytes {capped[1]['tokens_per_second']:.0f}. Changed since: prompts, "
+        f"{result['later']['prompt int4']['prompt_ms']:.0f} ms; and decoding by tensor cores, "
+        f"{after['graph_ms']:.2f} ms a token at {after['context']} "
+        f"({1000 / after['graph_ms']:.0f} tokens/s, {after['percent_of_copy']:.0f} % of the copy; "
+        f"NF4, with programs of 4 warps, {of_levels['graph_ms']:.2f} ms), when all its kernels had "
+        f"programs of 8 warps. Those "
+        f"for gate and up have 4 now, {many['4 warps']['gated_kernel']:.1f} µs a layer and not "
+        f"{many['8 warps']['gated_kernel']:.1f}; together that has not been measured."
     )
 
 

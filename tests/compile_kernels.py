@@ -43,7 +43,7 @@ def cases(capability: int) -> Iterator[Case]:
 
     card = Card(divmod(capability, 10), 64)
     half = "*bf16" if capability >= 80 else "*fp16"
-    yield from _products(card.tiles, half, card.overlaps)
+    yield from _products(card, half)
     yield from _neighbours(half, card.overlaps)
     yield from _attention(card.tiles, half, card.overlaps)
 
@@ -67,32 +67,35 @@ def _stored() -> Iterator[tuple[str, dict[str, int], dict[str, str]]]:
         yield name, {"KIND": kind.value, "PER_GROUP": per_group}, stored
 
 
-def _products(tiles: Any, half: str, overlap: bool) -> Iterator[Case]:
+def _products(chosen: Any, half: str) -> Iterator[Case]:
     from m1local.cuda import card, one_row, products
-    from m1local.cuda.matrix import WORD
+
+    tiles = chosen.tiles
 
     for name, of_kind, stored in _stored():
         numbers = {"rows": "i32", "blocks": "i32", "steps": "i32"}
-        vectors = tuple((stored | ({"codes": "*i32"} if name == "int8" else {})).values())
-        lanes = {"LOADS": card.LANES, "OVERLAP": overlap}
-        x, normed = {"x": (half, "*i32", "*fp32", "*fp32")}, {"SQUARES": 1024}
+        vectors = (*stored.values(), "*i32" if name.startswith("nf4") else stored["scales"])
+        fixed = of_kind | {
+            "WARPS": card.WARPS, "SMALL": chosen.has_small_pieces, "OVERLAP": chosen.overlaps
+        }  # fmt: skip
+        x, normed = {"x": ("*i32", "*fp32", "*fp32")}, {"SQUARES": 512}
         yield Case(
             f"vector {name}", one_row.vector_kernel,
             x | {"matrix": vectors, "out": "*fp32"} | numbers | {"eps": "fp32"},
-            of_kind | lanes | {"WARPS": card.WARPS} | normed, card.WARPS,
+            fixed | normed, card.WARPS,
         )  # fmt: skip
         if name in ("int4", "nf4"):
             yield Case(
                 f"gated {name}", one_row.gated_kernel,
                 x | {"gate": vectors, "up": vectors} | _row(half) | numbers | {"eps": "fp32"},
-                of_kind | lanes | {"WARPS": WORD, "WHOLE": True} | normed, WORD,
+                fixed | {"WHOLE": True} | normed, card.WARPS,
             )  # fmt: skip
-        if name in ("int4", "int6"):
+        if name in ("int4", "int6", "nf4"):
             yield Case(
                 f"added {name}", one_row.added_kernel,
                 x | {"matrix": vectors, "stream": "*fp32", "weight": half} | _row(half)
                 | {"squares": "*fp32"} | numbers,
-                of_kind | lanes | {"WARPS": WORD // 2}, WORD // 2,
+                fixed | {"WARPS": card.MANY_WARPS}, card.MANY_WARPS,
             )  # fmt: skip
         if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
             continue
@@ -153,7 +156,7 @@ def _neighbours(half: str, overlap: bool) -> Iterator[Case]:
 
 def _row(half: str) -> dict[str, str]:
     """One row of activations that is written (activation.py)."""
-    return {"natural": half, "planes": half, "halves": "*i8", "scales": "*fp32"}
+    return {"natural": half, "halves": "*i8", "scales": "*fp32"}
 
 
 def _attention(chosen: Any, half: str, overlap: bool) -> Iterator[Case]:
@@ -225,8 +228,19 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
         **_before_it_waits(made.asm["cubin"]),
         "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.b(?:32|64)", ptx)),
         **_longest_loop(made.asm["cubin"]),
+        "spread": _spread(made.asm["ttgir"]),
         **_resources(made.asm["cubin"]),
     }
+
+
+def _spread(ttgir: str) -> list[str]:
+    """How the numbers that tensor cores are given lie in threads: the layouts, by their text."""
+    names = {
+        name
+        for line in ttgir.splitlines() if "elementwise_inline_asm" in line and "mma.sync" in line
+        for name in re.findall(r"x(?:i32|i64), (#\w+)>", line)
+    }  # fmt: skip
+    return sorted(re.findall(rf"^{name} = (.*)$", ttgir, re.MULTILINE)[0] for name in names)
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m1local.cuda.matrix import BLOCK, WORD, planar
+from m1local.cuda.matrix import WORD
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD
 
@@ -39,17 +39,16 @@ def test_the_whole_numbers_are_the_row(columns: int) -> None:
 @pytest.mark.parametrize("columns", [64, 1056])
 def test_the_second_order_has_even_columns_first(columns: int) -> None:
     made = Activation.of(row(columns))
-    blocks = whole(made, 0).view(-1, BLOCK)
-    evens_first = torch.cat((blocks[:, ::2], blocks[:, 1::2]), 1)
-    assert torch.equal(whole(made, 1).view(-1, BLOCK), evens_first)
+    words = whole(made, 0).view(-1, WORD)
+    evens_first = torch.cat((words[:, ::2], words[:, 1::2]), 1)
+    assert torch.equal(whole(made, 1).view(-1, WORD), evens_first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_natural_and_planes_are_the_row_itself(dtype: torch.dtype) -> None:
+def test_the_row_itself_is_kept(dtype: torch.dtype) -> None:
     x = row(328).to(dtype)  # no whole blocks
     made = Activation.of(x)
     assert torch.equal(made.natural, x)
-    assert torch.equal(made.planes, planar(x))
     assert made.halves.numel() == made.scales.numel() == 0
 
 

@@ -115,20 +115,27 @@ def test_why_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_headers(device: torch.device) -> None:
         raise subprocess.CalledProcessError(1, ["gcc", "driver.c"])
 
-    trial, tried = ModuleType("trial"), list[torch.device]()
-    vars(trial).update(launch=no_headers)
+    trial = ModuleType("trial")
+    vars(trial).update(is_right=no_headers)
     monkeypatch.setitem(sys.modules, "m1local.cuda.trial", trial)
     assert "takes a C compiler and Python's headers" in (support.missing.__wrapped__(device) or "")
-    vars(trial).update(launch=tried.append)
+    vars(trial).update(is_right=lambda tried: tried == device)
     assert support.missing.__wrapped__(device) is None
-    assert tried == [device]
+    vars(trial).update(is_right=lambda tried: False)
+    assert "multiply wrongly" in (support.missing.__wrapped__(device) or "")
 
 
-def test_the_kernel_that_is_tried() -> None:
+def test_the_product_that_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from m1local.cuda import trial
 
-    trial.launch(CARD)
+    assert trial.is_right(CARD)
+    from m1local.cuda.one_row import vector_product as multiply
+
+    monkeypatch.setattr(trial, "vector_product", lambda *given: multiply(*given) * 1.01)
+    assert not trial.is_right(CARD)
+    monkeypatch.setattr(trial, "vector_product", lambda *given: multiply(*given) * torch.nan)
+    assert not trial.is_right(CARD)
 
 
 def test_the_cpu_stands_for_a_small_card() -> None:

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from m1local.cache import LayerCache
 from m1local.config import HeadLayout, M1Config
-from m1local.cuda.matrix import planar
 from m1local.kv_store import BYTES, FLOAT, KVStore
 from m1local.model import Chunk, M1Attention, RMSNorm
 from m1local.rope import rotate, rotation
@@ -40,7 +39,6 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 def both(out: Activation, wanted: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(out.natural, wanted, atol=tolerance, rtol=tolerance)
-    assert torch.equal(out.planes, planar(out.natural))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

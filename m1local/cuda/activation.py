@@ -1,11 +1,10 @@
-"""One row of activations as products read it: in three orders, and in whole numbers.
+"""One row of activations as products read it: as it is, and in whole numbers.
 
-What it is: the row in its own order, for what torch multiplies; in that of planes (matrix.py), for
-levels; and as whole numbers of 16 bits, each word of eight columns with a scale of its own, for
-codes that are whole numbers too. A number's two halves lie apart, as bytes, so that one instruction
-multiplies four of them (one_row.py, `dot4`). Two bytes lose next to nothing, 2^-16 of a word's
-greatest; bfloat16 loses 2^-9 of each. What it is not: for several rows, which tensor cores
-multiply.
+What it is: the row itself, for what torch multiplies; and as whole numbers of 16 bits, each word of
+eight columns with a scale of its own, for the kernels. A number's two halves lie apart, as bytes,
+which tensor cores multiply by those of codes (tensor_core.py). Two bytes lose next to nothing,
+2^-16 of a word's greatest; bfloat16 loses 2^-9 of each. What it is not: for several rows, which
+tensor cores multiply in bfloat16.
 """
 
 from typing import Self
@@ -21,6 +20,7 @@ from m1local.cuda.overlap import begun_early, settled
 
 MOST = 127 * 256  # so that both halves fit into a signed byte
 ROUNDED = 1024  # columns of a program
+SQUARED = 16  # columns whose squares are summed (one_row.py)
 
 _WORD, _MOST = tl.constexpr(WORD), tl.constexpr(MOST)
 _HALVES = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds, ties to even
@@ -28,14 +28,13 @@ _HALVES = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds, ties to 
 
 @triton.jit
 def store_row(
-    natural, planes, halves, scales, first, end, value, columns,
+    natural, halves, scales, first, end, value, columns,
     N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Store the columns from `first` to `end`, `value` (N,) float32: whole words, if WHOLE."""
     at = first + tl.arange(0, N)
     narrow = value.to(natural.dtype.element_ty)
     tl.store(natural + at, narrow, mask=at < end)
-    tl.store(planes + at % 8 * (columns // 8) + at // 8, narrow, mask=at < end)
     if WHOLE:
         value = tl.where(at < end, value, 0.0)
         words, column = tl.reshape(value, (N // _WORD, _WORD)), tl.arange(0, _WORD)[None, :]
@@ -46,8 +45,8 @@ def store_row(
         tl.store(scales + columns // _WORD + word, scale * tl.sum(whole, 1), mask=here)
         word, here = word[:, None], here[:, None]
         _store_halves(halves + word * _WORD + column, whole, columns, here)
-        # Even columns before odd ones, as they come out of four words of eight nibbles.
-        place = word // 4 * 32 + column % 2 * 16 + word % 4 * 4 + column // 2
+        # Even columns before odd ones, as they come out of a word of eight nibbles.
+        place = word * _WORD + column % 2 * 4 + column // 2
         _store_halves(halves + 2 * columns + place, whole, columns, here)
 
 
@@ -71,27 +70,26 @@ def _store_halves(halves, whole, columns, here):
 
 @triton.jit
 def round_kernel(
-    x, natural, planes, halves, scales, columns,
+    x, natural, halves, scales, columns,
     N: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """x (K,) in all orders."""
+    """x (K,) as products read it."""
     settled(OVERLAP)
     first = tl.program_id(0) * N
     at = first + tl.arange(0, N)
     value = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32)
-    store_row(natural, planes, halves, scales, first, columns, value, columns, N, WHOLE)
+    store_row(natural, halves, scales, first, columns, value, columns, N, WHOLE)
 
 
 class Activation:
     """One row of activations (1, K).
 
-    `natural` (1, K) in the order of columns, `planes` (1, K) in that of planes, both of the type of
-    activations. `halves` (2, 2, K) int8: the numbers' upper and lower halves, in the order of
-    columns, and again with the even columns of each 32 first; x = scale * (256 * upper + lower).
-    `scales` (2, K / 8) float32: each word's scale, and the sum of its columns. The last two are
-    empty where the columns are no blocks of 32, which no kernel takes. `squares`, of a row that is
-    still to be divided by its root mean square with `eps`, are the sums of each word's (one_row.py,
-    `added_product`), else empty.
+    `natural` (1, K) is of the type of activations. `halves` (2, 2, K) int8: the numbers' upper and
+    lower halves, in the order of columns, and again with the even columns of each word first; x =
+    scale * (256 * upper + lower). `scales` (2, K / 8) float32: each word's scale, and the sum of
+    its columns. The last two are empty where the columns are no blocks of 32, which no kernel
+    takes. `squares` (K / 16), of a row that is still to be divided by its root mean square with
+    `eps`, are the sums of sixteen columns each (one_row.py, `added_product`), else empty.
     """
 
     def __init__(
@@ -102,18 +100,14 @@ class Activation:
         device: torch.device,
         eps: float | None = None,
     ) -> None:
-        """Allocate all, with `squares` if there is an `eps`.
-
-        The planes mean nothing where columns are no whole words.
-        """
+        """Allocate all, with `squares` if there is an `eps`."""
         self.natural = torch.zeros((1, columns), dtype=dtype, device=device)
-        self.planes = torch.zeros_like(self.natural)
         self.whole = columns % BLOCK == 0
         kept = columns if self.whole else 0
         self.halves = torch.zeros((2, 2, kept), dtype=torch.int8, device=device)
         self.scales = torch.zeros((2, kept // WORD), device=device)
         self.eps = eps or 0.0
-        self.squares = torch.zeros(0 if eps is None else kept // WORD, device=device)
+        self.squares = torch.zeros(0 if eps is None else kept // SQUARED, device=device)
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
@@ -131,6 +125,6 @@ class Activation:
         )  # fmt: skip
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """In the order in which every kernel takes them."""
-        return self.natural, self.planes, self.halves, self.scales
+        return self.natural, self.halves, self.scales

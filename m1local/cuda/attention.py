@@ -105,7 +105,7 @@ def _looked(
 
 @triton.jit
 def join_kernel(
-    partial, greatest, sums, natural, planes, halves, scales, heads, width, parts,
+    partial, greatest, sums, natural, halves, scales, heads, width, parts,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of one query head."""
@@ -121,9 +121,7 @@ def join_kernel(
     at = (part * heads + head)[:, None] * width + inside[None, :]
     mixed = tl.sum(share[:, None] * tl.load(partial + at, mask=here, other=0.0), 0) / total
     first = head * width
-    store_row(
-        natural, planes, halves, scales, first, first + width, mixed, heads * width, WIDTH, WHOLE
-    )
+    store_row(natural, halves, scales, first, first + width, mixed, heads * width, WIDTH, WHOLE)
 
 
 class AttentionBuffers:

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 WARPS = 4
-LANES = 32  # threads that read one row of W together, 16 bytes each
+# Of programs whose rows are few. On an H200, o_proj and down together take 28.8 us with so many and
+# 39.4 with 4; gate and up, of many rows, 38.4 and 36.8.
+MANY_WARPS = 8
 MOST_KEY_PARTS = 64
 WEIGHTS_RESTORED = 5 << 16  # at a time for each multiprocessor: 640 KiB in 16 bits
 SMALL_CARD = 32  # multiprocessors of one that is not there
@@ -25,7 +27,7 @@ class Tiles(NamedTuple):
 
     `tile_rows`, `tile_words`: of W, in units of eight columns, for several rows of activations, up
     to `most_rows` of them; above, restoring W once costs less than decoding it for each tile.
-    `resident`: programs of 128 threads that a multiprocessor holds with the 64 to 72 registers that
+    `resident`: programs of 128 threads that a multiprocessor holds with some 70 registers, which
     one row of activations takes.
     `keys` that one step of attention looks at, with `key_warps`;
     `queries` of a prompt that look together, with `query_warps`. `byte_queries` and
@@ -102,6 +104,11 @@ class Card:
     def overlaps(self) -> bool:
         """Whether a kernel may begin while the one before it ends: from 9.0 on."""
         return self.capability >= (9, 0)
+
+    @property
+    def has_small_pieces(self) -> bool:
+        """Whether its tensor cores take bytes in quarters of what those from 8.0 on take."""
+        return self.capability < (8, 0)
 
     def column_parts(self, programs: int, steps: int) -> int:
         """Into how many parts the columns are split so that `programs` times it fill the card.

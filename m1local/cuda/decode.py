@@ -66,8 +66,8 @@ class DecodeStep:
         new = partial(Activation, dtype=dtype, device=self.device)
         self.normed, self.mixed = new(config.hidden_size), new(config.hidden_size)
         self.inner = new(config.intermediate_size)
-        # Normed but for the factor of the whole row, where kernels of whole numbers read it.
-        self.grown = new(config.hidden_size, eps=norm.eps) if self._is_whole() else None
+        # Normed but for the factor of the whole row, where kernels read it.
+        self.grown = new(config.hidden_size, eps=norm.eps) if self._is_stored() else None
         layouts = {layer.layout: layer for layer in cache.layers[first:]}
         self.kept = {layout: attention.buffers(layer) for layout, layer in layouts.items()}
         self.frequencies = {
@@ -116,14 +116,13 @@ class DecodeStep:
         added_product(x, matrix, self.x, norm.weight, self.grown)
         return self.grown
 
-    def _is_whole(self) -> bool:
-        """Whether every matrix has codes that are whole numbers, for kernels to read."""
+    def _is_stored(self) -> bool:
+        """Whether kernels read every matrix."""
         modules = [self.model.lm_head]
         for block in self._layers():
             mlp, heads = block.mlp, block.self_attn
             modules += [heads.W_pack, heads.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        matrices = [stored(module) for module in modules]
-        return all(matrix is not None and matrix.is_whole for matrix in matrices)
+        return all(stored(module) is not None for module in modules)
 
 
 class Decoder:

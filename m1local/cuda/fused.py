@@ -1,7 +1,7 @@
 """What lies between two products of a decode step, in Triton: one kernel each.
 
 What it is: residual sum and RMSNorm, and SiLU times up. Each sums the parts of the product before
-it while it reads them, and writes activations in all the orders in which products read them
+it while it reads them, and writes activations as products read them
 (activation.py). What it is not: for several rows; prefill goes through m1local/model.py.
 """
 
@@ -29,7 +29,7 @@ def sum_parts(partial, at, parts, stride, here):
 
 @triton.jit
 def norm_kernel(
-    x, partial, weight, natural, planes, halves, scales, parts, columns, eps,
+    x, partial, weight, natural, halves, scales, parts, columns, eps,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x (C,) += the product; then its norm, times weight."""
@@ -41,12 +41,12 @@ def norm_kernel(
     mean = tl.sum(value * value, 0) / columns
     scaled = value * (1 / tl.sqrt_rn(mean + eps))
     scaled *= tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
-    store_row(natural, planes, halves, scales, 0, columns, scaled, columns, BLOCK, WHOLE)
+    store_row(natural, halves, scales, 0, columns, scaled, columns, BLOCK, WHOLE)
 
 
 @triton.jit
 def silu_up_kernel(
-    gate, gate_parts, up, up_parts, natural, planes, halves, scales,
+    gate, gate_parts, up, up_parts, natural, halves, scales,
     columns, BLOCK: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up."""
@@ -56,7 +56,7 @@ def silu_up_kernel(
     here = at < columns
     opened = sum_parts(gate, at, gate_parts, columns, here)
     value = opened * tl.sigmoid(opened) * sum_parts(up, at, up_parts, columns, here)
-    store_row(natural, planes, halves, scales, first, columns, value, columns, BLOCK, WHOLE)
+    store_row(natural, halves, scales, first, columns, value, columns, BLOCK, WHOLE)
 
 
 def add_and_norm(

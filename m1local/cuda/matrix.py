@@ -17,6 +17,7 @@ INT4, INT8, LEVELS, NESTED, INT3, INT5, INT6 = range(
 )  # as words.py has them, which cannot be had without Triton
 BLOCK = 32  # columns
 WORD = 8
+MOST_LEVEL = 127 * 256  # so that both halves fit into a signed byte
 MOST_WEIGHTS = 2**31  # places in a matrix are counted in 32 bits
 
 
@@ -37,6 +38,7 @@ class Matrix:
     zeros: Tensor
     levels: Tensor
     outer: Tensor
+    table: Tensor
 
     @property
     def rows(self) -> int:
@@ -52,11 +54,6 @@ class Matrix:
     def blocks(self) -> int:
         """Of 32 columns, in a row."""
         return self.shape[1] // BLOCK
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its codes are whole numbers, and no levels."""
-        return self.kind not in (LEVELS, NESTED)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -75,7 +72,7 @@ def int4_matrix(
     """Groups of four bits as m1local/formats/groups.py stores them."""
     words = codes.view(torch.int32)
     per_group = group_size // BLOCK
-    return Matrix(INT4, shape, per_group, words, scales, zeros, scales, scales)
+    return Matrix(INT4, shape, per_group, words, scales, zeros, scales, scales, scales)
 
 
 def planes_matrix(
@@ -91,12 +88,13 @@ def planes_matrix(
     kind = {(2, 1): INT3, (4, 1): INT5, (4, 2): INT6}[planes]
     low = codes.view(torch.int16 if planes[0] == 2 else torch.int32)
     high = upper.view(torch.int16) if planes[1] == 2 else upper
-    return Matrix(kind, shape, group_size // BLOCK, low, scales, zeros, high, scales)
+    return Matrix(kind, shape, group_size // BLOCK, low, scales, zeros, high, scales, scales)
 
 
 def int8_matrix(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Matrix:
     """Rows of bytes as m1local/formats/int8.py stores them."""
-    return Matrix(INT8, shape, 1, codes.view(torch.int64), scales, scales, scales, scales)
+    words = codes.view(torch.int64)
+    return Matrix(INT8, shape, 1, words, scales, scales, scales, scales, scales)
 
 
 def levels_matrix(
@@ -104,7 +102,8 @@ def levels_matrix(
 ) -> Matrix:
     """Sixteen `levels` (16,) with a float32 for each block, as bitsandbytes stores NF4 and FP4."""
     words = codes.view(shape[0], shape[1] // 2).view(torch.int32)
-    return Matrix(LEVELS, shape, block_size // BLOCK, words, scales, scales, levels, scales)
+    table = level_table(levels)
+    return Matrix(LEVELS, shape, block_size // BLOCK, words, scales, scales, levels, scales, table)
 
 
 def nested_matrix(
@@ -122,7 +121,22 @@ def nested_matrix(
     middle = scale_levels.new_tensor([offset])
     outer = torch.cat((scale_levels.float(), middle.float(), scale_scales.float()))
     words = codes.view(shape[0], shape[1] // 2).view(torch.int32)
-    return Matrix(NESTED, shape, block_size // BLOCK, words, scales, scales, levels, outer)
+    table = level_table(levels)
+    return Matrix(NESTED, shape, block_size // BLOCK, words, scales, scales, levels, outer, table)
+
+
+def level_table(levels: Tensor) -> Tensor:
+    """Sixteen levels as whole numbers of 16 bits: (9,) int32.
+
+    Their upper bytes, their lower ones, and the bits of the float32 by which they are multiplied,
+    256 times over since a product leaves its last eight bits out (one_row.py).
+    """
+    greatest = levels.float().abs().max()
+    whole = (levels.float() * (MOST_LEVEL / greatest)).round().int()
+    upper = (whole + 128) >> 8
+    halves = torch.cat((upper, whole - 256 * upper)).to(torch.int8).view(torch.int32)
+    unit = (greatest * (256 / MOST_LEVEL)).reshape(1).view(torch.int32)
+    return torch.cat((halves, unit))
 
 
 def planar(x: Tensor) -> Tensor:

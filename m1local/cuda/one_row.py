@@ -1,15 +1,18 @@
 """The product of one row of activations with stored matrices, in Triton: what decoding is made of.
 
-What it is: kernels in which each warp reads two rows of W as they are stored, 16 bytes of codes to
-a thread at a time, and keeps sums of its own until the end, so that nothing is exchanged while the
-weights come in. Codes that are whole numbers are multiplied four at a time with activations that
-are whole numbers too (activation.py); levels one by one, in float32. What follows a product is done
-by the program that has its rows: SiLU times up, of gate and up that are read by one kernel; the sum
+What it is: kernels in which each warp reads sixteen rows of W as they are stored, four threads a
+row and 32 bytes of codes to a thread at a time, and the warps of a program take turns along the
+columns; all keep sums of their own until the end, so that nothing is exchanged while the weights
+come in. Codes become bytes (code_bytes.py), activations are whole numbers in bytes too
+(activation.py), and tensor cores multiply them (tensor_core.py). What follows a product is done by
+the program that has its rows: SiLU times up, of gate and up that are read by one kernel; the sum
 with the residual stream and the norm's weight, while the norm itself, one factor for the whole row,
 is applied by whoever multiplies next. Else, where the rows of W are too few to fill the card, the
 columns are split, and whoever reads the product sums the parts. What it is not: for several rows
 (products.py).
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -17,148 +20,137 @@ import triton.language as tl
 from torch import Tensor
 
 from m1local.cuda.activation import Activation, store_row
-from m1local.cuda.card import LANES, WARPS, card
+from m1local.cuda.card import MANY_WARPS, WARPS, card
+from m1local.cuda.code_bytes import code_bytes, level_bytes, swapped
 from m1local.cuda.matrix import INT8 as INT8_KIND
-from m1local.cuda.matrix import WORD, Matrix
+from m1local.cuda.matrix import Matrix
 from m1local.cuda.overlap import begun_early, settled
-from m1local.cuda.words import INT3, INT4, INT6, INT8, LEVELS, NESTED, middle, nested
+from m1local.cuda.tensor_core import PLACES, WARP_ROWS, own_half, place_and_row, sums_of_halves
+from m1local.cuda.words import INT3, INT4, INT8, LEVELS, NESTED, middle, nested
 
-# Where activations are written a program's rows make a whole word.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # which knows no assembler
+PROGRAM_ROWS = 2 * WARP_ROWS  # of W
+LOADS = 2  # of 16 bytes for each row and thread, one after the other
+_LOADS, _PLACES, _WARP_ROWS = tl.constexpr(LOADS), tl.constexpr(PLACES), tl.constexpr(WARP_ROWS)
 
 
 @triton.jit
 def vector_kernel(
     x, matrix, out, rows, blocks, steps, eps,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
-    SQUARES: tl.constexpr, OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, SQUARES: tl.constexpr,
+    SMALL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Part `program 1` of x (K,) @ W.T, two rows of W for each warp: out (parts, N) float32."""
-    first = tl.program_id(0) * (2 * WARPS)
-    row = first + tl.arange(0, WARPS)
-    begin = tl.program_id(1) * steps
+    """Part `program 1` of x (K,) @ W.T, sixteen rows of W: out (parts, N) float32."""
+    first = tl.program_id(0) * (2 * _WARP_ROWS)
     total, other_total = _summed(
-        x, matrix, matrix, row, row + WARPS, rows, blocks, begin, steps, eps,
-        KIND, PER_GROUP, WARPS, LOADS, SQUARES, OVERLAP,
+        x, matrix, matrix, first, 2, 1, rows, blocks, tl.program_id(1) * steps, steps, eps,
+        KIND, PER_GROUP, WARPS, SQUARES, SMALL, OVERLAP,
     )  # fmt: skip
-    out += tl.program_id(1) * rows
-    tl.store(out + row, total, mask=row < rows)
-    tl.store(out + row + WARPS, other_total, mask=row + WARPS < rows)
+    row = first + tl.arange(0, 2 * _WARP_ROWS)
+    value = tl.reshape(tl.join(total, other_total), (2 * _WARP_ROWS,))
+    tl.store(out + tl.program_id(1) * rows + row, value, mask=row < rows)
 
 
 @triton.jit
 def gated_kernel(
-    x, gate, up, natural, planes, halves, scales, rows, blocks, steps, eps,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
-    SQUARES: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
+    x, gate, up, natural, halves, scales, rows, blocks, steps, eps,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, SQUARES: tl.constexpr,
+    WHOLE: tl.constexpr, SMALL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """silu(x @ gate.T) * (x @ up.T), the same row of both for each warp, as activations."""
-    first = tl.program_id(0) * WARPS
-    row = first + tl.arange(0, WARPS)
+    """silu(x @ gate.T) * (x @ up.T), eight rows of both, as activations."""
+    first = tl.program_id(0) * _WARP_ROWS
     opened, total = _summed(
-        x, gate, up, row, row, rows, blocks, 0, steps, eps,
-        KIND, PER_GROUP, WARPS, LOADS, SQUARES, OVERLAP,
+        x, gate, up, first, 1, 0, rows, blocks, 0, steps, eps,
+        KIND, PER_GROUP, WARPS, SQUARES, SMALL, OVERLAP,
     )  # fmt: skip
     value = opened * tl.sigmoid(opened) * total
-    store_row(natural, planes, halves, scales, first, rows, value, rows, WARPS, WHOLE)
+    store_row(natural, halves, scales, first, rows, value, rows, _WARP_ROWS, WHOLE)
 
 
 @triton.jit
 def added_kernel(
-    x, matrix, stream, weight, natural, planes, halves, scales, squares, rows, blocks, steps,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
+    x, matrix, stream, weight, natural, halves, scales, squares, rows, blocks, steps,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, SMALL: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """stream (N,) += x @ W.T; then times weight, as activations, and its squares, word by word.
-
-    Two rows that follow each other for each of four warps: a whole word.
-    """
-    first = tl.program_id(0) * (2 * WARPS)
-    row = first + 2 * tl.arange(0, WARPS)
+    """stream (N,) += x @ W.T; then times weight, as activations, and its squares, summed."""
+    first = tl.program_id(0) * (2 * _WARP_ROWS)
     total, other_total = _summed(
-        x, matrix, matrix, row, row + 1, rows, blocks, 0, steps, 0.0,
-        KIND, PER_GROUP, WARPS, LOADS, 0, OVERLAP,
+        x, matrix, matrix, first, 2, 1, rows, blocks, 0, steps, 0.0,
+        KIND, PER_GROUP, WARPS, 0, SMALL, OVERLAP,
     )  # fmt: skip
-    row = first + tl.arange(0, 2 * WARPS)
+    row = first + tl.arange(0, 2 * _WARP_ROWS)
     here = row < rows
-    grown = tl.reshape(tl.join(total, other_total), (2 * WARPS,))
+    grown = tl.reshape(tl.join(total, other_total), (2 * _WARP_ROWS,))
     grown += tl.load(stream + row, mask=here, other=0.0)
     tl.store(stream + row, grown, mask=here)
-    tl.store(squares + first // (2 * WARPS), tl.sum(grown * grown, 0), mask=first < rows)
+    tl.store(squares + tl.program_id(0), tl.sum(grown * grown, 0))
     value = grown * tl.load(weight + row, mask=here, other=0.0).to(tl.float32)
-    store_row(natural, planes, halves, scales, first, rows, value, rows, 2 * WARPS, True)
+    store_row(natural, halves, scales, first, rows, value, rows, 2 * _WARP_ROWS, True)
 
 
 @triton.jit
 def _summed(
-    x, one, other, row, other_row, rows, blocks, begin, steps, eps,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, LOADS: tl.constexpr,
-    SQUARES: tl.constexpr, OVERLAP: tl.constexpr,
+    x, one, other, first, APART: tl.constexpr, BESIDE: tl.constexpr, rows, blocks, begin, steps,
+    eps, KIND: tl.constexpr, PER_GROUP: tl.constexpr, WARPS: tl.constexpr, SQUARES: tl.constexpr,
+    SMALL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """x times the rows `row` (WARPS,) of one matrix and `other_row` of another: (WARPS,) each.
+    """x times eight rows from `first` on, APART from each other, and those BESIDE them of `other`.
 
-    A thread loads four words, 16 bytes of codes, and while it multiplies the next are on their way.
-    Every number has the words' place, (warps, loads, words): nothing is exchanged until the end.
+    (8,) each. The next codes are on their way while a thread multiplies those it has. Every number
+    has the words' place, (threads, words), so that nothing is exchanged until the end; and since
+    threads are one axis, Triton has one way to spread them, the one that tensor cores want.
     """
     loads = blocks * 2 if KIND == INT8 else blocks
-    first_row, other_first_row = row, other_row
-    row, other_row = row[:, None, None], other_row[:, None, None]
-    stop = tl.minimum(begin + steps, tl.cdiv(loads, LOADS))
-    load = begin * LOADS + tl.arange(0, LOADS)[None, :, None]
-    end = tl.minimum(stop * LOADS, loads)
-    AHEAD: tl.constexpr = 2 if KIND < INT3 else 1  # codes in two planes take more registers
+    place, row = place_and_row(WARPS)
+    row = first + row * APART
+    other_row = row + BESIDE
+    TOGETHER: tl.constexpr = WARPS * _PLACES * _LOADS
+    stop = tl.minimum(begin + steps, tl.cdiv(loads, TOGETHER))
+    warp = tl.arange(0, 32 * WARPS)[:, None] // 32
+    load = begin * TOGETHER + (warp * _PLACES + place) * _LOADS
+    end = tl.minimum(stop * TOGETHER, loads)
     kept = _load_both(one, other, row, other_row, rows, load, loads, end, KIND, PER_GROUP)
-    after = kept
-    if AHEAD == 2:
-        after = _load_both(
-            one, other, row, other_row, rows, load + LOADS, loads, end, KIND, PER_GROUP
-        )
     settled(OVERLAP)
-    factor = _norm_factor(x[3], blocks * 32, eps, SQUARES, WARPS, LOADS)
-    total = tl.zeros((WARPS, LOADS, 4), tl.float32)
-    other_total = tl.zeros((WARPS, LOADS, 4), tl.float32)
+    factor = _norm_factor(x[2], blocks * 32, eps, SQUARES, WARPS)
+    total = tl.zeros((32 * WARPS, 1), tl.float32)
+    other_total = tl.zeros((32 * WARPS, 1), tl.float32)
     for _ in range(begin, stop):
-        later = load + AHEAD * LOADS
+        later = load + TOGETHER
         coming = _load_both(one, other, row, other_row, rows, later, loads, end, KIND, PER_GROUP)
-        if KIND == LEVELS or KIND == NESTED:  # noqa: SIM109  # Triton knows no `in`
-            found, other_found, plain = _times_levels(
-                x, kept[0], kept[1], one[3], other[3], row, load, blocks
+        for part in tl.static_range(_LOADS):
+            found, other_found, plain = _multiplied(
+                x, kept[0][part], kept[1][part], one, load + part, blocks, KIND, WARPS, SMALL
             )
-        else:
-            found, other_found, plain = _times_whole(x, kept[0], kept[1], row, load, blocks, KIND)
-        groups, inside = blocks // PER_GROUP, load < loads
-        at = row * groups + load // PER_GROUP, inside & (row < rows)
-        total += _weighed(found, plain, kept[0], one, at, KIND)
-        at = other_row * groups + load // PER_GROUP, inside & (other_row < rows)
-        other_total += _weighed(other_found, plain, kept[1], other, at, KIND)
-        if AHEAD == 2:
-            kept, after = after, coming
-        else:
-            kept = coming
-        load += LOADS
+            groups, inside = blocks // PER_GROUP, load + part < loads
+            at = row * groups + (load + part) // PER_GROUP, inside & (row < rows)
+            total += _weighed(found, plain, kept[0][part], one, at, KIND)
+            at = other_row * groups + (load + part) // PER_GROUP, inside & (other_row < rows)
+            other_total += _weighed(other_found, plain, kept[1][part], other, at, KIND)
+        kept = coming
+        load = later
     return (
-        _row_sums(total, one, first_row, rows, KIND) * factor,
-        _row_sums(other_total, other, other_first_row, rows, KIND) * factor,
+        _row_sums(total * factor, one, first, APART, rows, KIND, WARPS),
+        _row_sums(other_total * factor, other, first + BESIDE, APART, rows, KIND, WARPS),
     )
 
 
 @triton.jit
-def _norm_factor(
-    squares, columns, eps, SQUARES: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr
-):
-    """What RMSNorm multiplies a row by whose `squares` are summed word by word; 1 without any.
+def _norm_factor(squares, columns, eps, SQUARES: tl.constexpr, WARPS: tl.constexpr):
+    """What RMSNorm multiplies a row by whose `squares` are summed piece by piece; 1 without any.
 
-    Each warp sums all of them by itself, in the words' place, so that none waits: (WARPS,).
+    Each warp sums all of them by itself, so that none waits: (threads, 1).
     """
     factor = 1.0
     if SQUARES > 0:
-        warp, lane = tl.arange(0, WARPS)[:, None, None], tl.arange(0, LANES)[None, :, None]
-        word = warp * 0 + lane * 4 + tl.arange(0, 4)[None, None, :]
-        total = tl.zeros((WARPS, LANES, 4), tl.float32)
-        for first in tl.static_range(0, SQUARES, LANES * 4):
-            here = first + word < columns // 8
-            total += tl.load(squares + first + word, mask=here, other=0.0)
-        factor = 1 / tl.sqrt_rn(tl.sum(tl.sum(total, 2), 1) / columns + eps)
+        lane = tl.arange(0, 32 * WARPS)[:, None] % 32
+        piece = lane * 4 + tl.arange(0, 4)[None, :]
+        total = tl.zeros((32 * WARPS, 4), tl.float32)
+        for first in tl.static_range(0, SQUARES, 128):
+            here = first + piece < columns // (2 * _WARP_ROWS)
+            total += tl.load(squares + first + piece, mask=here, other=0.0)
+        sums = tl.sum(tl.reshape(tl.sum(total, 1), (WARPS, 32)), 1, keep_dims=True)
+        sums = tl.reshape(tl.broadcast_to(sums, (WARPS, 32)), (32 * WARPS, 1))
+        factor = 1 / tl.sqrt_rn(sums / columns + eps)
     return factor
 
 
@@ -175,130 +167,132 @@ def _load_both(
 
 @triton.jit
 def _load_row(matrix, row, rows, load, loads, end, KIND: tl.constexpr, PER_GROUP: tl.constexpr):
-    """Four words of `row` at each `load` before `end`, their upper plane, scale and zero.
+    """Two loads of `row` that follow each other; of an even group they share the statistics."""
+    first = _load_words(matrix, row, rows, load, loads, end, KIND)
+    second = _load_words(matrix, row, rows, load + 1, loads, end, KIND)
+    scale, zero = _load_statistics(matrix, row, rows, load, loads, end, KIND, PER_GROUP)
+    second_scale, second_zero = scale, zero
+    if PER_GROUP % 2 == 1:
+        second_scale, second_zero = _load_statistics(
+            matrix, row, rows, load + 1, loads, end, KIND, PER_GROUP
+        )
+    return (first[0], first[1], scale, zero), (second[0], second[1], second_scale, second_zero)
 
-    All as stored: nothing is converted yet, so that nobody waits for it.
-    """
-    codes, scales, zeros, upper, _ = matrix
+
+@triton.jit
+def _load_words(matrix, row, rows, load, loads, end, KIND: tl.constexpr):
+    """16 bytes of words of `row` at each `load` before `end`, and their upper plane, as stored."""
+    WORDS: tl.constexpr = 2 if KIND == INT8 else 4
     here = (load < end) & (row < rows)
-    at = (row * loads + load) * 4 + tl.arange(0, 4)[None, None, :]
-    low = tl.load(codes + at, mask=here, other=0)
+    at = (row * loads + load) * WORDS + tl.arange(0, WORDS)[None, :]
+    low = tl.load(matrix[0] + at, mask=here, other=0)
     high = low
     if KIND >= INT3:
-        high = tl.load(upper + at, mask=here, other=0)
+        high = tl.load(matrix[3] + at, mask=here, other=0)
+    return low, high
+
+
+@triton.jit
+def _load_statistics(
+    matrix, row, rows, load, loads, end, KIND: tl.constexpr, PER_GROUP: tl.constexpr
+):
+    """Scale and zero, not converted yet, so that nobody waits for them."""
     scale, zero = 0.0, 0.0
     if KIND != INT8:
+        here = (load < end) & (row < rows)
         group = row * (loads // PER_GROUP) + load // PER_GROUP
-        scale = tl.load(scales + group, mask=here, other=0)
+        scale = tl.load(matrix[1] + group, mask=here, other=0)
         zero = scale
         if KIND == INT4 or KIND >= INT3:
-            zero = tl.load(zeros + group, mask=here, other=0)
-    return low, high, scale, zero
+            zero = tl.load(matrix[2] + group, mask=here, other=0)
+    return scale, zero
 
 
 @triton.jit
-def _times_whole(x, kept, other, row, load, blocks, KIND: tl.constexpr):
-    """Codes of two rows times whole numbers (activation.py), each word's sum; and x's sums."""
-    halves, scales = x[1], x[2]
-    lower, word = blocks * 8, row * 0 + tl.arange(0, 4)[None, None, :]
-    if KIND == INT8:
-        here = load < blocks * 2
-        at = halves + load * 4 + word
-        even = tl.load(at, mask=here, other=0)
-        even_low = tl.load(at + lower, mask=here, other=0)
-        found = dot4(kept[0], even_low, dot4(kept[0], even, even * 0) * 256)
-        other_found = dot4(other[0], even_low, dot4(other[0], even, even * 0) * 256)
-        scale, plain = tl.load(scales + load * 2 + word // 2, mask=here, other=0.0), 0.0
+def _multiplied(
+    x,
+    kept,
+    other,
+    matrix,
+    load,
+    blocks,
+    KIND: tl.constexpr,
+    WARPS: tl.constexpr,
+    SMALL: tl.constexpr,
+):
+    """A thread's codes of two rows times x: (threads, 1) each; and x's sums alone."""
+    halves, scales = x[0], x[1]
+    WORDS: tl.constexpr = 2 if KIND == INT8 else 4
+    word = tl.arange(0, WORDS)[None, :]
+    here = load * WORDS < blocks * 4
+    at = scales + load * WORDS + word
+    scale, plain = tl.load(at, mask=here, other=0.0), 0.0
+    x_first, x_second = _own_columns(halves, load, word, here, blocks, KIND, WARPS)
+    if KIND == LEVELS or KIND == NESTED:  # noqa: SIM109  # Triton knows no `in`
+        found, other_found = _times_levels(kept[0], other[0], x_first, x_second, matrix[5], SMALL)
+        unit = tl.load(matrix[5] + 8).to(tl.float32, bitcast=True)
+        scale *= unit
     else:
-        here = load < blocks
-        at = halves + 2 * lower + load * 8 + word
-        even, odd = tl.load(at, mask=here, other=0), tl.load(at + 4, mask=here, other=0)
-        at += lower
-        even_low, odd_low = tl.load(at, mask=here, other=0), tl.load(at + 4, mask=here, other=0)
-        found = _dot_words(kept, even, odd, even_low, odd_low, KIND)
-        other_found = _dot_words(other, even, odd, even_low, odd_low, KIND)
-        at = scales + load * 4 + word
-        scale = tl.load(at, mask=here, other=0.0)
-        plain = tl.load(at + blocks * 4, mask=here, other=0.0)
-    return found.to(tl.float32) * scale, other_found.to(tl.float32) * scale, plain
+        first, second = code_bytes(kept[0], kept[1], KIND)
+        other_first, other_second = code_bytes(other[0], other[1], KIND)
+        upper, lower, other_upper, other_lower = sums_of_halves(
+            first, second, other_first, other_second, x_first, x_second, SMALL
+        )
+        found, other_found = upper * 256 + lower, other_upper * 256 + other_lower
+        if KIND != INT8:
+            plain = tl.sum(tl.load(at + blocks * 4, mask=here, other=0.0), 1, keep_dims=True)
+    return (
+        tl.sum(found.to(tl.float32) * scale, 1, keep_dims=True),
+        tl.sum(other_found.to(tl.float32) * scale, 1, keep_dims=True),
+        plain,
+    )
 
 
 @triton.jit
-def _times_levels(x, kept, other, levels, other_levels, row, load, blocks):
-    """The same of levels, in float32; they have no use for x's sums."""
-    at, here = x[0] + load * 4 + tl.arange(0, 4)[None, None, :] + row * 0, load < blocks
-    factor = tl.load(at, mask=here, other=0.0).to(tl.float32)
-    found = factor * tl.load(levels + ((kept[0] >> 4) & 15))
-    other_found = factor * tl.load(other_levels + ((other[0] >> 4) & 15))
-    for column in tl.static_range(1, 8):
-        factor = tl.load(at + column * blocks * 4, mask=here, other=0.0).to(tl.float32)
-        found += factor * tl.load(levels + ((kept[0] >> (4 * (column ^ 1))) & 15))
-        other_found += factor * tl.load(other_levels + ((other[0] >> (4 * (column ^ 1))) & 15))
-    return found, other_found, 0.0
+def _own_columns(halves, load, word, here, blocks, KIND: tl.constexpr, WARPS: tl.constexpr):
+    """Two times four bytes of the half of x that a thread brings, for each word: int32."""
+    half, brings = own_half(WARPS)
+    WORDS: tl.constexpr = 2 if KIND == INT8 else 4
+    # Levels and bytes are in the order of columns, other codes even ones first.
+    LEVEL: tl.constexpr = (KIND == LEVELS) | (KIND == NESTED)
+    ORDER: tl.constexpr = 0 if LEVEL or KIND == INT8 else 2
+    at = halves.to(tl.pointer_type(tl.int64)) + (ORDER + half) * (blocks * 4) + load * WORDS
+    pair = tl.load(at + word, mask=here & brings, other=0)
+    first, second = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+    if LEVEL:
+        first, second = swapped(first), swapped(second)
+    return first, second
 
 
 @triton.jit
-def _dot_words(kept, even, odd, even_low, odd_low, KIND: tl.constexpr):
-    """Codes of words of eight columns times whole numbers, each word's sum: int32.
+def _times_levels(word, other, x_first, x_second, table_at, SMALL: tl.constexpr):
+    """Sums of levels times x, in whole numbers: both are of 16 bits, and the last 8 are left out.
 
-    `even` and `odd` are the upper halves of every other column's number, `_low` the lower ones.
+    Of a level's two halves and x's two, that is (upper * upper) * 256 and the mixed ones.
     """
-    first, second = _bytes(kept[0], kept[1], KIND)
-    upper = dot4(second, odd, dot4(first, even, even * 0))
-    return dot4(second, odd_low, dot4(first, even_low, upper * 256))
-
-
-@triton.jit
-def _bytes(low, high, KIND: tl.constexpr):
-    """A word's even and odd columns, each four bytes in an int32."""
-    if KIND == INT3:
-        pairs = _spread_twos(low)
-        even, odd = pairs & 0x03030303, (pairs >> 2) & 0x03030303
-    else:
-        even, odd = low & 0x0F0F0F0F, (low >> 4) & 0x0F0F0F0F
-    if KIND == INT6:
-        pairs = _spread_twos(high)
-        even, odd = even | (pairs & 0x03030303) << 4, odd | (pairs & 0x0C0C0C0C) << 2
-    elif KIND >= INT3:
-        ABOVE: tl.constexpr = 2 if KIND == INT3 else 4
-        ones = _spread_ones(high)
-        even, odd = even | (ones & 0x01010101) << ABOVE, odd | (ones & 0x02020202) << ABOVE - 1
-    return even, odd
-
-
-@triton.jit
-def _spread_twos(word):
-    """Eight columns of two bits: two columns at the bottom of each byte of an int32."""
-    wide = word.to(tl.int32) & 0xFFFF
-    wide = (wide | wide << 8) & 0x00FF00FF
-    return (wide | wide << 4) & 0x0F0F0F0F
-
-
-@triton.jit
-def _spread_ones(word):
-    """Eight columns of one bit: two columns at the bottom of each byte of an int32."""
-    wide = word.to(tl.int32) & 0xFF
-    wide = (wide | wide << 12) & 0x000F000F
-    return (wide | wide << 6) & 0x03030303
-
-
-@triton.jit
-def dot4(one, other, total):
-    """`total` and the product of four signed bytes with four others: one instruction of a card."""
-    if INTERPRETED:
-        for byte in tl.static_range(4):
-            total += (one << (24 - 8 * byte) >> 24) * (other << (24 - 8 * byte) >> 24)
-    else:
-        total = tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [one, other, total],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return total
+    table = (
+        tl.load(table_at), tl.load(table_at + 1), tl.load(table_at + 2), tl.load(table_at + 3),
+        tl.load(table_at + 4), tl.load(table_at + 5), tl.load(table_at + 6), tl.load(table_at + 7),
+    )  # fmt: skip
+    first, second = level_bytes(word, table, 0)
+    other_first, other_second = level_bytes(other, table, 0)
+    upper, mixed, other_upper, other_mixed = sums_of_halves(
+        first, second, other_first, other_second, x_first, x_second, SMALL
+    )
+    first, second = level_bytes(word, table, 1)
+    other_first, other_second = level_bytes(other, table, 1)
+    also, last, other_also, other_last = sums_of_halves(
+        first, second, other_first, other_second, x_first, x_second, SMALL
+    )
+    return (
+        upper * 256 + mixed + also + (last >> 8),
+        other_upper * 256 + other_mixed + other_also + (other_last >> 8),
+    )
 
 
 @triton.jit
 def _weighed(found, plain, kept, matrix, at, KIND: tl.constexpr):
-    """Each word's sum of weights times x: `found` of codes times x, and `plain` of x alone."""
+    """A thread's sum of weights times x: `found` of codes times x, and `plain` of x alone."""
     _, _, scale, zero = kept
     if KIND == INT8:  # whose scale is that of a row, and applied to the sums
         total = found
@@ -313,10 +307,13 @@ def _weighed(found, plain, kept, matrix, at, KIND: tl.constexpr):
 
 
 @triton.jit
-def _row_sums(total, matrix, row, rows, KIND: tl.constexpr):
-    """The sums of the rows `row` (WARPS,), each of one warp's numbers."""
-    sums = tl.sum(tl.sum(total, 2), 1)
+def _row_sums(
+    total, matrix, first, APART: tl.constexpr, rows, KIND: tl.constexpr, WARPS: tl.constexpr
+):
+    """The sums (8,) of rows from `first` on, each of four threads' numbers in every warp."""
+    sums = tl.sum(tl.sum(tl.reshape(total, (WARPS, _WARP_ROWS, _PLACES)), 2), 0)
     if KIND == INT8:
+        row = first + APART * tl.arange(0, _WARP_ROWS)
         sums *= tl.load(matrix[1] + row, mask=row < rows, other=0.0)
     return sums
 
@@ -324,23 +321,22 @@ def _row_sums(total, matrix, row, rows, KIND: tl.constexpr):
 def vector_product(x: Activation, matrix: Matrix) -> Tensor:
     """x (1, K) @ W.T -> (parts, N) float32, the sum of whose parts is the product."""
     device = x.natural.device
-    programs, steps = triton.cdiv(matrix.rows, 2 * WARPS), _steps(matrix)
+    programs, steps = triton.cdiv(matrix.rows, PROGRAM_ROWS), _steps(matrix, WARPS)
     parts = card(device).column_parts(programs, steps)
     out = torch.empty((parts, matrix.rows), dtype=torch.float32, device=device)
     vector_kernel[(programs, parts)](
         _row(x), _vectors(matrix), out, matrix.rows, matrix.blocks, triton.cdiv(steps, parts),
-        x.eps, KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WARPS, LOADS=LANES,
-        SQUARES=_squares(x), num_warps=WARPS, **begun_early(device),
+        x.eps, **_fixed(matrix, WARPS, device), SQUARES=_squares(x),
     )  # fmt: skip
     return out
 
 
 def gated_product(x: Activation, gate: Matrix, up: Matrix, out: Activation) -> None:
     """`out` (1, N) becomes silu(x @ gate.T) * (x @ up.T), of two matrices that are `alike`."""
-    gated_kernel[(triton.cdiv(gate.rows, WORD),)](
-        _row(x), _vectors(gate), _vectors(up), *out.tensors, gate.rows, gate.blocks, _steps(gate),
-        x.eps, KIND=gate.kind, PER_GROUP=gate.per_group, WARPS=WORD, LOADS=LANES,
-        SQUARES=_squares(x), WHOLE=out.whole, num_warps=WORD, **begun_early(x.natural.device),
+    gated_kernel[(triton.cdiv(gate.rows, WARP_ROWS),)](
+        _row(x), _vectors(gate), _vectors(up), *out.tensors, gate.rows, gate.blocks,
+        _steps(gate, WARPS), x.eps, **_fixed(gate, WARPS, x.natural.device),
+        SQUARES=_squares(x), WHOLE=out.whole,
     )  # fmt: skip
 
 
@@ -351,34 +347,41 @@ def added_product(
 
     But for the norm's factor, which every product with `out` applies; `out` has `squares` for that.
     """
-    added_kernel[(triton.cdiv(matrix.rows, WORD),)](
+    added_kernel[(triton.cdiv(matrix.rows, PROGRAM_ROWS),)](
         _row(x), _vectors(matrix), stream, weight, *out.tensors, out.squares,
-        matrix.rows, matrix.blocks, _steps(matrix),
-        KIND=matrix.kind, PER_GROUP=matrix.per_group, WARPS=WORD // 2, LOADS=LANES,
-        num_warps=WORD // 2, **begun_early(stream.device),
+        matrix.rows, matrix.blocks, _steps(matrix, MANY_WARPS),
+        **_fixed(matrix, MANY_WARPS, stream.device),
     )  # fmt: skip
 
 
-def _steps(matrix: Matrix) -> int:
-    """Of LANES loads of 16 bytes in a row."""
-    return -(-matrix.blocks * (2 if matrix.kind == INT8_KIND else 1) // LANES)
+def _fixed(matrix: Matrix, warps: int, device: torch.device) -> dict[str, Any]:
+    """What is fixed at compile time, and how a program is launched."""
+    return {
+        "KIND": matrix.kind, "PER_GROUP": matrix.per_group, "WARPS": warps, "num_warps": warps,
+        "SMALL": card(device).has_small_pieces, **begun_early(device),
+    }  # fmt: skip
 
 
-def _row(x: Activation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Activations as the kernels take them: whole numbers four at a time."""
-    return x.planes, x.halves.view(torch.int32), x.scales, x.squares
+def _steps(matrix: Matrix, warps: int) -> int:
+    """Of what so many warps load together of a row."""
+    loads = matrix.blocks * (2 if matrix.kind == INT8_KIND else 1)
+    return -(-loads // (warps * PLACES * LOADS))
+
+
+def _row(x: Activation) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations as the kernels take them: halves of whole numbers, four in an int32."""
+    return x.halves.view(torch.int32), x.scales, x.squares
 
 
 def _squares(x: Activation) -> int:
-    """How many squares a program reads, as a power of two."""
-    words: int = x.squares.numel()
-    return 1 << (words - 1).bit_length() if words else 0
+    """How many sums of squares a program reads, as a power of two."""
+    sums: int = x.squares.numel()
+    return 1 << (sums - 1).bit_length() if sums else 0
 
 
 def _vectors(matrix: Matrix) -> tuple[Tensor, ...]:
-    """The matrix's tensors as the kernel for one row takes them: words of four bytes."""
-    codes, *rest = matrix.tensors
-    return codes.view(torch.int32) if matrix.kind == INT8_KIND else codes, *rest
+    """The matrix's tensors as the kernel for one row takes them."""
+    return *matrix.tensors, matrix.table
 
 
 def alike(one: Matrix, other: Matrix) -> bool:

@@ -1,8 +1,8 @@
 """Whether the Triton kernels can be used, and if not, why.
 
 What it is: one answer for formats, the decode step and `m1 doctor`. Triton is imported only where
-there is a card, and then the smallest kernel is tried. What it is not: a check of the others; one
-that fails says so when it is launched.
+there is a card, and then a small product is tried (trial.py). What it is not: a check of the other
+kernels; one that fails says so when it is launched.
 """
 
 import sys
@@ -35,11 +35,11 @@ def missing(device: torch.device) -> str | None:
     if capability < OLDEST:
         return "compute capability {}.{} is older than {}.{}".format(*capability, *OLDEST)
     try:
-        import_module("m1local.cuda.trial").launch(device)
+        right: bool = import_module("m1local.cuda.trial").is_right(device)
     except Exception as error:  # of a compiler, a linker, a driver: any leaves torch's own ways
         said = (str(error) or type(error).__name__).splitlines()[0]
         return f"Triton cannot launch a kernel; {NEEDED}: {said[:SAID]}"
-    return None
+    return None if right else "Triton's kernels multiply wrongly here; try another version of it"
 
 
 def usable(device: torch.device) -> bool:

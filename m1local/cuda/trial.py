@@ -1,24 +1,32 @@
-"""The smallest kernel, which tells whether any can be built and launched.
+"""The first product on a card, which tells whether kernels can be built, launched and trusted.
 
-What it is: one number stored. Triton builds a launcher with the system's C compiler and Python's
-headers, which many a desktop lacks; that shows only when something is launched. What it is not:
-imported where Triton is missing (support.py asks for it).
+What it is: one row by a small matrix, compared with torch. Triton builds a launcher with the
+system's C compiler and Python's headers, which many a desktop lacks; that shows only when something
+is launched. And tensor cores give right sums only where Triton has spread the numbers over threads
+as tensor_core.py expects; a version that does otherwise shows here, before an answer is wrong. What
+it is not: imported where Triton is missing (support.py asks for it).
 """
 
 import torch
-import triton
-import triton.language as tl
+
+from m1local.cuda.activation import Activation
+from m1local.cuda.matrix import int4_matrix
+from m1local.cuda.one_row import vector_product
+
+ROWS, COLUMNS, GROUP = 40, 1408, 64  # no whole program of rows, no whole round of columns
+MOST_ERROR = 1e-3
 
 
-@triton.jit
-def one_kernel(out):
-    """`out` becomes 1."""
-    tl.store(out, 1.0)
-
-
-def launch(device: torch.device) -> None:
-    """Launch it on `device` and wait; raises whatever is raised, or RuntimeError if it does not."""
-    out = torch.zeros(1, device=device)
-    one_kernel[(1,)](out, num_warps=1)
-    if float(out) != 1:
-        raise RuntimeError("a kernel stored nothing")
+def is_right(device: torch.device) -> bool:
+    """Multiply on `device` and wait; raises whatever a compiler or driver raises."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (ROWS, COLUMNS // 2), generator=generator, dtype=torch.uint8)
+    scales, zeros = torch.rand((2, ROWS, COLUMNS // GROUP), generator=generator).bfloat16()
+    x = torch.randn((1, COLUMNS), generator=generator)
+    stored = [tensor.to(device) for tensor in (codes, scales, zeros)]
+    matrix = int4_matrix(stored[0], stored[1], stored[2], (ROWS, COLUMNS), GROUP)
+    found = vector_product(Activation.of(x.to(device)), matrix).sum(0).cpu()
+    levels = torch.stack((codes & 15, codes >> 4), 2).view(ROWS, -1, GROUP).float() - 8
+    weights = levels * scales.float()[..., None] + zeros.float()[..., None]
+    wanted = weights.view(ROWS, COLUMNS) @ x[0]
+    return float((found - wanted).norm() / wanted.norm()) < MOST_ERROR  # and a number
