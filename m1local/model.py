@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m1local import grouped
+from m1local import grouped, neighbours
 from m1local.cache import KVCache, LayerCache, RawState, Visible
 from m1local.config import HeadLayout, M1Config
 from m1local.cuda import support
-from m1local.native import attention, neighbours
+from m1local.native import attention
 from m1local.native import quantize as native
 from m1local.rope import Rotation, rotate, rotation
 from m1local.sums import halved_sum
@@ -98,8 +98,7 @@ def attend_kept(q: Tensor, cache: LayerCache, seen: Visible, chunk: Chunk) -> Te
         return None
     from m1local.cuda.prefill import attend_chunk  # Triton, which is only there with a card
 
-    mixed = attend_chunk(q, cache, chunk.start)
-    return None if mixed is None else mixed.transpose(1, 2).flatten(2)
+    return attend_chunk(q, cache, chunk.start)
 
 
 class M1Attention(nn.Module):

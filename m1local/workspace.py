@@ -83,16 +83,19 @@ class Workspace:
         return mask + (kept * 2 * (self.dtype.itemsize + FLOAT32_BYTES) if in_bytes else 0)
 
     def _turning(self) -> int:
+        if self.kernels and self.on_card:  # cuda/rows.py: heads beside the product, and no more
+            return self.chunk * 2 * self._packed * self.dtype.itemsize
         turned = 3 * self.config.hidden_size * FLOAT32_BYTES
         return self.chunk * (self._packed * self.dtype.itemsize + turned)
 
     def _mlp(self) -> int:
-        """On a card silu too, while nothing is restored; else gate, up and their product."""
+        """Gate, up and their product; by torch on a card silu too, while nothing is restored."""
         width, inner = self.config.hidden_size, self.config.intermediate_size
         row = self.chunk * self.dtype.itemsize
         if not self.on_card:
             return row * 3 * inner + self.slices
-        return row * 2 * width + max(row * 4 * inner, row * 3 * inner + self.slices)
+        silu = 0 if self.kernels else row * inner
+        return row * (2 * width + 3 * inner) + max(silu, self.slices)
 
     @property
     def _packed(self) -> int:

@@ -45,6 +45,7 @@ def cases(capability: int) -> Iterator[Case]:
     half = "*bf16" if capability >= 80 else "*fp16"
     yield from _products(card, half)
     yield from _neighbours(half, card.overlaps)
+    yield from _rows(half)
     yield from _attention(card.tiles, half, card.overlaps)
 
 
@@ -152,6 +153,28 @@ def _neighbours(half: str, overlap: bool) -> Iterator[Case]:
                  "blocks": "i32"},
                 of_kind | {"WORDS": embedding.COLUMNS // WORD} | fixed, card.WARPS,
             )  # fmt: skip
+
+
+def _rows(half: str) -> Iterator[Case]:
+    from m1local.cuda import card, rows
+
+    yield Case(
+        "norm_rows", rows.norm_rows_kernel,
+        {"x": half, "weight": half, "out": half, "columns": "i32", "eps": "fp32"},
+        {"BLOCK": 8192}, card.MANY_WARPS,
+    )  # fmt: skip
+    yield Case(
+        "gate_rows", rows.gate_rows_kernel,
+        {"gated": half, "up": half, "out": half, "count": "i32"}, {"BLOCK": rows.GATED}, card.WARPS,
+    )  # fmt: skip
+    for width in (128, 256):
+        yield Case(
+            f"turn_rows {width}", rows.turn_rows_kernel,
+            {"packed": half, "taps": (half, half), "before": (half, half),
+             "turn": ("*fp32", "*fp32"), "q": half, "k": half, "v": half, "length": "i32",
+             "heads": "i32", "kv_heads": "i32", "width": "i32"},
+            {"TOKENS": rows.TOKENS, "WIDTH": width}, card.WARPS,
+        )  # fmt: skip
 
 
 def _row(half: str) -> dict[str, str]:

@@ -89,12 +89,14 @@ def row_of(embedding: torch.nn.Module) -> None:
 
 
 def step(name: str, dtype: torch.dtype) -> None:
-    """A decode step and a prompt's attention of two layers of the 14B."""
+    """A decode step of two layers of the 14B; a prompt's attention, and what is beside products."""
     from bench.gpu_model import M1_14B, filled_cache, random_model
     from m1local import placement
+    from m1local.cuda import rows
     from m1local.cuda.decode import DecodeStep
     from m1local.cuda.prefill import attend_chunk
     from m1local.memory import Setting
+    from m1local.rope import rotation
 
     config = replace(
         M1_14B, num_hidden_layers=2, vocab_size=4096, sliding_window_layers=frozenset({1})
@@ -106,6 +108,13 @@ def step(name: str, dtype: torch.dtype) -> None:
     for layer in cache.layers:
         heads, width = layer.layout.num_heads, layer.layout.head_dim
         attend_chunk(torch.zeros((1, heads, 40, width), dtype=dtype), layer, 600)
+        kv_heads = layer.layout.num_kv_heads
+        packed = torch.zeros((1, 40, (heads + 2 * kv_heads) * width), dtype=dtype)
+        taps, before = torch.zeros((2, kv_heads, 2), dtype=dtype), layer.raw_before(600)
+        turn = rotation(torch.arange(600, 640), width, config.rope_theta)
+        rows.turn_heads(packed, (taps[0], taps[1]), before, turn, kv_heads)
+    rows.norm(packed, torch.zeros(packed.shape[-1], dtype=dtype), 1e-6)
+    rows.gate(packed, packed)
 
 
 @torch.inference_mode()

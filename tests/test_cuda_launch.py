@@ -9,7 +9,7 @@ import pytest
 
 from tests import interpreter  # noqa: F401  # skips without Triton
 from tests.conftest import ROOT
-from tests.test_cuda_compile import OF_A_PROMPT, ONE_ROW
+from tests.test_cuda_compile import OF_A_PROMPT, ONE_ROW, ROWS
 
 
 @pytest.mark.slow
@@ -23,5 +23,5 @@ def test_what_is_launched_has_the_types_that_kernels_take(capability: int, tmp_p
     )
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = {name.removesuffix("_kernel") for name in done.stdout.split()}
-    others = {"round", "norm", "row", "stored_row", "attend", "join"}
+    others = {"round", "norm", "row", "stored_row", "attend", "join", *ROWS}
     assert kernels == {*ONE_ROW, *OF_A_PROMPT, *others}

@@ -22,7 +22,7 @@ from tests import interpreter  # noqa: F401  # skips without Triton; before its 
 from tests.test_memory import Accountant
 
 from m1local.cuda import (  # isort: skip
-    activation, attention, card, embedding, fused, one_row, prefill, products,
+    activation, attention, card, embedding, fused, one_row, prefill, products, rows,
 )  # fmt: skip
 from m1local.cuda.drawing import Draw, DrawingDecoder  # isort: skip
 
@@ -40,7 +40,7 @@ class Unlaunched:
 
 @pytest.fixture(autouse=True)
 def _card(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (activation, attention, embedding, fused, one_row, prefill, products):
+    for module in (activation, attention, embedding, fused, one_row, prefill, products, rows):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Unlaunched())
         if hasattr(module, "card"):

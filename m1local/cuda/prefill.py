@@ -6,7 +6,6 @@ take no mask together with grouped heads. What it is not: for one row; attention
 Source: arXiv 2307.08691.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -60,11 +59,12 @@ def chunk_kernel(
         mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
         most = higher
     mixed = mixed / tl.maximum(total, 1e-30)[:, None]
+    at = (query * heads + head)[:, None] * width + inside[None, :]
     tl.store(out + at, mixed.to(out.dtype.element_ty), mask=here)
 
 
 def attend_chunk(q: Tensor, layer: LayerCache, start: int) -> Tensor:
-    """Attention of q (1, H, T, D) at `start` and after it over `layer`: (1, H, T, D).
+    """Attention of q (1, H, T, D) at `start` and after it over `layer`: (1, T, H * D).
 
     The keys and values of the chunk must be in the cache already.
     """
@@ -72,7 +72,7 @@ def attend_chunk(q: Tensor, layer: LayerCache, start: int) -> Tensor:
     tiles = card(q.device).tiles.over(in_bytes=in_bytes)
     queries = tiles.queries_of(layout.head_dim)
     asked = q.contiguous()
-    out = torch.empty_like(asked)
+    out = q.new_empty(1, length, layout.num_heads * layout.head_dim)
     grid = (triton.cdiv(length, queries), layout.num_heads)
     chunk_kernel[grid](
         asked, *pointers(layer.k), *pointers(layer.v), out, start, length,
