@@ -140,6 +140,8 @@ def table(found: Found) -> str:
         lines.append(
             f"{name}: {said}" + (f", {ratio:.2f} x ours" if ratio else "") + _without(figures)
         )
+    for name, tried in _of(found, "shapes").items():
+        lines.append(f"us of {name} by groups x turns: {tried}")
     capped = found.get("capped")
     lines += [f"under 7.2 GiB: {row}" for row in capped] if isinstance(capped, list) else []
     lines += [f"{TESTS}: {found[TESTS]}"] if TESTS in found else []

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench.gpu_model import FORMATS, filled_cache, random_matrix, random_model
 from bench.gpu_peers import peers
+from bench.gpu_shapes import shapes
 from bench.gpu_subject import Subject, milliseconds
 from m1local.cuda.card import Card
 from m1local.kv_store import BYTES, FLOAT
@@ -250,6 +251,7 @@ PARTS: dict[str, Callable[[Subject], object]] = {  # the most telling first: tim
     "decode int4 serial": serial,
     "profile": profile,
     "prompt int4": partial(prompt, "int4"),
+    "shapes": shapes,
     "peers": peers,
     "prompt bf16": partial(prompt, WHOLE),
     "capped": capped,

@@ -337,8 +337,8 @@ def _gpu_beside(result: dict[str, Any]) -> str:
         f"NF4, with programs of 4 warps, {of_levels['graph_ms']:.2f} ms), when all its kernels had "
         f"programs of 8 warps. Those "
         f"for gate and up have 4 now, {many['4 warps']['gated_kernel']:.1f} µs a layer and not "
-        f"{many['8 warps']['gated_kernel']:.1f}; together that has not been measured, nor have prompts since "
-        f"what stands between their products is kernels too."
+        f"{many['8 warps']['gated_kernel']:.1f}; together that has not been measured, "
+        f"nor have prompts since what stands between their products is kernels too."
     )
 
 

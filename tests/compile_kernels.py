@@ -76,27 +76,25 @@ def _products(chosen: Any, half: str) -> Iterator[Case]:
     for name, of_kind, stored in _stored():
         numbers = {"rows": "i32", "blocks": "i32", "steps": "i32"}
         vectors = (*stored.values(), "*i32" if name.startswith("nf4") else stored["scales"])
-        fixed = of_kind | {
-            "WARPS": card.WARPS, "SMALL": chosen.has_small_pieces, "OVERLAP": chosen.overlaps
-        }  # fmt: skip
+        fixed = of_kind | {"SMALL": chosen.has_small_pieces, "OVERLAP": chosen.overlaps}
         x, normed = {"x": ("*i32", "*fp32", "*fp32")}, {"SQUARES": 512}
         yield Case(
             f"vector {name}", one_row.vector_kernel,
             x | {"matrix": vectors, "out": "*fp32"} | numbers | {"eps": "fp32"},
-            fixed | normed, card.WARPS,
+            fixed | normed | _shape(tiles.vector), warps(tiles.vector),
         )  # fmt: skip
         if name in ("int4", "nf4"):
             yield Case(
                 f"gated {name}", one_row.gated_kernel,
                 x | {"gate": vectors, "up": vectors} | _row(half) | numbers | {"eps": "fp32"},
-                fixed | {"WHOLE": True} | normed, card.WARPS,
+                fixed | {"WHOLE": True} | normed | _shape(tiles.gated), warps(tiles.gated),
             )  # fmt: skip
         if name in ("int4", "int6", "nf4"):
             yield Case(
                 f"added {name}", one_row.added_kernel,
                 x | {"matrix": vectors, "stream": "*fp32", "weight": half} | _row(half)
                 | {"squares": "*fp32"} | numbers,
-                fixed | {"WARPS": card.MANY_WARPS}, card.MANY_WARPS,
+                fixed | _shape(tiles.added), warps(tiles.added),
             )  # fmt: skip
         if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
             continue
@@ -116,6 +114,16 @@ def _products(chosen: Any, half: str) -> Iterator[Case]:
             of_kind | {"ROWS": products.EXPANDED_ROWS, "WORDS": products.EXPANDED_WORDS},
             card.WARPS,
         )  # fmt: skip
+
+
+def _shape(shape: Any) -> dict[str, int]:
+    return {"GROUPS": shape.groups, "TURNS": shape.turns}
+
+
+def warps(shape: Any) -> int:
+    """Of a program that multiplies one row."""
+    found: int = shape.groups * shape.turns
+    return found
 
 
 def _neighbours(half: str, overlap: bool) -> Iterator[Case]:

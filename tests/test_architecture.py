@@ -40,6 +40,7 @@ RUNTIME_ORDER = (
     ("cuda.words", "cuda.support", "cuda.int4pack", "cuda.kept", "cuda.overlap"),
     ("cuda.tensor_core",),
     ("cuda.code_bytes", "cuda.activation"),
+    ("cuda.row_sums",),
     ("cuda.one_row",),
     ("cuda.trial", "cuda.rows"),
     ("cuda.products", "neighbours"),

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from m1local.cuda import matrix as stored
 from m1local.cuda import support
+from m1local.cuda.card import RowShape
 from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import QuantizedLinear
 from m1local.model import RMSNorm
@@ -115,6 +116,31 @@ def test_a_product_is_added_and_normed_by_whoever_reads_it(name: str) -> None:
     one_row.gated_product(out, next_matrix, next_matrix, gated)
     product = expected(normed, behind)
     close(gated.natural, functional.silu(product) * product, 4 * tolerance_of_one_row(name))
+
+
+@pytest.mark.parametrize("name", ["int4-64", "int8", "int6-64", "bnb-nf4"])
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 8), (8, 1)])
+def test_programs_of_any_shape_multiply_alike(name: str, shape: tuple[int, int]) -> None:
+    module = quantized(name, (96, 1408))  # no whole program of four groups, nor of eight
+    matrix, tried = module.cuda_matrix(), RowShape(*shape)
+    assert matrix is not None
+    x = Activation.of(activations(1, 1408) * 0.1)
+    wanted = expected(activations(1, 1408) * 0.1, module)
+    parts = one_row.vector_product(x, matrix, tried)
+    close(parts.sum(0, keepdim=True), wanted, tolerance_of_one_row(name))
+    gated = Activation(96, dtype=torch.float32, device=CARD)
+    one_row.gated_product(x, matrix, matrix, gated, tried)
+    close(gated.natural, functional.silu(wanted) * wanted, 2 * tolerance_of_one_row(name))
+    stream, weight = torch.zeros(96, device=CARD), activations(3, 96, torch.float32)[0]
+    added = Activation(96, dtype=torch.float32, device=CARD, eps=1e-6)
+    one_row.added_product(x, matrix, stream, weight, added, tried)
+    close(stream, wanted[0], tolerance_of_one_row(name))
+    close(added.natural, (wanted * weight), tolerance_of_one_row(name))
+    torch.testing.assert_close(added.squares, stream.view(-1, 16).square().sum(1))
+    for made in (gated, added):
+        again = Activation.of(made.natural)
+        assert torch.equal(made.halves, again.halves)
+        assert torch.equal(made.scales, again.scales)
 
 
 def test_matrices_of_two_kinds_are_not_alike() -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_model, gpu_parts, gpu_peers
+from bench import gpu, gpu_model, gpu_parts, gpu_peers, gpu_shapes
 from bench.gpu import TESTS, in_a_process, missing, run_parts, table
 from bench.gpu_parts import PARTS
 from bench.gpu_subject import Subject
 from m1local.config import M1Config
 from m1local.cuda import support
-from m1local.cuda.card import Card
+from m1local.cuda.card import Card, RowShape
 from m1local.cuda.transfer import Shared
 from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
@@ -104,6 +104,18 @@ def test_a_step_whose_kernels_do_not_overlap_is_measured_beside(
     assert (row["format"], row["context"]) == ("int4 serial", 5)
     assert set(seen) == {False}
     assert Card((9, 0), 132).overlaps
+
+
+@torch.inference_mode()
+def test_programs_of_other_shapes_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_shapes, "SHAPES", [RowShape(1, 4), RowShape(2, 1), RowShape(3, 1)])
+    found = gpu_shapes.shapes(subject())
+    assert [*found] == ["gate and up", "down", "o_proj", "W_pack", "head"]
+    for tried in found.values():
+        fine, other, wrong = (tried[name] for name in ("1 x 4", "2 x 1", "3 x 1"))
+        assert isinstance(fine, float)
+        assert isinstance(other, float)
+        assert "power of 2" in str(wrong)  # the others are measured all the same
 
 
 @torch.inference_mode()

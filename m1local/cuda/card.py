@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 
 WARPS = 4
-# Of programs whose rows are few. On an H200, o_proj and down together take 28.8 us with so many and
-# 39.4 with 4; gate and up, of many rows, 38.4 and 36.8.
 MANY_WARPS = 8
 MOST_KEY_PARTS = 64
 WEIGHTS_RESTORED = 5 << 16  # at a time for each multiprocessor: 640 KiB in 16 bits
@@ -22,11 +20,23 @@ SMALL_CARD = 32  # multiprocessors of one that is not there
 WIDE = 128  # a head; wider ones take twice the room
 
 
+class RowShape(NamedTuple):
+    """A program that multiplies one row of activations: `groups` times `turns` warps.
+
+    A group has sixteen rows of W, or eight of gate and eight of up; its warps take turns along the
+    columns. `python -m bench.gpu --parts shapes` measures others.
+    """
+
+    groups: int
+    turns: int
+
+
 class Tiles(NamedTuple):
     """Sizes for one compute capability.
 
     `tile_rows`, `tile_words`: of W, in units of eight columns, for several rows of activations, up
     to `most_rows` of them; above, restoring W once costs less than decoding it for each tile.
+    `vector`, `gated` and `added`: the programs of these kernels (one_row.py).
     `resident`: programs of 128 threads that a multiprocessor holds with some 70 registers, which
     one row of activations takes.
     `keys` that one step of attention looks at, with `key_warps`;
@@ -36,6 +46,11 @@ class Tiles(NamedTuple):
 
     tile_rows: int
     tile_words: int
+    # On an H200, 8 turns instead of 4 take 28.8 us instead of 39.4 for o_proj and down, whose rows
+    # are few, and 38.4 instead of 36.8 for gate and up; several groups have not been measured.
+    vector: RowShape = RowShape(1, 4)
+    gated: RowShape = RowShape(1, 4)
+    added: RowShape = RowShape(1, 8)
     resident: int = 7
     most_rows: int = 64
     keys: int = 32
