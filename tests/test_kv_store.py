@@ -133,11 +133,13 @@ def test_a_model_reads_its_bytes_as_torch_does(
     found = feed(model, cache_of(model, BYTES), text, steps)
     monkeypatch.setattr(attention, "library", lambda: None)
     expected = feed(model, cache_of(model, BYTES), text, steps)
-    # A value that lies between two bytes may fall on either side, which is a step of a key.
+    # A value that lies between two bytes may fall on either side, which is a step of a key; how
+    # many do depends on the processor, whose sums differ.
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
-    assert (found - expected).abs().mean() <= 1e-4
     exact = feed(model, cache_of(model, FLOAT), text, steps)
-    assert 0 < (found - exact).abs().mean() <= 0.02
+    lost = (found - exact).abs().mean()
+    assert 0 < lost <= 0.02
+    assert (found - expected).abs().mean() <= lost / 10
 
 
 @torch.inference_mode()
