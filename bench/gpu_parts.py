@@ -251,7 +251,6 @@ PARTS: dict[str, Callable[[Subject], object]] = {  # the most telling first: tim
     "decode int4 serial": serial,
     "profile": profile,
     "prompt int4": partial(prompt, "int4"),
-    "shapes": shapes,
     "peers": peers,
     "prompt bf16": partial(prompt, WHOLE),
     "capped": capped,
@@ -261,4 +260,5 @@ PARTS: dict[str, Callable[[Subject], object]] = {  # the most telling first: tim
     "prompt nf4": partial(prompt, "nf4"),
     "prompt int8": partial(prompt, "int8"),
     "decode bf16": partial(decode, WHOLE, FLOAT),
+    "shapes": shapes,
 }

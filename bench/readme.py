@@ -333,12 +333,12 @@ def _gpu_beside(result: dict[str, Any]) -> str:
         f"in bytes {capped[1]['tokens_per_second']:.0f}. Changed since: prompts, "
         f"{result['later']['prompt int4']['prompt_ms']:.0f} ms; and decoding by tensor cores, "
         f"{after['graph_ms']:.2f} ms a token at {after['context']} "
-        f"({1000 / after['graph_ms']:.0f} tokens/s, {after['percent_of_copy']:.0f} % of the copy; "
-        f"NF4, with programs of 4 warps, {of_levels['graph_ms']:.2f} ms), when all its kernels had "
-        f"programs of 8 warps. Those "
-        f"for gate and up have 4 now, {many['4 warps']['gated_kernel']:.1f} µs a layer and not "
-        f"{many['8 warps']['gated_kernel']:.1f}; together that has not been measured, "
-        f"nor have prompts since what stands between their products is kernels too."
+        f"({1000 / after['graph_ms']:.0f} tokens/s, {after['percent_of_copy']:.0f} % of a copy at "
+        f"{cores['copy']['gb_per_second']:,.0f} GB/s; NF4, with programs of 4 warps, "
+        f"{of_levels['graph_ms']:.2f} ms), when all its kernels had programs of 8 warps. All but "
+        f"o_proj's and down's have 4 now: for gate and up {many['4 warps']['gated_kernel']:.1f} µs "
+        f"a layer and not {many['8 warps']['gated_kernel']:.1f}. Not measured: that together, and "
+        f"prompts since what stands between their products is kernels too."
     )
 
 

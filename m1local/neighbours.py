@@ -55,9 +55,11 @@ def turn_heads(
 
 
 def _kernels(*tensors: Tensor) -> ModuleType | None:
-    """Those of a card, where they know tensors like these: all of one type, and some numbers."""
+    """Those of a card, where they know tensors like these: of one type, and some numbers."""
     x = tensors[0]
     if not support.usable(x.device) or torch.is_grad_enabled() or x.numel() == 0:
+        return None
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return None
     if any(tensor.dtype != x.dtype or tensor.device != x.device for tensor in tensors):
         return None

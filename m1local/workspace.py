@@ -83,8 +83,8 @@ class Workspace:
         return mask + (kept * 2 * (self.dtype.itemsize + FLOAT32_BYTES) if in_bytes else 0)
 
     def _turning(self) -> int:
-        if self.kernels and self.on_card:  # cuda/rows.py: heads beside the product, and no more
-            return self.chunk * 2 * self._packed * self.dtype.itemsize
+        if self.kernels and self.on_card:  # cuda/rows.py takes heads alone, fewer than `_attention`
+            return 0
         turned = 3 * self.config.hidden_size * FLOAT32_BYTES
         return self.chunk * (self._packed * self.dtype.itemsize + turned)
 

@@ -83,13 +83,13 @@ def _products(chosen: Any, half: str) -> Iterator[Case]:
             x | {"matrix": vectors, "out": "*fp32"} | numbers | {"eps": "fp32"},
             fixed | normed | _shape(tiles.vector), warps(tiles.vector),
         )  # fmt: skip
-        if name in ("int4", "nf4"):
+        if name in ("int4", "int6", "nf4-dq"):
             yield Case(
                 f"gated {name}", one_row.gated_kernel,
                 x | {"gate": vectors, "up": vectors} | _row(half) | numbers | {"eps": "fp32"},
                 fixed | {"WHOLE": True} | normed | _shape(tiles.gated), warps(tiles.gated),
             )  # fmt: skip
-        if name in ("int4", "int6", "nf4"):
+        if name in ("int4", "int6", "nf4-dq"):
             yield Case(
                 f"added {name}", one_row.added_kernel,
                 x | {"matrix": vectors, "stream": "*fp32", "weight": half} | _row(half)

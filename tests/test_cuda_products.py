@@ -63,9 +63,22 @@ def tolerance(name: str) -> float:
     return 3e-3 if name.startswith("bnb") else 1e-6
 
 
-def tolerance_of_one_row(name: str) -> float:
-    """Codes that are whole numbers take x as whole numbers of 16 bits."""
-    return max(tolerance(name), 4e-5)
+ONE_ROW = 4e-5  # x is whole numbers of 16 bits, and so are levels
+
+
+def exact(x: Tensor, module: QuantizedLinear) -> Tensor:
+    """The product with levels as they are, which bitsandbytes rounds to bfloat16."""
+    matrix = module.cuda_matrix()
+    if matrix is None or not matrix.levels_name:
+        return expected(x, module)
+    pairs = matrix.codes.contiguous().view(torch.uint8).view(matrix.rows, -1)
+    codes = torch.stack((pairs >> 4, pairs & 15), 2).view(matrix.rows, -1).long()
+    scales = matrix.scales.flatten().double()
+    if matrix.kind == stored.NESTED:
+        outer, place = matrix.outer.double(), torch.arange(len(scales), device=scales.device)
+        scales = outer[matrix.scales.flatten().long()] * outer[257 + place // 256] + outer[256]
+    weights = matrix.levels.double()[codes].view(-1, 32 * matrix.per_group) * scales[:, None]
+    return x.double() @ weights.view(matrix.rows, -1).T
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -76,7 +89,7 @@ def test_one_row_equals_the_dequantized_product(name: str) -> None:
     x = activations(1, 1408)
     parts = one_row.vector_product(Activation.of(x), matrix)
     assert parts.shape[1] == 13
-    close(parts.sum(0, keepdim=True), expected(x, module), tolerance_of_one_row(name))
+    close(parts.sum(0, keepdim=True), exact(x, module), ONE_ROW)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -88,14 +101,14 @@ def test_gate_and_up_are_one_kernel(name: str, rows: int) -> None:
     assert second is not None
     x, out = activations(1, 1408) * 0.1, Activation(rows, dtype=torch.float32, device=CARD)
     one_row.gated_product(Activation.of(x), first, second, out)
-    wanted = functional.silu(expected(x, gate)) * expected(x, up)[:, :rows]
-    close(out.natural, wanted, 2 * tolerance_of_one_row(name))
+    wanted = functional.silu(exact(x, gate)) * exact(x, up)[:, :rows]
+    close(out.natural, wanted, 2 * ONE_ROW)
     again = Activation.of(out.natural)
     assert torch.equal(out.halves, again.halves)
     assert torch.equal(out.scales, again.scales)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("int")])
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_product_is_added_and_normed_by_whoever_reads_it(name: str) -> None:
     module, behind = quantized(name, (128, 1408)), quantized(name, (21, 128))
     matrix, next_matrix = module.cuda_matrix(), behind.cuda_matrix()
@@ -104,18 +117,18 @@ def test_a_product_is_added_and_normed_by_whoever_reads_it(name: str) -> None:
     x, stream = activations(1, 1408), activations(1, 128, torch.float32)[0] * 30
     norm = RMSNorm(128, 500.0).to(CARD)  # so large that leaving it out would show
     norm.weight.data = 0.05 + 0.02 * activations(2, 128, torch.float32)[0]
-    wanted = stream + expected(x, module)[0]
+    wanted = stream + exact(x, module)[0]
     out = Activation(128, dtype=torch.float32, device=CARD, eps=norm.eps)
     one_row.added_product(Activation.of(x), matrix, stream, norm.weight, out)
-    close(stream, wanted, tolerance_of_one_row(name))
-    close(out.natural, (wanted * norm.weight)[None], tolerance_of_one_row(name))
+    close(stream, wanted, ONE_ROW)
+    close(out.natural, (wanted * norm.weight)[None], ONE_ROW)
     normed = norm(wanted.float())[None]
     found = one_row.vector_product(out, next_matrix).sum(0, keepdim=True)
-    close(found, expected(normed, behind), 2 * tolerance_of_one_row(name))
+    close(found, exact(normed, behind), 2 * ONE_ROW)
     gated = Activation(21, dtype=torch.float32, device=CARD)
     one_row.gated_product(out, next_matrix, next_matrix, gated)
-    product = expected(normed, behind)
-    close(gated.natural, functional.silu(product) * product, 4 * tolerance_of_one_row(name))
+    product = exact(normed, behind)
+    close(gated.natural, functional.silu(product) * product, 4 * ONE_ROW)
 
 
 @pytest.mark.parametrize("name", ["int4-64", "int8", "int6-64", "bnb-nf4"])
@@ -125,17 +138,17 @@ def test_programs_of_any_shape_multiply_alike(name: str, shape: tuple[int, int])
     matrix, tried = module.cuda_matrix(), RowShape(*shape)
     assert matrix is not None
     x = Activation.of(activations(1, 1408) * 0.1)
-    wanted = expected(activations(1, 1408) * 0.1, module)
+    wanted = exact(activations(1, 1408) * 0.1, module)
     parts = one_row.vector_product(x, matrix, tried)
-    close(parts.sum(0, keepdim=True), wanted, tolerance_of_one_row(name))
+    close(parts.sum(0, keepdim=True), wanted, ONE_ROW)
     gated = Activation(96, dtype=torch.float32, device=CARD)
     one_row.gated_product(x, matrix, matrix, gated, tried)
-    close(gated.natural, functional.silu(wanted) * wanted, 2 * tolerance_of_one_row(name))
+    close(gated.natural, functional.silu(wanted) * wanted, 2 * ONE_ROW)
     stream, weight = torch.zeros(96, device=CARD), activations(3, 96, torch.float32)[0]
     added = Activation(96, dtype=torch.float32, device=CARD, eps=1e-6)
     one_row.added_product(x, matrix, stream, weight, added, tried)
-    close(stream, wanted[0], tolerance_of_one_row(name))
-    close(added.natural, (wanted * weight), tolerance_of_one_row(name))
+    close(stream, wanted[0], ONE_ROW)
+    close(added.natural, (wanted * weight), ONE_ROW)
     torch.testing.assert_close(added.squares, stream.view(-1, 16).square().sum(1))
     for made in (gated, added):
         again = Activation.of(made.natural)
@@ -147,6 +160,10 @@ def test_matrices_of_two_kinds_are_not_alike() -> None:
     kept = [quantized(name, (20, 192)).cuda_matrix() for name in ("int4-32", "int4-64", "int8")]
     one, coarser, wider = kept
     other = quantized("int4-32", (24, 192)).cuda_matrix()
+    levels = [quantized(name, (20, 192)).cuda_matrix() for name in ("bnb-nf4", "bnb-fp4")]
+    assert levels[0] is not None
+    assert levels[1] is not None
+    assert not one_row.alike(levels[0], levels[1])
     assert one is not None
     assert other is not None
     assert one_row.alike(one, one)

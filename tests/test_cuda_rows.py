@@ -85,7 +85,7 @@ def test_where_the_kernels_do_not_serve_torch_does(monkeypatch: pytest.MonkeyPat
         assert neighbours.norm(x, weight, EPS) is None
         monkeypatch.setattr(support, "missing", lambda device: None)
         assert neighbours.norm(x, weight, EPS) is not None
-        for wrong in (x.half(), x[:, :0]):
+        for wrong in (x.half(), x[:, :0], x.double()):
             assert neighbours.norm(wrong, weight, EPS) is None
             assert neighbours.gate(wrong, x) is None
         assert neighbours.norm(x, torch.ones(64), EPS) is None

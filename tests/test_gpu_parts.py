@@ -232,8 +232,12 @@ def test_a_file_of_tests_that_takes_too_long_loses_no_other_s(
         return subprocess.CompletedProcess(command, int(bad), said, "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    found = gpu.kernel_tests(90, now=iter([0.0, 0, 10, 20, 30, 40, 88, 95]).__next__)
-    assert given == [90, 80, 70, 60, 50, 2, 1]
+    times = [0.0, 0, 10, 20, 30, 40, 45, 50, 55, 88, 95]
+    found = gpu.kernel_tests(90, now=iter(times).__next__)
+    assert given == [90, 80, 70, 60, 50, 45, 40, 35, 2, 1]
+    files = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_cuda_*")
+             if "import CARD" in path.read_text(encoding="utf-8")}  # fmt: skip
+    assert {*gpu.KERNEL_TESTS} == {"gpu", *files}
     assert len(given) == len(gpu.KERNEL_TESTS)
     assert found["cuda_products"] == {"passed": 4}
     assert found["cuda_decode"] == {"failed": 1, "passed": 3}

@@ -15,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from m1local.cuda.card import WARPS
-from m1local.cuda.matrix import BLOCK, WORD
+from m1local.cuda.matrix import BLOCK, MOST_WHOLE, WORD
 from m1local.cuda.overlap import begun_early, settled
+from m1local.cuda.tensor_core import WARP_ROWS
 
-MOST = 127 * 256  # so that both halves fit into a signed byte
+MOST = MOST_WHOLE
 ROUNDED = 1024  # columns of a program
-SQUARED = 16  # columns whose squares are summed (one_row.py)
+SQUARED = 2 * WARP_ROWS  # columns whose squares are summed, as one_row.py adds rows
 
 _WORD, _MOST = tl.constexpr(WORD), tl.constexpr(MOST)
 _HALVES = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds, ties to even

@@ -37,8 +37,8 @@ class Tiles(NamedTuple):
     `tile_rows`, `tile_words`: of W, in units of eight columns, for several rows of activations, up
     to `most_rows` of them; above, restoring W once costs less than decoding it for each tile.
     `vector`, `gated` and `added`: the programs of these kernels (one_row.py).
-    `resident`: programs of 128 threads that a multiprocessor holds with some 70 registers, which
-    one row of activations takes.
+    `resident`: programs of 128 threads that a multiprocessor holds with some 70 registers; one row
+    of activations takes 54 (int8) to 128 (levels).
     `keys` that one step of attention looks at, with `key_warps`;
     `queries` of a prompt that look together, with `query_warps`. `byte_queries` and
     `byte_query_warps` are the same where keys and values are in bytes.
@@ -77,7 +77,7 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    # Triton does not use the tensor cores of 7.5, and less fits into its shared memory.
+    # Triton's dot does not use the tensor cores of 7.5, and less fits into its shared memory.
     (7, 5): Tiles(
         tile_rows=32,
         tile_words=16,
@@ -125,12 +125,14 @@ class Card:
         """Whether its tensor cores take bytes in quarters of what those from 8.0 on take."""
         return self.capability < (8, 0)
 
-    def column_parts(self, programs: int, steps: int) -> int:
+    def column_parts(self, programs: int, steps: int, warps: int = WARPS) -> int:
         """Into how many parts the columns are split so that `programs` times it fill the card.
 
-        `steps` is how many there can be. More parts than needed would only add sums.
+        `steps` is how many there can be, `warps` a program's. More parts than needed would only add
+        sums.
         """
-        return _column_parts(self.multiprocessors * self.tiles.resident, programs, steps)
+        resident = max(1, self.tiles.resident * WARPS // warps)
+        return _column_parts(self.multiprocessors * resident, programs, steps)
 
     def restored_weights(self) -> int:
         """How many weights are restored at a time for a prompt: the product should fill the card.

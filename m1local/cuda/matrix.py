@@ -1,10 +1,10 @@
 """A stored matrix as the kernels read it.
 
-What it is: views of a format's own tensors, and the numbers that go with them. Columns are taken
-in the order of planes: first all that are a word's first column, then all second ones, up to the
-eighth; activations are put into that order (`planar`), so that both are read in long vectors
-although the weights stay as stored. What it is not: a copy; only the few numbers of nested scales
-are put together anew.
+What it is: views of a format's own tensors, and the numbers that go with them. Where tiles are
+decoded for several rows, columns are taken in the order of planes: first all that are a word's
+first column, then all second ones, up to the eighth; activations are put into that order
+(`planar`), so that both are read in long vectors although the weights stay as stored. What it is
+not: a copy; only the few numbers of nested scales, and sixteen levels, are put together anew.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ INT4, INT8, LEVELS, NESTED, INT3, INT5, INT6 = range(
 )  # as words.py has them, which cannot be had without Triton
 BLOCK = 32  # columns
 WORD = 8
-MOST_LEVEL = 127 * 256  # so that both halves fit into a signed byte
+MOST_WHOLE = 127 * 256  # so that both halves fit into a signed byte
 MOST_WEIGHTS = 2**31  # places in a matrix are counted in 32 bits
 
 
@@ -27,7 +27,8 @@ class Matrix:
 
     `levels` are those of a kind that has some, or the upper plane of one with two planes;
     `per_group` is how many blocks of 32 columns share a scale; `scales` stands in for what a kind
-    does not have.
+    does not have. `outer` are the numbers of nested scales (words.py), `table` levels as whole
+    numbers (`level_table`), `levels_name` which levels they are.
     """
 
     kind: int
@@ -39,6 +40,7 @@ class Matrix:
     levels: Tensor
     outer: Tensor
     table: Tensor
+    levels_name: str = ""
 
     @property
     def rows(self) -> int:
@@ -98,12 +100,18 @@ def int8_matrix(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Matrix
 
 
 def levels_matrix(
-    codes: Tensor, scales: Tensor, levels: Tensor, shape: tuple[int, int], block_size: int
+    codes: Tensor,
+    scales: Tensor,
+    levels: Tensor,
+    shape: tuple[int, int],
+    block_size: int,
+    name: str,
 ) -> Matrix:
     """Sixteen `levels` (16,) with a float32 for each block, as bitsandbytes stores NF4 and FP4."""
     words = codes.view(shape[0], shape[1] // 2).view(torch.int32)
     table = level_table(levels)
-    return Matrix(LEVELS, shape, block_size // BLOCK, words, scales, scales, levels, scales, table)
+    per_group = block_size // BLOCK
+    return Matrix(LEVELS, shape, per_group, words, scales, scales, levels, scales, table, name)
 
 
 def nested_matrix(
@@ -116,26 +124,28 @@ def nested_matrix(
     scale_levels: Tensor,
     scale_scales: Tensor,
     offset: float,
+    name: str,
 ) -> Matrix:
     """The same with scales in 8 bits: level (256,) times a float32 for each 256, plus `offset`."""
     middle = scale_levels.new_tensor([offset])
     outer = torch.cat((scale_levels.float(), middle.float(), scale_scales.float()))
     words = codes.view(shape[0], shape[1] // 2).view(torch.int32)
     table = level_table(levels)
-    return Matrix(NESTED, shape, block_size // BLOCK, words, scales, scales, levels, outer, table)
+    per_group = block_size // BLOCK
+    return Matrix(NESTED, shape, per_group, words, scales, scales, levels, outer, table, name)
 
 
 def level_table(levels: Tensor) -> Tensor:
     """Sixteen levels as whole numbers of 16 bits: (9,) int32.
 
     Their upper bytes, their lower ones, and the bits of the float32 by which they are multiplied,
-    256 times over since a product leaves its last eight bits out (one_row.py).
+    256 times over since a product leaves its last eight bits out (row_sums.py).
     """
     greatest = levels.float().abs().max()
-    whole = (levels.float() * (MOST_LEVEL / greatest)).round().int()
+    whole = (levels.float() * (MOST_WHOLE / greatest)).round().int()
     upper = (whole + 128) >> 8
     halves = torch.cat((upper, whole - 256 * upper)).to(torch.int8).view(torch.int32)
-    unit = (greatest * (256 / MOST_LEVEL)).reshape(1).view(torch.int32)
+    unit = (greatest * (256 / MOST_WHOLE)).reshape(1).view(torch.int32)
     return torch.cat((halves, unit))
 
 

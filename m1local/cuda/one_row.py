@@ -91,7 +91,7 @@ def vector_product(x: Activation, matrix: Matrix, shape: RowShape | None = None)
     device = x.natural.device
     shape = shape or card(device).tiles.vector
     programs, steps = _programs(matrix, shape, 2), _steps(matrix, shape)
-    parts = card(device).column_parts(programs, steps)
+    parts = card(device).column_parts(programs, steps, shape.groups * shape.turns)
     out = torch.empty((parts, matrix.rows), dtype=torch.float32, device=device)
     vector_kernel[(programs, parts)](
         _row(x), _vectors(matrix), out, matrix.rows, matrix.blocks, triton.cdiv(steps, parts),
@@ -170,5 +170,5 @@ def _vectors(matrix: Matrix) -> tuple[Tensor, ...]:
 
 def alike(one: Matrix, other: Matrix) -> bool:
     """Whether a row can be multiplied by both in one launch."""
-    stored = (one.kind, one.per_group, one.shape)
-    return stored == (other.kind, other.per_group, other.shape)
+    stored = (one.kind, one.per_group, one.shape, one.levels_name)
+    return stored == (other.kind, other.per_group, other.shape, other.levels_name)

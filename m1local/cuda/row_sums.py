@@ -1,10 +1,10 @@
 """The sums of one row of activations times stored rows: what the threads of a program do.
 
-What it is: each warp reads sixteen rows of W as they are stored, four threads a row and 32 bytes of
-codes to a thread at a time; warps that share rows take turns along the columns, and all keep sums
-of their own until the end. Codes become bytes (code_bytes.py), activations are whole numbers in
-bytes too (activation.py), and tensor cores multiply them (tensor_core.py). What it is not: a
-kernel; those, and what follows a product, are in one_row.py.
+What it is: each warp reads sixteen rows of W as they are stored, four threads a row and two blocks
+of 32 columns, or of bytes 16, to a thread at a time; warps that share rows take turns along the
+columns, and all keep sums of their own until the end. Codes become bytes (code_bytes.py),
+activations are whole numbers in bytes too (activation.py), and tensor cores multiply them
+(tensor_core.py). What it is not: a kernel; those, and what follows a product, are in one_row.py.
 """
 
 import triton
@@ -15,7 +15,7 @@ from m1local.cuda.overlap import settled
 from m1local.cuda.tensor_core import PLACES, WARP_ROWS, own_half, place_and_row, sums_of_halves
 from m1local.cuda.words import INT3, INT4, INT8, LEVELS, NESTED, middle, nested
 
-LOADS = 2  # of 16 bytes for each row and thread, one after the other
+LOADS = 2  # blocks for each row and thread, one after the other; of bytes half blocks
 _LOADS, _PLACES, _WARP_ROWS = tl.constexpr(LOADS), tl.constexpr(PLACES), tl.constexpr(WARP_ROWS)
 
 

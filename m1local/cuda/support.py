@@ -2,7 +2,7 @@
 
 What it is: one answer for formats, the decode step and `m1 doctor`. Triton is imported only where
 there is a card, and then a small product is tried (trial.py). What it is not: a check of the other
-kernels; one that fails says so when it is launched.
+kernels; one that cannot be launched says so when it is.
 """
 
 import sys

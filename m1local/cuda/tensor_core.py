@@ -6,7 +6,7 @@ second row beside it; so a warp has sixteen rows and four places. The instructio
 columns of activations, and there is one: it is taken for each of the four places by itself, zero at
 the others, once with the upper and once with the lower halves of its numbers (activation.py). What
 comes out is then exactly what each thread is owed: the sums of its own columns of its two rows.
-What it is not: a product; one_row.py weighs the sums. In the interpreter the instruction is played
+What it is not: a product; row_sums.py weighs the sums. In the interpreter the instruction is played
 by arithmetic, place by place.
 """
 

@@ -3,9 +3,12 @@
 What it is: one row by a small matrix, compared with torch. Triton builds a launcher with the
 system's C compiler and Python's headers, which many a desktop lacks; that shows only when something
 is launched. And tensor cores give right sums only where Triton has spread the numbers over threads
-as tensor_core.py expects; a version that does otherwise shows here, before an answer is wrong. What
-it is not: imported where Triton is missing (support.py asks for it).
+as tensor_core.py expects; a version that does otherwise should show here, before an answer is
+wrong. What it is not: a check of every kernel and format, which the tests of compiled kernels are;
+or imported where Triton is missing (support.py asks for it).
 """
+
+from functools import partial
 
 import torch
 
@@ -19,10 +22,11 @@ MOST_ERROR = 1e-3
 
 def is_right(device: torch.device) -> bool:
     """Multiply on `device` and wait; raises whatever a compiler or driver raises."""
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, (ROWS, COLUMNS // 2), generator=generator, dtype=torch.uint8)
-    scales, zeros = torch.rand((2, ROWS, COLUMNS // GROUP), generator=generator).bfloat16()
-    x = torch.randn((1, COLUMNS), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = partial(torch.rand, generator=generator, device="cpu", dtype=torch.float32)
+    codes = (256 * drawn((ROWS, COLUMNS // 2))).to(torch.uint8)
+    scales, zeros = drawn((2, ROWS, COLUMNS // GROUP)).bfloat16()
+    x = drawn((1, COLUMNS)) - 0.5
     stored = [tensor.to(device) for tensor in (codes, scales, zeros)]
     matrix = int4_matrix(stored[0], stored[1], stored[2], (ROWS, COLUMNS), GROUP)
     found = vector_product(Activation.of(x.to(device)), matrix).sum(0).cpu()

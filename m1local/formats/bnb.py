@@ -167,7 +167,7 @@ class Bnb4bitLinear(QuantizedLinear):
             return None
         scales, levels = kept["weight.absmax"], kept["weight.quant_map"]
         if "weight.nested_absmax" not in kept:
-            return levels_matrix(codes, scales, levels, shape, BLOCK)
+            return levels_matrix(codes, scales, levels, shape, BLOCK, self.quant_type)
         return nested_matrix(
             codes,
             scales,
@@ -177,6 +177,7 @@ class Bnb4bitLinear(QuantizedLinear):
             scale_levels=kept["weight.nested_quant_map"],
             scale_scales=kept["weight.nested_absmax"],
             offset=json.loads(bytes(kept[NF4_STATE].tolist()))["nested_offset"],
+            name=self.quant_type,
         )
 
     def forward(self, x: Tensor) -> Tensor:
