@@ -30,6 +30,7 @@ from m1local.config import HeadLayout, M1Config
 from m1local.cuda import support
 from m1local.native import attention
 from m1local.native import quantize as native
+from m1local.native.neighbours import HeadTurn
 from m1local.rope import Rotation, rotate, rotation
 from m1local.sums import halved_sum
 
@@ -126,7 +127,9 @@ class M1Attention(nn.Module):
             before = cache.exchange_raw(chunk.start, raw_k, raw_v)
 
         turn, taps = chunk.rotations[self.layout.head_dim], (self.conv_k, self.conv_v)
-        turned = neighbours.turn_heads(packed, taps, before, turn, self.layout.num_kv_heads)
+        turned = neighbours.turn_heads(
+            packed, HeadTurn(taps, before, turn, self.layout.num_kv_heads)
+        )
         if turned is None:
             q = rotate(self._heads(packed.split(self.split_sizes, dim=-1)[0]), turn)
             k = rotate(short_convolution(raw_k, before.k, self.conv_k), turn)

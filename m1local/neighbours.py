@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m1local.cuda import support
 from m1local.native import neighbours as compiled
+from m1local.native.neighbours import HeadTurn
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
@@ -32,25 +33,14 @@ def gate(gated: Tensor, up: Tensor) -> Tensor | None:
     return found
 
 
-def turn_heads(
-    packed: Tensor,
-    taps: tuple[Tensor, Tensor],
-    before: tuple[Tensor, Tensor],
-    turn: tuple[Tensor, Tensor],
-    kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """q, k and v side by side (1, T, (H + 2 Hkv) * D) -> heads (1, H or Hkv, T, D).
-
-    Queries are turned, keys mixed with the token before them and turned, values mixed. `taps` of
-    keys and values hold two numbers for each of their heads, `before` (1, Hkv, 1, D) their raw
-    values of the token before, `turn` cosines and sines (T, D/2) in float32.
-    """
+def turn_heads(packed: Tensor, by: HeadTurn) -> tuple[Tensor, Tensor, Tensor] | None:
+    """q, k and v (1, T, (H + 2 Hkv) * D) -> heads (1, H or Hkv, T, D), mixed and turned."""
     if packed.device.type == "cpu":
-        return compiled.turn_heads(packed, taps, before, turn, kv_heads)
-    rows = _kernels(packed, *taps, *before)
+        return compiled.turn_heads(packed, by)
+    rows = _kernels(packed, *by.taps, *by.before)
     if rows is None or packed.shape[0] != 1:
         return None
-    found: tuple[Tensor, Tensor, Tensor] = rows.turn_heads(packed, taps, before, turn, kv_heads)
+    found: tuple[Tensor, Tensor, Tensor] = rows.turn_heads(packed, by)
     return found
 
 

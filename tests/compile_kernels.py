@@ -169,7 +169,7 @@ def _rows(half: str) -> Iterator[Case]:
     yield Case(
         "norm_rows", rows.norm_rows_kernel,
         {"x": half, "weight": half, "out": half, "columns": "i32", "eps": "fp32"},
-        {"BLOCK": 8192}, card.MANY_WARPS,
+        {"BLOCK": 8192}, rows.NORM_WARPS,
     )  # fmt: skip
     yield Case(
         "gate_rows", rows.gate_rows_kernel,

@@ -96,6 +96,7 @@ def step(name: str, dtype: torch.dtype) -> None:
     from m1local.cuda.decode import DecodeStep
     from m1local.cuda.prefill import attend_chunk
     from m1local.memory import Setting
+    from m1local.native.neighbours import HeadTurn
     from m1local.rope import rotation
 
     config = replace(
@@ -112,7 +113,7 @@ def step(name: str, dtype: torch.dtype) -> None:
         packed = torch.zeros((1, 40, (heads + 2 * kv_heads) * width), dtype=dtype)
         taps, before = torch.zeros((2, kv_heads, 2), dtype=dtype), layer.raw_before(600)
         turn = rotation(torch.arange(600, 640), width, config.rope_theta)
-        rows.turn_heads(packed, (taps[0], taps[1]), before, turn, kv_heads)
+        rows.turn_heads(packed, HeadTurn((taps[0], taps[1]), before, turn, kv_heads))
     rows.norm(packed, torch.zeros(packed.shape[-1], dtype=dtype), 1e-6)
     rows.gate(packed, packed)
 

@@ -8,6 +8,7 @@ from torch.nn import functional
 from m1local import neighbours
 from m1local.cuda import support
 from m1local.model import short_convolution
+from m1local.native.neighbours import HeadTurn
 from m1local.rope import rotate, rotation
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD
@@ -66,7 +67,9 @@ def test_heads_are_mixed_and_turned(
     taps = [0.5 + 0.3 * noise(1, 1, kv_heads, 1, 2, seed=seed, dtype=dtype) for seed in (1, 2)]
     before = [noise(1, kv_heads, 1, width, seed=seed, dtype=dtype) for seed in (3, 4)]
     turn = rotation(torch.arange(4000, 4000 + length, device=CARD), width, 1e4)
-    found = rows.turn_heads(packed, (taps[0], taps[1]), (before[0], before[1]), turn, kv_heads)
+    found = rows.turn_heads(
+        packed, HeadTurn((taps[0], taps[1]), (before[0], before[1]), turn, kv_heads)
+    )
     parts = packed.float().view(1, length, -1, width).transpose(1, 2)
     q, k, v = torch.split(parts, [heads, kv_heads, kv_heads], dim=1)
     mixed = [

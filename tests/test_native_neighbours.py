@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from m1local.model import RMSNorm, short_convolution
 from m1local.native import library, neighbours
+from m1local.native.neighbours import HeadTurn
 from m1local.rope import Rotation, rotate, rotation
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -124,7 +125,9 @@ class Packed:
         return rotate(q, self.turn), rotate(k, self.turn), short_convolution(v, v_before, v_taps)
 
     def by_library(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        return neighbours.turn_heads(self.packed, self.taps, self.before, self.turn, self.kv_heads)
+        return neighbours.turn_heads(
+            self.packed, HeadTurn(self.taps, self.before, self.turn, self.kv_heads)
+        )
 
     def assert_same(self) -> None:
         found = self.by_library()

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 WARPS = 4
-MANY_WARPS = 8
 MOST_KEY_PARTS = 64
 WEIGHTS_RESTORED = 5 << 16  # at a time for each multiprocessor: 640 KiB in 16 bits
 SMALL_CARD = 32  # multiprocessors of one that is not there

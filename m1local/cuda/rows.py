@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1local.cuda.card import MANY_WARPS, WARPS
+from m1local.cuda.card import WARPS
+from m1local.native.neighbours import HeadTurn
 
+NORM_WARPS = 8
 GATED = 1024  # values of a program
 TOKENS = 8  # of one head for a program
 
@@ -112,7 +114,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     norm_rows_kernel[(x.numel() // columns,)](
         x, weight, out, columns, eps,
-        BLOCK=triton.next_power_of_2(columns), num_warps=MANY_WARPS,
+        BLOCK=triton.next_power_of_2(columns), num_warps=NORM_WARPS,
     )  # fmt: skip
     return out
 
@@ -127,17 +129,9 @@ def gate(gated: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def turn_heads(
-    packed: Tensor,
-    taps: tuple[Tensor, Tensor],
-    before: tuple[Tensor, Tensor],
-    turn: tuple[Tensor, Tensor],
-    kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v side by side (1, T, (H + 2 Hkv) * D) -> heads (1, H or Hkv, T, D).
-
-    As m1local/native/neighbours.py does it, whose parameters these are.
-    """
+def turn_heads(packed: Tensor, by: HeadTurn) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads of q, k and v, as m1local/native/neighbours.py mixes and turns them."""
+    taps, before, turn, kv_heads = by
     packed, rows, width = packed.contiguous(), packed.shape[1], 2 * turn[0].shape[1]
     heads = packed.shape[2] // width - 2 * kv_heads
     q = packed.new_empty(1, heads, rows, width)

@@ -7,6 +7,7 @@ for training, or for a card.
 """
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,19 @@ class _Heads(ctypes.Structure):
         ("before_stride", ctypes.c_int64),
         ("is_wide", ctypes.c_int32),
     )
+
+
+class HeadTurn(NamedTuple):
+    """What heads are mixed with and turned by.
+
+    `taps` of keys and values hold two numbers for each of their heads, `before` (1, Hkv, 1, D)
+    their raw values of the token before, `turn` cosines and sines (T, D/2) in float32.
+    """
+
+    taps: tuple[Tensor, Tensor]
+    before: tuple[Tensor, Tensor]
+    turn: tuple[Tensor, Tensor]
+    kv_heads: int
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
@@ -54,19 +68,12 @@ def gate(gated: Tensor, up: Tensor) -> Tensor | None:
     return out
 
 
-def turn_heads(
-    packed: Tensor,
-    taps: tuple[Tensor, Tensor],
-    before: tuple[Tensor, Tensor],
-    turn: tuple[Tensor, Tensor],
-    kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def turn_heads(packed: Tensor, by: HeadTurn) -> tuple[Tensor, Tensor, Tensor] | None:
     """q, k and v side by side (1, T, (H + 2 Hkv) * D) -> heads (1, H or Hkv, T, D).
 
-    Queries are turned, keys mixed with the token before them and turned, values mixed. `taps` of
-    keys and values hold two numbers for each of their heads, `before` (1, Hkv, 1, D) their raw
-    values of the token before, `turn` cosines and sines (T, D/2) in float32.
+    Queries are turned, keys mixed with the token before them and turned, values mixed.
     """
+    taps, before, turn, kv_heads = by
     compiled = _serving(packed, *taps, *before)
     if compiled is None or packed.shape[0] != 1:
         return None
