@@ -16,7 +16,7 @@ from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import QuantizedEmbedding, QuantizedLinear
 from m1local.memory import Model
 from m1local.model import M1Model
-from m1local.placement import Placement, pin_embedding
+from m1local.placement import Placement, embed_for_card
 
 M1_14B = M1Config.from_dict(
     DIMENSIONS | {"num_hidden_layers": 40, "sliding_window_layers": list(range(1, 40, 2))}
@@ -92,8 +92,7 @@ def random_model(config: M1Config, name: str, placement: Placement, dtype: torch
                     value.fill_(1)
                 new = nn.Parameter(value, requires_grad=False)
                 setattr(model.get_submodule(owner), attribute, new)
-    if placement.embedding_on_host and placement.card.type == "cuda":
-        pin_embedding(model)
+    embed_for_card(model, placement)
     return model.eval()
 
 

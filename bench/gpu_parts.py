@@ -103,7 +103,7 @@ def _step(name: str, setting: Setting, subject: Subject) -> tuple["DecodeStep", 
     from m1local.cuda.decode import Decoder
     from m1local.cuda.replay import Replay
 
-    placement = Placement(subject.device, 0, False, setting)
+    placement = Placement(subject.device, 0, setting)
     model = random_model(subject.config, name, placement, subject.dtype)
     step = Decoder(model, filled_cache(subject.config, placement, 0)).step
     return step, Replay(step, subject.device)
@@ -168,7 +168,7 @@ def prompt(name: str, subject: Subject) -> dict[str, Any]:
         return {"format": name, "left_out": "it does not fit into this card"}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    placement = Placement(device, 0, False, setting)
+    placement = Placement(device, 0, setting)
     model = random_model(subject.config, name, placement, subject.dtype)
     found = {"format": name, **_read_and_answer(model, placement, subject)}
     found |= {"peak_planned": planned.device, "runtime_planned": planned.runtime}
@@ -233,7 +233,7 @@ def _under(subject: Subject, wanted: Setting, room: int) -> dict[str, Any]:
     placement = settled(settle(subject.planned("int4"), wanted, device, room), layers, device)
     found: dict[str, Any] = {
         "context": wanted.context_tokens, "kv_type": wanted.kv_type,
-        "gpu_layers": layers - placement.first, "embedding_on_host": placement.embedding_on_host,
+        "gpu_layers": layers - placement.first,
     }  # fmt: skip
     model = random_model(subject.config, "int4", placement, subject.dtype)
     decoder = Decoder(model, filled_cache(subject.config, placement, 64), placement.first)

@@ -315,6 +315,7 @@ def _gpu_beside(result: dict[str, Any]) -> str:
     ours, capped, cores = peers["m1local int4"], result["capped"], result["tensor cores"]
     prompts, peak = [result[f"prompt {name}"] for name in ("int4", "bf16")], result["prompt int4"]
     sizes = {name: f"{peak[name] / GIB:.2f}" for name in SIZES}
+    away = result["later"]["embedding in host memory"]["bytes"]
     after, many, of_levels = cores["decode int4"][0], cores["ten layers"], cores["decode nf4"][0]
     return (
         f"The 14B's dimensions, random weights, int4 in groups of 64, on one {result['card']} "
@@ -327,7 +328,8 @@ def _gpu_beside(result: dict[str, Any]) -> str:
         f"{peers['bf16 cuBLAS']:.2f}. A prompt of 2,048 tokens: {prompts[0]['prompt_ms']:.0f} ms, "
         f"bf16 {prompts[1]['prompt_ms']:.0f}. With 8k of context torch reserved "
         f"{sizes['peak_reserved']} GiB ({peak['percent_of_plan'] - 100:.1f} % more than planned), "
-        f"the process {sizes['peak_on_the_card']} with {sizes['context_bytes']} of CUDA's own. "
+        f"the process {sizes['peak_on_the_card']} with {sizes['context_bytes']} of CUDA's own; "
+        f"the embedding, {away / GIB:.2f} of it, lies in the host's memory since. "
         f"Under 7.2 GiB: {capped[0]['gpu_layers']} layers on the card and 8k of context "
         f"{capped[0]['tokens_per_second']:.0f} tokens/s, {capped[1]['gpu_layers']} layers and 2k "
         f"in bytes {capped[1]['tokens_per_second']:.0f}. Changed since: prompts, "

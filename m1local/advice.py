@@ -11,6 +11,8 @@ import torch
 from m1local.errors import MemoryLimitError
 from m1local.memory import Model, Setting
 
+AUTO = "--gpu-layers auto, which leaves as many layers to the CPU as it must"
+
 
 def check(model: Model, setting: Setting, device: torch.device, free: int) -> None:
     """Raise MemoryLimitError unless `setting` fits into `free` bytes of `device`.
@@ -21,15 +23,13 @@ def check(model: Model, setting: Setting, device: torch.device, free: int) -> No
     if needed > free:
         raise MemoryLimitError(
             f"{needed / 2**30:.1f} GiB are needed on the card, {free / 2**30:.1f} GiB are free. "
-            f"Try {next_step(setting)}."
+            f"Try {next_step(setting) if setting.gpu_layers is not None else AUTO}."
         )
 
 
 def next_step(setting: Setting) -> str:
     """What to try when `setting` did not fit after all, as words with an option."""
     layers = setting.gpu_layers
-    if not setting.embedding_on_host and layers is None:
-        return "--gpu-layers auto, which leaves the embedding, and layers if need be, to the CPU"
     if setting.context_tokens > 2048:
         return f"a smaller context: --ctx-size {max(2048, setting.context_tokens // 2)}"
     if layers is None or layers > 0:

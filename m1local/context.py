@@ -7,7 +7,6 @@ cache holds and can keep the common beginning of two prompts. What it is not: ab
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from itertools import chain
 from typing import Protocol
 
 import torch
@@ -75,8 +74,8 @@ class Context:
         self.cache = cache
         self.token_ids: list[int] = []
         self.device = cache.layers[-1].raw_k.device
-        embedding = model.model.embed_tokens  # which may have stayed in host memory
-        self._ids_device = next(chain(embedding.parameters(), embedding.buffers())).device
+        first = model.model.layers[0].get_parameter("input_layernorm.weight")
+        self._ids_device = first.device  # the last layers may lie on another
 
     def another(self) -> "Context":
         """An empty context of the same size for the same model."""

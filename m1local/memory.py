@@ -116,7 +116,6 @@ class Setting:
     context_tokens: int
     kv_type: str = FLOAT
     gpu_layers: int | None = None
-    embedding_on_host: bool = False
     max_chunk: int = DEFAULT_MAX_CHUNK
     rewind_tokens: int = REWIND_TOKENS
 
@@ -186,8 +185,8 @@ class Model:
     def demand(self, setting: Setting, device: torch.device) -> Demand:
         """What `setting` takes; on the CPU everything is the host's and the device's alike.
 
-        The last layers are those on the card, with the head; the first ones stay on the host.
-        Without any layer there, nothing is.
+        The last layers are those on the card, with the head; the first ones stay on the host, and
+        the embedding always does. Without any layer there, nothing is.
         """
         layers = self.config.num_hidden_layers
         on_card = layers if setting.gpu_layers is None else min(setting.gpu_layers, layers)
@@ -203,7 +202,7 @@ class Model:
                 weights=0, cache=0, workspace=0, graphs=0, gaps=0, runtime=0,
                 host=all_of_it, read=0, host_read=read,
             )  # fmt: skip
-        away = embedding if setting.embedding_on_host or first else 0
+        away = embedding if device.type == "cuda" else 0
         weights = self.weights - host_layers - away
         return Demand(
             weights=weights,
@@ -225,9 +224,7 @@ class Model:
         """The bytes of each tensor that `setting` puts on a card."""
         layers = self.config.num_hidden_layers
         first = 0 if setting.gpu_layers is None else max(0, layers - setting.gpu_layers)
-        elsewhere = {f"{LAYERS}{layer}" for layer in range(first)}
-        if setting.embedding_on_host or first:
-            elsewhere.add(EMBEDDING)
+        elsewhere = {EMBEDDING, *(f"{LAYERS}{layer}" for layer in range(first))}
         for part, sizes in self._sizes.items():
             yield from () if part in elsewhere else sizes
 
@@ -301,8 +298,6 @@ def read_bytes(layout: HeadLayout, setting: Setting) -> int:
 
 def options(wanted: Setting, layers: int) -> Iterator[Setting]:
     """Settings in the order in which they cost the user: nothing, then speed, little by little."""
-    yield wanted
-    wanted = replace(wanted, embedding_on_host=True)
     yield wanted
     if wanted.max_chunk > DEFAULT_MAX_CHUNK:
         wanted = in_smaller_chunks(wanted)

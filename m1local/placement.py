@@ -2,7 +2,8 @@
 
 What it is: the choice by the memory plan (memory.py) or by hand, the loading of each part where it
 belongs, and a cache whose layers lie beside their weights. The last layers are on the card, with
-the head, so that a token crosses the bus once. What it is not: arithmetic, or the forward pass,
+the head, so that a token crosses the bus once; the embedding stays with the computer, since a token
+needs a row of it only. What it is not: arithmetic, or the forward pass,
 which follows the weights.
 """
 
@@ -19,6 +20,7 @@ from m1local.checkpoint import CONFIG, EMBEDDING, HEAD, compute_dtype, is_quanti
 from m1local.config import M1Config
 from m1local.context import Decoder, Reader
 from m1local.cuda import support
+from m1local.cuda.host_embedding import HostEmbedding
 from m1local.cuda.transfer import Moved, Transfer
 from m1local.errors import DependencyError
 from m1local.manifest import CheckpointManifest
@@ -47,7 +49,6 @@ class Placement:
 
     card: torch.device
     first: int
-    embedding_on_host: bool
     setting: Setting
 
     def layer_device(self, layer: int) -> torch.device:
@@ -56,7 +57,7 @@ class Placement:
 
     def parts(self, config: M1Config) -> Iterator[tuple[str, torch.device]]:
         """Beginnings of tensor names, and where those tensors lie."""
-        yield EMBEDDING, CPU if self.embedding_on_host else self.card
+        yield EMBEDDING, CPU
         for layer in range(config.num_hidden_layers):
             yield f"{LAYERS}{layer}.", self.layer_device(layer)
         yield NORM, self.card
@@ -101,7 +102,7 @@ def place(folder: Path, wanted: Setting, gpu_layers: GpuLayers) -> Placement:
     config = M1Config.from_file(folder / CONFIG)
     layers, card = config.num_hidden_layers, used_device()
     if gpu_layers == 0 or (card.type == "cpu" and gpu_layers == "auto"):
-        return Placement(CPU, 0, False, wanted)
+        return Placement(CPU, 0, wanted)
     if card.type == "cpu":
         raise DependencyError(
             f"--gpu-layers {gpu_layers} needs an NVIDIA card and a torch with CUDA; torch finds "
@@ -111,7 +112,7 @@ def place(folder: Path, wanted: Setting, gpu_layers: GpuLayers) -> Placement:
     if gpu_layers == "auto":
         return settled(settle(model, wanted, card, free), layers, card)
     if gpu_layers != "all" and gpu_layers < layers:
-        wanted = replace(wanted, gpu_layers=gpu_layers, embedding_on_host=True)
+        wanted = replace(wanted, gpu_layers=gpu_layers)
     if model.demand(wanted, card).device > free:
         wanted = in_smaller_chunks(wanted)
     check(model, wanted, card, free)
@@ -137,8 +138,8 @@ def settled(setting: Setting, layers: int, card: torch.device) -> Placement:
     """The placement that `setting` of the plan means for a model of so many `layers`."""
     on_card = layers if setting.gpu_layers is None else setting.gpu_layers
     if on_card == 0:
-        return Placement(CPU, 0, False, setting)
-    return Placement(card, layers - on_card, setting.embedding_on_host, setting)
+        return Placement(CPU, 0, setting)
+    return Placement(card, layers - on_card, setting)
 
 
 def load(folder: Path, placement: Placement) -> tuple[M1Model, Moved | None]:
@@ -151,19 +152,19 @@ def load(folder: Path, placement: Placement) -> tuple[M1Model, Moved | None]:
     transfer = Transfer(placement.card, planned.allocated(placement.setting) if together else 0)
     parts = list(placement.parts(config))
     model = load_model(folder, device=placement.card, parts=parts, move=transfer)
-    if placement.embedding_on_host:
-        pin_embedding(model)
+    embed_for_card(model, placement)
     moved = transfer.finish()
     if not together:  # what lay there before it was packed
         torch.cuda.empty_cache()
     return model, moved
 
 
-def pin_embedding(model: M1Model) -> None:
-    """Put the embedding where a card can read single rows of it."""
-    table = model.model.embed_tokens
-    for tensor in (*table.parameters(), *table.buffers()):
-        tensor.data = tensor.data.pin_memory()
+def embed_for_card(model: M1Model, placement: Placement) -> None:
+    """Where all layers are on a card, let its embedding, which is not, take token ids there."""
+    if placement.first == 0:
+        width, card = model.config.hidden_size, placement.card
+        module = HostEmbedding(model.model.embed_tokens, width, card, compute_dtype(card))
+        model.model.embed_tokens = module  # type: ignore[assignment]
 
 
 def decoder_of(model: M1Model, placement: Placement) -> Callable[[KVCache], Decoder] | None:

@@ -82,10 +82,12 @@ def products(name: str, dtype: torch.dtype) -> None:
 
 
 def row_of(embedding: torch.nn.Module) -> None:
-    """One row of an embedding."""
+    """A row of an embedding, and several."""
     from m1local.cuda.embedding import EmbeddingRows
 
-    EmbeddingRows(embedding).write(torch.zeros(1, dtype=torch.long), torch.zeros(512))
+    for tokens in (1, 40):
+        ids, dtype = torch.zeros(tokens, dtype=torch.long), torch.float32
+        EmbeddingRows(embedding).write(ids, torch.zeros((tokens, 512), dtype=dtype))
 
 
 def step(name: str, dtype: torch.dtype) -> None:
@@ -103,7 +105,7 @@ def step(name: str, dtype: torch.dtype) -> None:
         M1_14B, num_hidden_layers=2, vocab_size=4096, sliding_window_layers=frozenset({1})
     )
     vars(placement)["compute_dtype"] = lambda device: dtype
-    placed = placement.Placement(torch.device("cpu"), 0, False, Setting(2048))
+    placed = placement.Placement(torch.device("cpu"), 0, Setting(2048))
     cache = filled_cache(config, placed, 600)
     DecodeStep(random_model(config, name, placed, dtype), cache)()
     for layer in cache.layers:

@@ -49,6 +49,7 @@ RUNTIME_ORDER = (
     ("formats.groups", "formats.int8", "formats.bnb"),
     ("cache", "shards", "manifest"),
     ("cuda.fused", "cuda.embedding"),
+    ("cuda.host_embedding",),
     ("cuda.heads",),
     ("cuda.attention", "cuda.prefill"),
     ("model", "workspace"),

@@ -123,7 +123,7 @@ def test_a_context_in_bytes_is_decoded_by_kernels_too(monkeypatch: pytest.Monkey
     for chunk in (PROMPT, PROMPT[::-1], PROMPT[:5]):
         wanted = ordinary(model, expected_cache, chunk)
         ordinary(model, cache, chunk)
-    placed = Placement(CARD, 0, False, Setting(64, BYTES))
+    placed = Placement(CARD, 0, Setting(64, BYTES))
     made = decoder_of(model, placed)
     assert made is not None
     decoder = made(cache)

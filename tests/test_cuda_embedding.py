@@ -1,9 +1,11 @@
-"""The row of one token, by the kernels, against the embedding that prefill uses."""
+"""Rows of an embedding, by the kernels and from the host's memory, against the module's own."""
 
 import pytest
 import torch
 from torch import nn
 
+from m1local.cuda import support
+from m1local.cuda.host_embedding import HostEmbedding
 from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import QuantizedEmbedding
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
@@ -25,11 +27,11 @@ def stored(format_: str, columns: int) -> QuantizedEmbedding:
 
 
 def same_rows(module: nn.Module, columns: int) -> None:
-    rows, out = EmbeddingRows(module.to(CARD)), torch.zeros(columns, device=CARD)
-    for token in (0, 1, ROWS - 1):
-        ids = torch.tensor([token], device=CARD)
+    rows = EmbeddingRows(module.to(CARD))
+    for tokens in ([0], [1], [ROWS - 1], [5, 0, ROWS - 1, 5]):
+        ids, out = torch.tensor(tokens, device=CARD), torch.zeros((len(tokens), columns)).to(CARD)
         rows.write(ids, out)
-        torch.testing.assert_close(out, module(ids)[0].float())
+        torch.testing.assert_close(out, module(ids).float())
 
 
 @pytest.mark.parametrize("columns", [32, 96, COLUMNS + 160])
@@ -52,3 +54,22 @@ def test_columns_that_are_no_whole_blocks() -> None:
     module = stored("int8", 40)
     assert module.table.cuda_matrix() is None
     same_rows(module, 40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", [True, False])
+@torch.inference_mode()
+def test_a_table_in_the_host_s_memory(
+    kernels: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "usable", lambda device: kernels)
+    ids = torch.tensor([[5, 0, ROWS - 1, 5]])
+    for table in (stored("int8", 64), stored("int4", 96), stored("int8", 40), nn.Embedding(37, 33)):
+        wanted = table(ids).to(dtype)
+        module = HostEmbedding(table, wanted.shape[-1], CARD, dtype)
+        assert (module.rows is not None) is kernels
+        found = module(ids.to(CARD))
+        assert (found.device.type, found.dtype) == (CARD.type, dtype)
+        # Triton's interpreter cuts off where a card rounds.
+        rounded = 2**-7 if kernels and dtype == torch.bfloat16 else 0
+        torch.testing.assert_close(found.cpu(), wanted, atol=0, rtol=rounded)

@@ -48,6 +48,7 @@ def _card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "card", lambda device: CHOSEN)
     monkeypatch.setattr(workspace, "restored_weights", lambda device: CHOSEN.restored_weights())
     monkeypatch.setattr(placement, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(placement, "CPU", META)  # where the embedding stays
 
 
 def with_kernels(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
@@ -60,7 +61,7 @@ def counted(format_: str, setting: Setting, *, kernels: bool) -> int:
     accountant = Accountant("meta")
     ids = torch.zeros((1, setting.max_chunk), dtype=torch.long, device=META)
     with accountant:
-        placed = Placement(META, 0, False, setting)
+        placed = Placement(META, 0, setting)
         model = random_model(CONFIG, format_, placed, torch.bfloat16)
         cache = placed.allocate(CONFIG)
         cache.position = setting.context_tokens - 2 * setting.max_chunk

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from m1local.checkpoint import compute_dtype
 from m1local.config import M1Config
 from m1local.context import Context
 from m1local.cuda import int4pack
+from m1local.cuda.host_embedding import HostEmbedding
 from m1local.engine import Engine
 from m1local.formats import LinearSpec
 from m1local.formats.groups import Int4Linear
@@ -37,7 +39,7 @@ def test_without_a_card_the_benchmark_says_so_in_one_line() -> None:
 @pytest.mark.parametrize("name", [*FORMATS, "bf16"])
 def test_a_random_model_is_whole_and_finite(name: str) -> None:
     config = M1Config.from_dict(TINY)
-    placement = Placement(CARD, 0, False, Setting(64))
+    placement = Placement(CARD, 0, Setting(64))
     model = random_model(config, name, placement, compute_dtype(CARD))
     assert not [key for key, tensor in model.state_dict().items() if tensor.is_meta]
     cache = filled_cache(config, placement, 20)
@@ -96,15 +98,22 @@ def test_an_embedding_in_host_memory_is_read_by_the_card(
 ) -> None:
     for _ in quantize_checkpoint(tiny_checkpoint, tmp_path / "m1", Recipe.find("int4")):
         pass
-    logits = []
     config = M1Config.from_file(tmp_path / "m1/config.json")
-    for on_host in (False, True):
-        placed = Placement(CARD, 0, on_host, Setting(64))
-        model, _ = load(tmp_path / "m1", placed)
+    placed = Placement(CARD, 0, Setting(64))
+    model, _ = load(tmp_path / "m1", placed)
+    embedding = model.model.embed_tokens
+    assert isinstance(embedding, HostEmbedding)
+    assert all(part.is_pinned() for part in embedding.table.buffers())
+
+    def read() -> torch.Tensor:
         context = Context(model, placed.allocate(config), decoder_of(model, placed))
         context.feed(list(range(10, 40)))
-        logits.append(context.feed([41]).clone())
-    assert torch.equal(*logits)
+        return context.feed([41]).clone()
+
+    found = read()
+    on_card = deepcopy(embedding.table).to(CARD)
+    model.model.embed_tokens = on_card  # type: ignore[assignment]
+    assert torch.equal(found, read())
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from bench.gpu_subject import Subject
 from m1local.config import M1Config
 from m1local.cuda import support
 from m1local.cuda.card import Card, RowShape
-from m1local.cuda.transfer import Shared
+from m1local.cuda.host_embedding import HostEmbedding
 from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
 from m1local.memory import PROCESS_BYTES, Setting
@@ -167,7 +167,7 @@ def test_under_a_cap_layers_leave_the_card() -> None:
         (found,) = gpu_parts.capped(subject(cap=PROCESS_BYTES + room))
     finally:
         monkey.undo()
-    assert found["embedding_on_host"] or found["gpu_layers"] < 2
+    assert found["gpu_layers"] == 1
     assert found["tokens_per_second"] > 0
 
 
@@ -245,29 +245,19 @@ def test_a_file_of_tests_that_takes_too_long_loses_no_other_s(
     assert missing({TESTS: found})[TESTS].startswith("wrong: cuda_fused")
 
 
-def test_the_embedding_of_a_card_s_random_model_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned: list[object] = []
-    monkeypatch.setattr(gpu_model, "pin_embedding", pinned.append)
+def test_a_card_s_random_model_is_where_a_loaded_one_would_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(gpu_model, "compute_dtype", lambda device: torch.float32)
-    placed = Placement(torch.device("meta"), 1, True, Setting(64))
-    model = gpu_model.random_model(CONFIG, "bf16", placed, torch.bfloat16)
-    assert not pinned
-    norms = [layer.get_parameter("input_layernorm.weight") for layer in model.model.layers]
-    assert [(norm.device.type, norm.dtype) for norm in norms] == [
-        ("cpu", torch.float32), ("meta", torch.bfloat16),
-    ]  # fmt: skip
-
-    class Card:  # one that is none, since there is no tensor of CUDA here
-        type = "cuda"
-
-    def room(device: object, nbytes: int) -> Shared:
-        return Shared(device if isinstance(device, torch.device) else CARD, nbytes)
-
-    monkeypatch.setattr(gpu_model, "Shared", room)
-    elsewhere = Placement(Card(), CONFIG.num_hidden_layers, True, Setting(64))  # type: ignore[arg-type]
-    parts = list(placed.parts(CONFIG))
-    monkeypatch.setattr(Placement, "parts", lambda self, config: parts)
-    assert gpu_model.random_model(CONFIG, "bf16", elsewhere, torch.bfloat16) is pinned[0]
+    layers = CONFIG.num_hidden_layers
+    for first in (0, 1):
+        placed = Placement(torch.device("meta"), first, Setting(64))
+        model = gpu_model.random_model(CONFIG, "bf16", placed, torch.bfloat16)
+        norms = [layer.get_parameter("input_layernorm.weight") for layer in model.model.layers]
+        there = [("cpu", torch.float32)] * first + [("meta", torch.bfloat16)] * (layers - first)
+        assert [(norm.device.type, norm.dtype) for norm in norms] == there
+        assert next(model.model.embed_tokens.parameters()).device.type == "cpu"
+        assert isinstance(model.model.embed_tokens, HostEmbedding) is (first == 0)
 
 
 def test_every_part_that_is_wanted_is_there() -> None:

@@ -71,17 +71,18 @@ def test_a_token_reads_what_the_description_says() -> None:
 def test_what_stays_on_the_host_is_not_on_the_card() -> None:
     model = Model(M1_14B, stored_as(M1_14B, "int4", 64), torch.bfloat16)
     whole = model.demand(Setting(8192), CUDA)
-    assert whole.host == whole.host_read == 0
-    without = model.demand(Setting(8192, embedding_on_host=True), CUDA)
-    away = whole.device - whole.gaps - (without.device - without.gaps)
-    assert away == without.host == model.parts["model.embed_tokens"]
-    assert without.read == whole.read  # an embedding is never read whole
-    half = model.demand(Setting(8192, gpu_layers=20, embedding_on_host=True), CUDA)
-    assert half.weights + half.host - whole.weights == pytest.approx(whole.cache / 2, rel=0.01)
+    embedding = model.parts["model.embed_tokens"]
+    assert (whole.host, whole.host_read) == (embedding, 0)  # which is never read whole
+    assert whole.weights == model.weights - embedding
+    alone = model.demand(Setting(8192), torch.device("cpu"))
+    assert alone.weights == model.weights
+    assert alone.read == whole.read
+    half = model.demand(Setting(8192, gpu_layers=20), CUDA)
+    assert half.weights + half.host - model.weights == pytest.approx(whole.cache / 2, rel=0.01)
     assert half.read + half.host_read == whole.read
     none = model.demand(Setting(8192, gpu_layers=0), CUDA)
     assert none.device == none.read == 0
-    assert none.host == whole.weights + whole.cache
+    assert none.host == model.weights + whole.cache
     assert none.host_read == whole.read
 
 
@@ -91,8 +92,8 @@ def test_the_first_setting_that_fits_is_taken() -> None:
     needed = [model.demand(setting, CUDA).device for setting in options(wanted, 40)]
     assert needed == sorted(needed, reverse=True)
     assert settle(model, wanted, CUDA, needed[0]) == wanted
-    assert settle(model, wanted, CUDA, needed[0] - 1) == Setting(8192, embedding_on_host=True)
-    assert settle(model, wanted, CUDA, needed[9]).gpu_layers == 32
+    assert settle(model, wanted, CUDA, needed[0] - 1).gpu_layers == 39
+    assert settle(model, wanted, CUDA, needed[8]).gpu_layers == 32
     assert settle(model, wanted, CUDA, 100 << 20).gpu_layers == 0
     check(model, wanted, CUDA, needed[0])
     with pytest.raises(MemoryLimitError, match=r"on the card, 0\.1 GiB are free\. Try --gpu"):
@@ -103,29 +104,27 @@ def test_a_cap_below_eight_gigabytes_has_a_setting() -> None:
     model = Model(M1_14B, stored_as(M1_14B, "int4", 64), torch.bfloat16)
     cap = int(7.2 * GIB) - model.demand(Setting(8192), CUDA).runtime
     found = settle(model, Setting(8192), CUDA, cap)
-    assert found.embedding_on_host
     assert (found.gpu_layers or 0) > 20
     assert model.demand(found, CUDA).device <= cap
 
 
 def test_the_next_step_names_an_option_each_time() -> None:
     steps = [
-        Setting(8192), Setting(8192, embedding_on_host=True),
-        Setting(2048, embedding_on_host=True, gpu_layers=20),
-        Setting(2048, embedding_on_host=True, gpu_layers=4),
-        Setting(2048, embedding_on_host=True, gpu_layers=0),
+        Setting(8192), Setting(2048), Setting(2048, gpu_layers=20), Setting(2048, gpu_layers=4),
+        Setting(2048, gpu_layers=0),
     ]  # fmt: skip
     said = [next_step(step) for step in steps]
     for text, option in zip(
-        said, ("auto", "--ctx-size 4096", "--gpu-layers 12", "--gpu-layers 0", "m1 plan"),
+        said,
+        ("--ctx-size 4096", "--gpu-layers 32", "--gpu-layers 12", "--gpu-layers 0", "m1 plan"),
         strict=True,
-    ):  # fmt: skip
+    ):
         assert option in text
 
 
 def test_a_failed_allocation_becomes_advice() -> None:
     said = r"kept\. Try a smaller context: --ctx-size 4096"
-    short = Setting(8192, embedding_on_host=True)
+    short = Setting(8192)
     for error in (
         torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
@@ -142,7 +141,7 @@ def test_no_room_for_a_decoder_becomes_advice(tiny_model: M1Model) -> None:
         raise torch.OutOfMemoryError
 
     cache = KVCache.allocate(tiny_model.config, 64, dtype=torch.float32)
-    with pytest.raises(MemoryLimitError, match="Try --gpu-layers auto"):
+    with pytest.raises(MemoryLimitError, match="Try fewer layers on the card: --gpu-layers 32"):
         assert Context(tiny_model, cache, full).decoder
 
 
@@ -198,7 +197,7 @@ def test_a_card_s_allocator_takes_what_is_planned(
     together = 0
     for name, stored in expected_tensors(M1_14B, specs).items():
         part, number = name.split(".")[:2], name.split(".")[2:3]
-        if (first and "embed_tokens" in part) or (".layers." in name and int(number[0]) < first):
+        if "embed_tokens" in part or (".layers." in name and int(number[0]) < first):
             continue
         found = stored if isinstance(stored, Stored) else Stored(stored, torch.bfloat16)
         together += aligned(found.nbytes)
@@ -215,8 +214,8 @@ def test_a_card_reads_prompts_in_larger_chunks_where_it_has_room() -> None:
     needed = [model.demand(setting, CUDA).device for setting in options(wanted, 40)]
     assert needed == sorted(set(needed), reverse=True)
     chunks = [setting.max_chunk for setting in options(wanted, 40)]
-    assert chunks == [memory.CARD_CHUNK] * 2 + [DEFAULT_MAX_CHUNK] * 40
-    smaller = settle(model, wanted, CUDA, needed[2])
+    assert chunks == [memory.CARD_CHUNK] + [DEFAULT_MAX_CHUNK] * 40
+    smaller = settle(model, wanted, CUDA, needed[1])
     assert (smaller.max_chunk, smaller.gpu_layers) == (DEFAULT_MAX_CHUNK, None)
 
 

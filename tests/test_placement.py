@@ -39,7 +39,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_card_all_is_as_ever(tiny_checkpoint: Path) -> None:
     found = place(tiny_checkpoint, Setting(64), "auto")
     if not torch.cuda.is_available():
-        assert found == Placement(CPU, 0, False, Setting(64))
+        assert found == Placement(CPU, 0, Setting(64))
     assert place(tiny_checkpoint, Setting(64), 0).card == CPU
 
 
@@ -59,11 +59,12 @@ def test_gpu_layers_that_are_no_number() -> None:
 @pytest.mark.usefixtures("card")
 def test_what_goes_where(tiny_checkpoint: Path) -> None:
     whole = place(tiny_checkpoint, Setting(64), "auto")
-    assert (whole.card, whole.first, whole.embedding_on_host) == (CARD, 0, False)
+    assert (whole.card, whole.first) == (CARD, 0)
     assert place(tiny_checkpoint, Setting(64), "all") == whole
     assert place(tiny_checkpoint, Setting(64), 99) == whole
     half = place(tiny_checkpoint, Setting(64), 3)
-    assert (half.first, half.embedding_on_host) == (1, True)
+    assert half.first == 1
+    assert dict(whole.parts(CONFIG))["model.embed_tokens"] == CPU
     devices = dict(half.parts(CONFIG))
     assert devices["model.embed_tokens"] == devices["model.layers.0."] == CPU
     assert devices["model.layers.1."] == devices["model.norm"] == devices["lm_head"] == CARD
@@ -118,7 +119,7 @@ def test_layers_in_two_types_answer_alike(
         pass
     whole = load_model(tmp_path / "int8", dtype=torch.float32)
     second = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    split = Placement(second, 2, True, Setting(64))
+    split = Placement(second, 2, Setting(64))
     parts = list(split.parts(CONFIG))
     model = load_model(
         tmp_path / "int8",
@@ -173,7 +174,9 @@ def test_weights_that_are_moved_fit_into_what_is_allocated_for_them(
         return tensor.to("meta")
 
     planned = placing.planned_model(tmp_path / "m1", CPU).allocated(Setting(64))
-    load_model(tmp_path / "m1", device=torch.device("meta"), dtype=torch.bfloat16, move=move)
+    there = torch.device("meta")
+    parts = list(Placement(there, 0, Setting(64)).parts(CONFIG))
+    load_model(tmp_path / "m1", device=there, parts=parts, move=move)
     assert planned - (1 << 14) < sum(taken) <= planned  # norms and taps are moved by themselves
 
 
@@ -193,5 +196,5 @@ def test_matrices_as_they_were_go_through_the_buffers_too(tiny_checkpoint: Path)
 
 def test_the_engine_keeps_where_it_lies(tiny_checkpoint: Path) -> None:
     engine = Engine.load(tiny_checkpoint, context_tokens=32)
-    assert engine.placement == Placement(CPU, 0, False, Setting(32))
+    assert engine.placement == Placement(CPU, 0, Setting(32))
     assert engine.loaded is None

@@ -19,7 +19,7 @@ def test_it_says_where_it_lies_and_what_is_slower(
 ) -> None:
     monkeypatch.setattr(placement, "why_plain", lambda card: why)
     engine: Any = SimpleNamespace(
-        placement=Placement(torch.device("cuda"), 3, False, Setting(64)),
+        placement=Placement(torch.device("cuda"), 3, Setting(64)),
         loaded=Moved(3 << 30, 2.0),
         model=SimpleNamespace(config=SimpleNamespace(num_hidden_layers=5)),
     )

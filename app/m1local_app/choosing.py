@@ -136,13 +136,12 @@ def _is_kept(chosen: Chosen, recipe: str) -> bool:
 def line(choice: Choice) -> str:
     """What was chosen, why, and what to type to choose otherwise."""
     setting = choice.setting
+    where = ""
     if setting.gpu_layers is not None:
         where = tr(
             ", with {count} of {layers} layers there", count=setting.gpu_layers,
             layers=choice.layers,
         )  # fmt: skip
-    else:
-        where = tr(", the embedding in host memory") if setting.embedding_on_host else ""
     said = tr(
         "Chosen for this card: {recipe}, {tokens:,} tokens of context{kept}; {needed} of {free} "
         "free{where}. Otherwise: --recipe, --ctx-size, --kv-type; `m1 plan` shows what fits.",

@@ -180,8 +180,6 @@ def _fits(row: Row) -> str:
         return tr("only on the CPU")
     if row.setting.gpu_layers is not None:
         return tr("with --gpu-layers {count}", count=row.setting.gpu_layers)
-    if row.setting.embedding_on_host:
-        return tr("yes, the embedding in host memory")
     return tr("yes")
 
 
@@ -200,7 +198,6 @@ def as_json(rows: list[Row], machine: Machine) -> str:
                     "bytes": asdict(row.demand),
                     "fits": row.setting is not None,
                     "gpu_layers": row.setting.gpu_layers if row.setting else None,
-                    "embedding_on_host": bool(row.setting and row.setting.embedding_on_host),
                     "tokens_per_second": round(row.tokens_per_second, 2),
                 }
                 for row in rows

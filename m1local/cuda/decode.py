@@ -19,6 +19,7 @@ from m1local.cache import KVCache, LayerCache
 from m1local.cuda import attention, fused
 from m1local.cuda.activation import Activation
 from m1local.cuda.embedding import EmbeddingRows
+from m1local.cuda.host_embedding import HostEmbedding
 from m1local.cuda.matrix import Matrix
 from m1local.cuda.one_row import added_product, alike, gated_product, vector_product
 from m1local.cuda.replay import Replay
@@ -51,6 +52,12 @@ def gated(gate: nn.Module, up: nn.Module, x: Activation, out: Activation) -> Non
         gated_product(x, one, other, out)
 
 
+def rows_of(module: nn.Module) -> EmbeddingRows:
+    """What reads the rows of an embedding, wherever its table lies."""
+    kept = module.rows if isinstance(module, HostEmbedding) else None
+    return kept or EmbeddingRows(module)
+
+
 class DecodeStep:
     """The launches of one token; the layers before `first` are computed elsewhere."""
 
@@ -74,13 +81,13 @@ class DecodeStep:
             layout.head_dim: frequencies(layout.head_dim, config.rope_theta, self.device)
             for layout in layouts
         }
-        self.rows = EmbeddingRows(model.model.embed_tokens) if first == 0 else None
+        self.rows = rows_of(model.model.embed_tokens) if first == 0 else None
 
     def __call__(self) -> None:
         """Read `token` at `position`: the cache grows, `logits` are the next token's."""
         backbone = self.model.model
         if self.rows is not None:
-            self.rows.write(self.token, self.x)
+            self.rows.write(self.token, self.x[None])
         turns = {width: turned(self.position, by) for width, by in self.frequencies.items()}
         norms = [layer.input_layernorm for layer in self._layers()] + [backbone.norm]
         fused.add_and_norm(self.x, None, norms[0].weight, norms[0].eps, self.normed)

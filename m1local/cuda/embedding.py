@@ -1,9 +1,9 @@
-"""The embedding of one token, in Triton; its table may lie in pinned host memory.
+"""Rows of an embedding, in Triton; its table may lie in pinned host memory.
 
-What it is: kernels that read the row of a token whose number is on the card, so that the next step
-can begin before the host knows the token: of a table in 16 bits, or in any format that the products
-know (words.py). A few kilobytes come over the bus, and the table need not take room on the card.
-What it is not: for several tokens; prefill uses the module itself.
+What it is: kernels that read the rows of tokens whose numbers are on the card, so that the next
+step can begin before the host knows the token: of a table in 16 bits, or in any format that the
+products know (words.py). A few kilobytes a token come over the bus, and the table need not take
+room on the card. What it is not: the module that stands in a model (host_embedding.py).
 """
 
 import triton
@@ -22,12 +22,13 @@ _WORD = tl.constexpr(WORD)
 
 @triton.jit
 def row_kernel(token_at, table, out, columns, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
-    """out (C,) float32 becomes the token's row of a table (V, C) in 16 or 32 bits."""
+    """Row `program 1` of out (T, C) becomes its token's row of a table (V, C) in 16 or 32 bits."""
     settled(OVERLAP)
-    token = tl.load(token_at).to(tl.int64)
+    token = tl.load(token_at + tl.program_id(1)).to(tl.int64)
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     here = at < columns
-    tl.store(out + at, tl.load(table + token * columns + at, mask=here, other=0.0), mask=here)
+    found = tl.load(table + token * columns + at, mask=here, other=0.0)
+    tl.store(out + tl.program_id(1) * columns + at, found, mask=here)
 
 
 @triton.jit
@@ -38,7 +39,8 @@ def stored_row_kernel(
     """The same of a stored matrix."""
     settled(OVERLAP)
     codes, scales, zeros, levels, outer = matrix
-    token = tl.load(token_at).to(tl.int32)
+    token = tl.load(token_at + tl.program_id(1)).to(tl.int32)
+    out += tl.program_id(1) * blocks * 4 * _WORD
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     here = word < blocks * 4
     raw = load_words(codes, levels, token * blocks * 4 + word, here, KIND)
@@ -49,7 +51,7 @@ def stored_row_kernel(
 
 
 class EmbeddingRows:
-    """Rows of a model's embedding, looked up on the card."""
+    """Rows of an embedding (V, C), looked up on the card."""
 
     def __init__(self, module: nn.Module) -> None:
         """Read the table of `module`."""
@@ -58,17 +60,18 @@ class EmbeddingRows:
         if isinstance(module, QuantizedEmbedding):
             self.matrix = module.table.cuda_matrix()
 
-    def write(self, token: Tensor, out: Tensor) -> None:
-        """The row of `token` (1,) into `out` (C,) float32."""
-        columns, fixed = out.shape[0], {"num_warps": WARPS} | begun_early(out.device)
-        grid = (triton.cdiv(columns, COLUMNS),)
+    def write(self, token_ids: Tensor, out: Tensor) -> None:
+        """The rows of `token_ids` (T,) into `out` (T, C), which is contiguous."""
+        tokens, columns = out.shape
+        fixed = {"num_warps": WARPS} | begun_early(out.device)
+        grid = (triton.cdiv(columns, COLUMNS), tokens)
         if isinstance(self.module, nn.Embedding):
-            row_kernel[grid](token, self.module.weight, out, columns, COLUMNS=COLUMNS, **fixed)
+            row_kernel[grid](token_ids, self.module.weight, out, columns, COLUMNS=COLUMNS, **fixed)
         elif self.matrix is None:  # columns that are no whole blocks
-            out.copy_(self.module(token)[0])
+            out.copy_(self.module(token_ids.to(next(self.module.buffers()).device)))
         else:
             stored_row_kernel[grid](
-                token, self.matrix.tensors, out, self.matrix.blocks,
+                token_ids, self.matrix.tensors, out, self.matrix.blocks,
                 KIND=self.matrix.kind, PER_GROUP=self.matrix.per_group, WORDS=COLUMNS // WORD,
                 **fixed,
             )  # fmt: skip
