@@ -20,6 +20,7 @@ from m1local.manifest import CheckpointManifest
 from m1local.memory import Model, Setting, suited
 from m1local_app import fitting, options
 from m1local_app.cli import cli
+from m1local_app.fitting import Size
 from m1local_quantize import sensitivity
 from m1local_quantize.evaluate import compare
 from m1local_quantize.fit import (
@@ -214,7 +215,21 @@ def test_a_context_takes_its_bytes_from_the_weights() -> None:
         card = torch.device("cuda")
         demand = model.demand(suited(Setting(context), card), card)
         least = demand.device + demand.runtime
-        assert weights_within(least, config, context) == model.weights == demand.weights
+        there = model.weights - model.parts["model.embed_tokens"]
+        assert weights_within(least, config, context) == there == demand.weights
+
+
+def test_for_a_card_the_embedding_takes_nothing(
+    tiny_checkpoint: Path, found: Sensitivities
+) -> None:
+    source, recipe = Source.open(tiny_checkpoint), Recipe.find("fit")
+    budget = 100_000
+    plan = Plan.of(source, fitted(recipe, source, found, budget, Size(device=1).elsewhere))
+    costs = found.costs["model.embed_tokens"]
+    assert costs[plan.linears["model.embed_tokens"]] == min(costs.values())
+    embedding = sum(step.nbytes for step in plan.steps if step.name.startswith("model.embed"))
+    assert budget - 0.03 * budget <= plan.target_bytes - embedding <= budget
+    assert Size(budget=1).elsewhere == frozenset()
 
 
 @pytest.mark.parametrize(

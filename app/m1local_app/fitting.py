@@ -72,6 +72,13 @@ class Size:
         longest = min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings)
         return weights_within(self.device, config, self.context_tokens or longest)
 
+    @property
+    def elsewhere(self) -> frozenset[str]:
+        """Matrices that do not count: those that never lie on a card, where its memory is given."""
+        from m1local_quantize.fit import OFF_THE_CARD
+
+        return OFF_THE_CARD if self.device is not None else frozenset()
+
 
 def fitted_recipe(
     recipe: Recipe, source: "Source", size: Size, *, calibration: Path | None = None
@@ -93,9 +100,9 @@ def fitted_recipe(
             )
         )
     budget = size.weights(source.config)
-    Choices.of(recipe, source).check(budget)  # before an hour is spent
+    Choices.of(recipe, source, size.elsewhere).check(budget)  # before an hour is spent
     found = _sensitivities(recipe, source, calibration)
-    chosen = fitted(recipe, source, found, budget)
+    chosen = fitted(recipe, source, found, budget, size.elsewhere)
     said = tr(
         "{recipe}: weights within {size}: {formats}",
         recipe=recipe.name,

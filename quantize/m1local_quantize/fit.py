@@ -8,7 +8,7 @@ m1local/memory.py.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from m1local import home
-from m1local.checkpoint import matrix_names, parameter_shapes
+from m1local.checkpoint import EMBEDDING, matrix_names, parameter_shapes
 from m1local.config import M1Config
 from m1local.errors import RecipeError
 from m1local.formats import LinearSpec, format_class
@@ -31,6 +31,7 @@ from m1local_quantize.stream import LAYER
 
 SLOTS = 1 << 17  # of the budget, at least, where sizes have no larger common measure
 GPTQ_GAIN = 0.46  # of refit's divergence; on m1-tiny 0.46 to 0.48 for each format of 3 to 6 bits
+OFF_THE_CARD = frozenset({EMBEDDING})  # which stays in the host's memory (placement.py)
 Costs = Mapping[LinearSpec, float]
 
 
@@ -65,7 +66,10 @@ class Sensitivities:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What a recipe leaves open for a source, and how much it needs at least."""
+    """What a recipe leaves open for a source, and how much it needs at least.
+
+    Bytes are those that count: none of a matrix that lies `elsewhere`.
+    """
 
     recipe: Recipe
     source: Source
@@ -73,19 +77,20 @@ class Choices:
     options: Mapping[str, Sequence[tuple[LinearSpec, int]]]  # by module: formats and their bytes
 
     @classmethod
-    def of(cls, recipe: Recipe, source: Source) -> Self:
+    def of(cls, recipe: Recipe, source: Source, elsewhere: Collection[str] = ()) -> Self:
         """Raises RecipeError where a rule does not fit its matrix, or nothing of the list does."""
         fixed, options = 0, {}
         for name, shape in parameter_shapes(source.config).items():
             module = name.removesuffix(".weight")
+            counts = module not in elsewhere
             rule = recipe.closed_rule(module) if len(shape) == 2 else None
             if len(shape) != 2 or (rule is not None and rule.spec.format == "float"):
-                fixed += source.nbytes(name)
+                fixed += counts * source.nbytes(name)
                 continue
             size = (shape[0], shape[1])
             if rule is not None:
                 stored = stored_tensors(recipe, module, size, rule.spec).values()
-                fixed += sum(tensor.nbytes for tensor in stored)
+                fixed += counts * sum(tensor.nbytes for tensor in stored)
                 continue
             fitting = [spec for spec in recipe.candidates if fits(module, size, spec)]
             if not fitting:
@@ -93,7 +98,7 @@ class Choices:
                     f"The recipe {recipe.name} has no format that {module} can be stored in; add "
                     "one to its list, or a rule for it."
                 )
-            options[module] = [(spec, stored_bytes(size, spec)) for spec in fitting]
+            options[module] = [(spec, counts * stored_bytes(size, spec)) for spec in fitting]
         return cls(recipe, source, fixed, options)
 
     def check(self, budget_bytes: int) -> None:
@@ -108,12 +113,19 @@ class Choices:
             )
 
 
-def fitted(recipe: Recipe, source: Source, found: Sensitivities, budget_bytes: int) -> Recipe:
+def fitted(
+    recipe: Recipe,
+    source: Source,
+    found: Sensitivities,
+    budget_bytes: int,
+    elsewhere: Collection[str] = (),
+) -> Recipe:
     """`recipe` with a rule for every matrix that it leaves open.
 
-    All tensors together take `budget_bytes` at most; raises RecipeError where they cannot.
+    All tensors together, but for matrices that lie `elsewhere`, take `budget_bytes` at most; raises
+    RecipeError where they cannot.
     """
-    choices = Choices.of(recipe, source)
+    choices = Choices.of(recipe, source, elsewhere)
     choices.check(budget_bytes)
     items = [
         [
@@ -173,8 +185,8 @@ def stored_bytes(shape: tuple[int, int], spec: LinearSpec) -> int:
 def weights_within(device_bytes: int, config: M1Config, context_tokens: int) -> int:
     """Bytes of weights that leave room on a card for a context and for the work.
 
-    Everything is presumed to lie on the card, keys and values in 16 bits: what is then needed is
-    what `m1 plan --memory` says.
+    All layers are presumed to lie on the card, keys and values in 16 bits: what is then needed is
+    what `m1 plan --memory` says. The embedding is not among these weights; see `OFF_THE_CARD`.
     """
     # Any; the rest differs only in what the card's allocator leaves, and is most with this one.
     specs = dict.fromkeys(matrix_names(config), LinearSpec("int4", 64))
