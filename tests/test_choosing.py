@@ -4,6 +4,7 @@ There is no card: its memory is pretended, and the chosen setting is loaded on t
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,17 @@ from typer.testing import CliRunner
 
 from bench.synthetic import DIMENSIONS
 from m1local import home, memory
+from m1local.checkpoint import matrix_names
+from m1local.config import M1Config
 from m1local.cuda import int4pack
+from m1local.formats import LinearSpec
 from m1local.manifest import CheckpointManifest
-from m1local.memory import CARD_CHUNK
+from m1local.memory import CARD_CHUNK, Model, Setting, room, suited
 from m1local_app import choosing, library
 from m1local_app.cli import cli
+from m1local_app.fitting import Size
 from m1local_app.language import choose as speak
-from m1local_app.options import Chosen
+from m1local_app.options import Chosen, parse_size
 from m1local_quantize.recipe import Recipe
 
 BIG = DIMENSIONS | {"num_hidden_layers": 40, "sliding_window_layers": list(range(1, 40, 2))}
@@ -80,6 +85,30 @@ def test_then_layers_leave_the_card(big: Chosen, monkeypatch: pytest.MonkeyPatch
     found = choosing.choose(big, None)
     assert found is not None
     assert f"with {layers} of 40 layers there" in choosing.line(found)
+    assert "--recipe fit" not in choosing.line(found)  # nor would it in so few bits
+
+
+def test_fewer_bits_are_advised_where_they_fit(
+    big: Chosen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(gib: float) -> str:
+        pretend(monkeypatch, gib)
+        found = choosing.choose(big, None)
+        assert found is not None
+        return choosing.line(found)
+
+    line = said(7.2)
+    size = re.search(r"all layers .*--recipe fit --for ([\d.]+GB) --ctx-size 4096\.", line)
+    assert size, line
+    config, card = M1Config.from_dict(BIG), int(7.2 * 2**30)
+    weights = Size(device=parse_size(size[1]), context_tokens=4096).weights(config)
+    specs = dict.fromkeys(matrix_names(config), LinearSpec("int4", 64))
+    beside = Model(config, specs, torch.bfloat16).demand(suited(Setting(4096), CUDA), CUDA)
+    needed = weights + beside.device - beside.weights
+    assert room(CUDA, card) - 10**8 < needed <= room(CUDA, card)
+    assert "--recipe fit" not in said(9)  # int4 is whole
+    speak("zh")
+    assert f"--recipe fit --for {size[1]} --ctx-size 4096" in said(7.2)
 
 
 def test_how_the_context_is_kept_may_be_said(big: Chosen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner, Result
 
 from m1local.checkpoint import load_model, matrix_names
@@ -18,7 +17,7 @@ from m1local.formats import LinearSpec, format_class
 from m1local.home import DEMO
 from m1local.manifest import CheckpointManifest
 from m1local.memory import Model, Setting, suited
-from m1local_app import fitting, options
+from m1local_app import fitting
 from m1local_app.cli import cli
 from m1local_app.fitting import Size
 from m1local_quantize import sensitivity
@@ -232,14 +231,6 @@ def test_for_a_card_the_embedding_takes_nothing(
     assert Size(budget=1).elsewhere == frozenset()
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("7GiB", 7 << 30), ("8GB", 8 * 10**9), ("8g", 8 * 10**9), ("1.5 MiB", 3 << 19), ("900", 900)],
-)
-def test_sizes_are_read_as_they_are_written(text: str, expected: int) -> None:
-    assert options.parse_size(text) == expected
-
-
 @pytest.mark.parametrize("candidates", [["bnb-nf4"], ["int4"], ["int8/64"], ["int4/x"], "int8"])
 def test_a_list_that_cannot_be_chosen_from_is_refused(
     candidates: list[str] | str, tmp_path: Path
@@ -267,12 +258,6 @@ def test_only_so_many_tokens_are_measured(tiny_checkpoint: Path) -> None:
     tokens = sum(len(sample.token_ids) for sample in used)
     assert tokens <= sensitivity.MOST_TOKENS < tokens + 512
     assert len(sensitivity._first(samples[:1])) == 1
-
-
-@pytest.mark.parametrize("text", ["9" * 400, "", "GB", "-1GB", "7XB", "7 GiB of memory"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match=r"is (no size; write|more than any)"):
-        options.parse_size(text)
 
 
 def m1(*arguments: str) -> Result:

@@ -7,18 +7,20 @@ context was named; there everything is as it was asked for.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from m1local.checkpoint import CONFIG, is_quantized
+from m1local.checkpoint import CONFIG, is_quantized, matrix_names
 from m1local.config import M1Config
 from m1local.cuda import int4pack
 from m1local.engine import DEFAULT_CONTEXT_TOKENS
+from m1local.formats import LinearSpec
 from m1local.kv_store import BYTES
 from m1local.manifest import NAME as MANIFEST
 from m1local.memory import (
+    CONTEXT_BYTES,
     Model,
     Setting,
     by_kernels,
@@ -33,18 +35,22 @@ from m1local_app.kept import size_text
 from m1local_app.language import tr
 from m1local_app.options import Chosen
 from m1local_app.planning import dtype_on, kinds, recipes
+from m1local_quantize.fit import OFF_THE_CARD, weights_within
 from m1local_quantize.recipe import Recipe
 
 MADE = ("int8", "int4")  # the recipes of what may be made anew, the best first
 KNOWN = ("int8", "bnb-int8", "int4-gptq", "int4", "bnb-nf4")  # of what may be kept already
 LEAST_CONTEXT = 2048
+FIT_CONTEXT = 4096  # tokens beside which `fit` is advised
+FIT_LEAST = LinearSpec("int3", 64)  # for every matrix: fewer bits are not advised
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What is taken: `setting` as it fits; `instead_of` names the recipe that would be made anew.
 
-    `needed` and `free` are bytes of the card, `layers` those of the model.
+    `needed` and `free` are bytes of the card, `layers` those of the model. `fit_size` are the bytes
+    of a card for which the recipe `fit` would put all layers there; 0 where it could not.
     """
 
     recipe: str
@@ -53,6 +59,7 @@ class Choice:
     needed: int
     free: int
     instead_of: str = ""
+    fit_size: int = 0
 
     @property
     def whole(self) -> bool:
@@ -75,14 +82,23 @@ def choose(chosen: Chosen, kv_type: str | None) -> Choice | None:
     packed = not by_kernels(device) and int4pack.serves(device, int4pack.TILE)
     makes = MADE[-1:] if packed else MADE
     made = plan.best(tuple(name for name in makes if name in plan.models))
+    if made is not None and not made.whole:
+        made = replace(made, fit_size=_fit_size(chosen.folder, made.free))
     if made is None or _is_kept(chosen, made.recipe):
         return made
     kept = plan.best(tuple(n for n in KNOWN if n in plan.models and _is_kept(chosen, n)))
     if kept is None or (made.whole and not kept.whole):
         return made
-    return Choice(
-        kept.recipe, kept.setting, kept.layers, kept.needed, kept.free, instead_of=made.recipe
-    )
+    return replace(kept, instead_of=made.recipe, fit_size=made.fit_size)
+
+
+def _fit_size(folder: Path, free: int) -> int:
+    """For how large a card `fit` is to choose, where `free` bytes of one are; 0: not enough."""
+    config = M1Config.from_file(folder / CONFIG)
+    size = free + CONTEXT_BYTES  # which is made already, and is taken off a card's size
+    least = Model(config, dict.fromkeys(matrix_names(config), FIT_LEAST), dtype_on(used_device()))
+    needed = sum(size for part, size in least.parts.items() if part not in OFF_THE_CARD)
+    return size if weights_within(size, config, FIT_CONTEXT) >= needed else 0
 
 
 class _Plan:
@@ -152,6 +168,13 @@ def line(choice: Choice) -> str:
         free=size_text(choice.free),
         where=where,
     )
+    if choice.fit_size:
+        said += " " + tr(
+            "In fewer bits all layers would be there: --recipe fit --for {size:.1f}GB --ctx-size "
+            "{tokens}.",
+            size=choice.fit_size // 10**8 / 10,
+            tokens=FIT_CONTEXT,
+        )
     if choice.instead_of:
         said += " " + tr(
             "It is made already; a new one would be {recipe}: --recipe {recipe}.",
