@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bench.synthetic import DIMENSIONS
 from m1local.cache import KVCache
-from m1local.checkpoint import EMBEDDING, HEAD, compute_dtype, matrix_names, parameter_shapes
+from m1local.checkpoint import EMBEDDING, HEAD, matrix_names, parameter_shapes
 from m1local.config import M1Config
 from m1local.cuda.transfer import Shared
 from m1local.formats import LinearSpec, format_class
@@ -60,19 +60,16 @@ def random_matrix(
     return chosen.from_tensors(tensors, shape, spec)
 
 
-def random_model(config: M1Config, name: str, placement: Placement, dtype: torch.dtype) -> M1Model:
-    """The model of `config` in the format `name`, its parts where `placement` says.
-
-    `dtype` is the card's type of activations; a part on the CPU has the CPU's.
-    """
+def random_model(config: M1Config, name: str, placement: Placement) -> M1Model:
+    """The model of `config` in the format `name`, its parts where `placement` says."""
     with torch.device("meta"):
         model = M1Model(config)
     shapes, wanted = parameter_shapes(config), specs(config, name)
-    planned = Model(config, wanted, dtype)
+    parts = list(placement.parts(config))
+    planned = Model(config, wanted, parts[-1].dtype)  # the head's, which is on the card
     shared = Shared(placement.card, planned.allocated(placement.setting))
-    for prefix, device in placement.parts(config):
-        on_card = device == placement.card
-        kind, room = (dtype, shared) if on_card else (compute_dtype(device), Shared(device, 0))
+    for prefix, device, kind in parts:
+        room = shared if device == placement.card else Shared(device, 0)
         for module, spec in wanted.items():
             if module.startswith(prefix):
                 rows, columns = shapes[f"{module}.weight"]

@@ -104,7 +104,7 @@ def _step(name: str, setting: Setting, subject: Subject) -> tuple["DecodeStep", 
     from m1local.cuda.replay import Replay
 
     placement = Placement(subject.device, 0, setting)
-    model = random_model(subject.config, name, placement, subject.dtype)
+    model = random_model(subject.config, name, placement)
     step = Decoder(model, filled_cache(subject.config, placement, 0)).step
     return step, Replay(step, subject.device)
 
@@ -169,7 +169,7 @@ def prompt(name: str, subject: Subject) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     placement = Placement(device, 0, setting)
-    model = random_model(subject.config, name, placement, subject.dtype)
+    model = random_model(subject.config, name, placement)
     found = {"format": name, **_read_and_answer(model, placement, subject)}
     found |= {"peak_planned": planned.device, "runtime_planned": planned.runtime}
     if device.type == "cuda":
@@ -235,7 +235,7 @@ def _under(subject: Subject, wanted: Setting, room: int) -> dict[str, Any]:
         "context": wanted.context_tokens, "kv_type": wanted.kv_type,
         "gpu_layers": layers - placement.first,
     }  # fmt: skip
-    model = random_model(subject.config, "int4", placement, subject.dtype)
+    model = random_model(subject.config, "int4", placement)
     decoder = Decoder(model, filled_cache(subject.config, placement, 64), placement.first)
     taken = milliseconds(lambda: decoder.feed(5), subject, 8)
     found["tokens_per_second"] = 1000 / taken

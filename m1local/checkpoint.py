@@ -9,6 +9,7 @@ twice. What it is not: a downloader or a converter.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,19 +77,27 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32  # bfloat16 products are ten times slower than float32 with AVX2
 
 
+class Part(NamedTuple):
+    """The tensors whose names begin with `prefix`: their device, and the type of activations."""
+
+    prefix: str
+    device: torch.device
+    dtype: torch.dtype
+
+
 def load_model(
     folder: Path,
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    parts: Sequence[tuple[str, torch.device]] = (),
+    parts: Sequence[Part] = (),
     move: Mover | None = None,
 ) -> M1Model:
     """Load the checkpoint in `folder`, quantized or original, ready for inference.
 
     `dtype` is the type of activations and of unquantized matrices; by default what suits the
-    device. `parts` (beginnings of names, each with its device) lets a model lie on two, and `move`
-    takes tensors to the card. Raises CheckpointError naming the file or tensor that is wrong.
+    device. `parts` lets a model lie on two, and `move` takes tensors to the card. Raises
+    CheckpointError naming the file or tensor that is wrong.
     """
     device = device or torch.device("cpu")
     dtype = dtype or compute_dtype(device)
@@ -107,9 +116,10 @@ def load_model(
         model = M1Model(config)
     expected = expected_tensors(config, specs)
     check_tensors(files, expected, tied=config.tie_word_embeddings and not specs)
-    for prefix, place in parts or [("", device)]:
-        kind = compute_dtype(place) if parts else dtype
-        load_modules(model, prefix, files, specs, dtype=kind, device=place, move=move)
+    for part in parts or [Part("", device, dtype)]:
+        load_modules(
+            model, part.prefix, files, specs, dtype=part.dtype, device=part.device, move=move
+        )
     return model.eval()
 
 

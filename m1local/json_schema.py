@@ -91,8 +91,12 @@ class _Vocabulary:
     def __init__(self, tokenizer: M1Tokenizer, stop_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         token_bytes = tokenizer.token_bytes
-        self.special_token_ids = [i for i, text in enumerate(token_bytes) if not text]
-        self.tokens = [text or f"<special {i}>".encode() for i, text in enumerate(token_bytes)]
+        # What ends an answer must not come as text, though some of it has a text.
+        special = [not text or i in stop_token_ids for i, text in enumerate(token_bytes)]
+        self.special_token_ids = [i for i, known in enumerate(special) if known]
+        self.tokens = [
+            f"<special {i}>".encode() if special[i] else text for i, text in enumerate(token_bytes)
+        ]
         self.eos_token_id = min(stop_token_ids)
         self.bos_token_id = None
 

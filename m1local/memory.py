@@ -211,7 +211,7 @@ class Model:
             graphs=on_card * LAUNCHES_PER_LAYER * GRAPH_BYTES if device.type == "cuda" else 0,
             gaps=self._gaps(setting, kept[first:], device),
             runtime=CONTEXT_BYTES + LIBRARY_BYTES if device.type == "cuda" else PROCESS_BYTES,
-            host=host_layers + away + sum(caches[:first]),
+            host=host_layers + (away if first else self._pinned(away)) + sum(caches[:first]),
             read=weights - (embedding - away) + sum(seen[first:]),
             host_read=host_layers + sum(seen[:first]),
         )
@@ -237,6 +237,10 @@ class Model:
             kernels=device.type == "cuda" and by_kernels(device), restored=self.restored,
         )  # fmt: skip
 
+    def _pinned(self, embedding: int) -> int:
+        """What an embedding takes of the host's memory that a card reads; 0 where there is none."""
+        return sum(map(pinned, self._sizes[EMBEDDING])) if embedding else 0
+
     def _gaps(self, setting: Setting, buffers: Sequence[LayerCache], device: torch.device) -> int:
         """What lies unused between and behind what `setting` puts on a card."""
         if device.type != "cuda":
@@ -247,6 +251,14 @@ class Model:
             return behind + sum(gap(size) for size in self._on_card(setting))
         together = self.allocated(setting)
         return behind + together - sum(self._on_card(setting)) + gap(together)
+
+
+def pinned(nbytes: int) -> int:
+    """What torch takes for so many bytes of pinned memory: a power of two of them.
+
+    (c10's CachingHostAllocator.h; it keeps what is given back for the next of that size.)
+    """
+    return 1 << (nbytes - 1).bit_length()
 
 
 def gap(nbytes: int) -> int:
@@ -327,4 +339,4 @@ def settle(model: Model, wanted: Setting, device: torch.device, free: int) -> Se
     for setting in options(wanted, model.config.num_hidden_layers):
         if model.demand(setting, device).device <= free:
             return setting
-    return replace(wanted, gpu_layers=0)
+    return replace(in_smaller_chunks(wanted), gpu_layers=0)

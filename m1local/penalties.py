@@ -49,7 +49,10 @@ def dry(
     total = len(token_ids)
     if total < 2 or multiplier == 0:
         return {}
-    limit = next((n for n in range(total) if int(token_ids[total - 1 - n]) in breakers), total)
+    # Longer sequences cost no more: what is subtracted has reached its greatest by then.
+    most = MAX_EXPONENT / math.log(base) if base > 1 else 0.0
+    enough = min(total, max(1, allowed_length + math.ceil(most)))
+    limit = next((n for n in range(enough) if int(token_ids[total - 1 - n]) in breakers), enough)
     matched = np.flatnonzero(token_ids[:-1] == token_ids[-1]) if limit else np.empty(0, np.int64)
     longest: dict[int, int] = {}
     length = 1
@@ -60,7 +63,6 @@ def dry(
         if length < total:
             matched = matched[token_ids[matched - length] == token_ids[total - 1 - length]]
         length += 1
-    most = MAX_EXPONENT / math.log(base) if base > 1 else math.inf
     return {
         token_id: multiplier * base ** min(repeated - allowed_length, most)
         for token_id, repeated in longest.items()

@@ -16,7 +16,15 @@ import torch
 
 from m1local.advice import check
 from m1local.cache import KVCache, LayerCache
-from m1local.checkpoint import CONFIG, EMBEDDING, HEAD, compute_dtype, is_quantized, load_model
+from m1local.checkpoint import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    Part,
+    compute_dtype,
+    is_quantized,
+    load_model,
+)
 from m1local.config import M1Config
 from m1local.context import Decoder, Reader
 from m1local.cuda import support
@@ -55,13 +63,14 @@ class Placement:
         """Where the weights, keys and values of `layer` lie."""
         return self.card if layer >= self.first else CPU
 
-    def parts(self, config: M1Config) -> Iterator[tuple[str, torch.device]]:
-        """Beginnings of tensor names, and where those tensors lie."""
-        yield EMBEDDING, CPU
+    def parts(self, config: M1Config) -> Iterator[Part]:
+        """Where the tensors lie, and in which type: that of the layers that they are for."""
+        yield Part(EMBEDDING, CPU, compute_dtype(self.layer_device(0)))
         for layer in range(config.num_hidden_layers):
-            yield f"{LAYERS}{layer}.", self.layer_device(layer)
-        yield NORM, self.card
-        yield HEAD, self.card
+            device = self.layer_device(layer)
+            yield Part(f"{LAYERS}{layer}.", device, compute_dtype(device))
+        for name in (NORM, HEAD):
+            yield Part(name, self.card, compute_dtype(self.card))
 
     def allocate(self, config: M1Config) -> KVCache:
         """A cache for `setting`, each layer where its weights are, in the type it computes in."""

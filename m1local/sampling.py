@@ -101,6 +101,18 @@ class Constraint(Protocol):
         ...
 
 
+def bias_of(params: SamplingParams, vocab_size: int) -> Tensor:
+    """What is added to each logit (V,); raises SamplingError for a token that is none."""
+    found = torch.zeros(vocab_size)
+    for token_id, bias in params.logit_bias:
+        if not 0 <= token_id < vocab_size:
+            raise SamplingError(
+                f"logit-bias names the token {token_id}; this model has 0 to {vocab_size - 1}."
+            )
+        found[token_id] += bias
+    return found
+
+
 class Sampler:
     """Draws tokens one after the other; remembers what it has seen, for the penalties."""
 
@@ -122,13 +134,7 @@ class Sampler:
         self._constraint = constraint
         self._token_ids = array("q")
         self._counts = torch.zeros(vocab_size, dtype=torch.long)
-        self._bias = torch.zeros(vocab_size)
-        for token_id, bias in params.logit_bias:
-            if not 0 <= token_id < vocab_size:
-                raise SamplingError(
-                    f"logit-bias names the token {token_id}; this model has 0 to {vocab_size - 1}."
-                )
-            self._bias[token_id] += bias
+        self._bias = bias_of(params, vocab_size)
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()

@@ -85,8 +85,8 @@ def row_of(embedding: torch.nn.Module) -> None:
     """A row of an embedding, and several."""
     from m1local.cuda.embedding import EmbeddingRows
 
-    for tokens in (1, 40):
-        ids, dtype = torch.zeros(tokens, dtype=torch.long), torch.float32
+    for tokens, dtype in ((1, torch.float32), (40, torch.bfloat16), (40, torch.float16)):
+        ids = torch.zeros(tokens, dtype=torch.long)
         EmbeddingRows(embedding).write(ids, torch.zeros((tokens, 512), dtype=dtype))
 
 
@@ -107,7 +107,7 @@ def step(name: str, dtype: torch.dtype) -> None:
     vars(placement)["compute_dtype"] = lambda device: dtype
     placed = placement.Placement(torch.device("cpu"), 0, Setting(2048))
     cache = filled_cache(config, placed, 600)
-    DecodeStep(random_model(config, name, placed, dtype), cache)()
+    DecodeStep(random_model(config, name, placed), cache)()
     for layer in cache.layers:
         heads, width = layer.layout.num_heads, layer.layout.head_dim
         attend_chunk(torch.zeros((1, heads, 40, width), dtype=dtype), layer, 600)

@@ -124,6 +124,12 @@ def test_values_that_are_no_numbers(decoder: drawing.DrawingDecoder) -> None:
         sampler(torch.full((CONFIG.vocab_size,), float("nan"), device=CARD))
 
 
+def test_a_bias_on_a_token_that_is_none(decoder: drawing.DrawingDecoder) -> None:
+    for token_id in (CONFIG.vocab_size, -1):
+        with pytest.raises(M1Error, match=f"names the token {token_id}"):
+            decoder.sampler(replace(HOT, logit_bias=((token_id, 1.0),)), CONFIG.vocab_size)
+
+
 @pytest.mark.parametrize(
     ("params", "reason"),
     [

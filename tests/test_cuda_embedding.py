@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 from m1local.cuda import support
-from m1local.cuda.host_embedding import HostEmbedding
+from m1local.cuda.host_embedding import HostEmbedding, pin
 from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import QuantizedEmbedding
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD
 
+from m1local.cuda.decode import rows_of  # isort: skip
 from m1local.cuda.embedding import COLUMNS, EmbeddingRows  # isort: skip
 
 ROWS = 37
@@ -56,6 +57,19 @@ def test_columns_that_are_no_whole_blocks() -> None:
     same_rows(module, 40)
 
 
+def test_memory_that_may_not_be_pinned_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    table = stored("int8", 64)
+    before = [tensor.data_ptr() for tensor in table.buffers()]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refused)
+    assert not pin(table)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    assert pin(table)
+    assert [tensor.data_ptr() for tensor in table.buffers()] == before
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernels", [True, False])
 @torch.inference_mode()
@@ -73,3 +87,7 @@ def test_a_table_in_the_host_s_memory(
         # Triton's interpreter cuts off where a card rounds.
         rounded = 2**-7 if kernels and dtype == torch.bfloat16 else 0
         torch.testing.assert_close(found.cpu(), wanted, atol=0, rtol=rounded)
+        row = torch.zeros((1, module.columns), device=CARD)
+        rows_of(module).write(ids[0, :1].to(CARD), row)  # for a decode step
+        of_type = 2**-7 if dtype == torch.bfloat16 else 0
+        torch.testing.assert_close(row.cpu(), table(ids[:, :1])[0], atol=0, rtol=of_type)

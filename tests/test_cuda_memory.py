@@ -62,7 +62,7 @@ def counted(format_: str, setting: Setting, *, kernels: bool) -> int:
     ids = torch.zeros((1, setting.max_chunk), dtype=torch.long, device=META)
     with accountant:
         placed = Placement(META, 0, setting)
-        model = random_model(CONFIG, format_, placed, torch.bfloat16)
+        model = random_model(CONFIG, format_, placed)
         cache = placed.allocate(CONFIG)
         cache.position = setting.context_tokens - 2 * setting.max_chunk
         held = accountant.peak = accountant.now

@@ -1,5 +1,6 @@
 """GPTQ against the procedure it abbreviates, and the inputs it is calibrated with."""
 
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -136,6 +137,13 @@ def test_a_hessian_that_is_hard_to_invert_is_damped_more() -> None:
     x = torch.ones(3, 64) * 1e4
     factor = gptq.inverse_factor(x.T @ x - 3e6 * torch.eye(64))  # not positive definite any more
     assert torch.isfinite(factor).all()
+
+
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    calibrator = object.__new__(Calibrator)
+    calibrator._layer, calibrator._hessians = 0, {"mlp.down_proj": torch.full((4, 4), math.inf)}
+    with refused(CalibrationError, r"comes into model\.layers\.0\.mlp\.down_proj is not finite"):
+        calibrator.hessian("model.layers.0.mlp.down_proj")
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 24, 45])  # about a tile, and several

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from bench.gpu_model import FORMATS, filled_cache, random_matrix, random_model
-from m1local.checkpoint import compute_dtype
 from m1local.config import M1Config
 from m1local.context import Context
 from m1local.cuda import int4pack
@@ -40,7 +39,7 @@ def test_without_a_card_the_benchmark_says_so_in_one_line() -> None:
 def test_a_random_model_is_whole_and_finite(name: str) -> None:
     config = M1Config.from_dict(TINY)
     placement = Placement(CARD, 0, Setting(64))
-    model = random_model(config, name, placement, compute_dtype(CARD))
+    model = random_model(config, name, placement)
     assert not [key for key, tensor in model.state_dict().items() if tensor.is_meta]
     cache = filled_cache(config, placement, 20)
     logits = model(torch.tensor([[5, 6]], device=CARD), cache)

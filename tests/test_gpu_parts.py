@@ -12,6 +12,7 @@ from bench import gpu, gpu_model, gpu_parts, gpu_peers, gpu_shapes
 from bench.gpu import TESTS, in_a_process, missing, run_parts, table
 from bench.gpu_parts import PARTS
 from bench.gpu_subject import Subject
+from m1local import placement
 from m1local.config import M1Config
 from m1local.cuda import support
 from m1local.cuda.card import Card, RowShape
@@ -248,15 +249,17 @@ def test_a_file_of_tests_that_takes_too_long_loses_no_other_s(
 def test_a_card_s_random_model_is_where_a_loaded_one_would_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu_model, "compute_dtype", lambda device: torch.float32)
+    types = {"cpu": torch.float32, "meta": torch.bfloat16}
+    monkeypatch.setattr(placement, "compute_dtype", lambda device: types[device.type])
     layers = CONFIG.num_hidden_layers
     for first in (0, 1):
         placed = Placement(torch.device("meta"), first, Setting(64))
-        model = gpu_model.random_model(CONFIG, "bf16", placed, torch.bfloat16)
+        model = gpu_model.random_model(CONFIG, "bf16", placed)
         norms = [layer.get_parameter("input_layernorm.weight") for layer in model.model.layers]
         there = [("cpu", torch.float32)] * first + [("meta", torch.bfloat16)] * (layers - first)
         assert [(norm.device.type, norm.dtype) for norm in norms] == there
-        assert next(model.model.embed_tokens.parameters()).device.type == "cpu"
+        (table,) = model.model.embed_tokens.parameters()
+        assert (table.device.type, table.dtype) == ("cpu", there[0][1])  # that of its layer
         assert isinstance(model.model.embed_tokens, HostEmbedding) is (first == 0)
 
 

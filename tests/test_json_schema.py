@@ -53,6 +53,22 @@ def test_whatever_is_drawn_ends_as_json_of_the_schema(tokenizer: M1Tokenizer, se
     assert 0 <= answer["days"] <= 99
 
 
+def test_a_token_that_ends_an_answer_never_comes_as_text(tokenizer: M1Tokenizer) -> None:
+    """Some of those have a text, as markers of the chat have, which a string might hold."""
+    marker = next(i for i, text in enumerate(tokenizer.token_bytes) if text.isalpha())
+    constraint = JsonSchema(SCHEMA, tokenizer, frozenset({END, marker}))
+    sampler = Sampler(SamplingParams(temperature=0), tokenizer.vocab_size, constraint=constraint)
+    noise, token_ids = torch.Generator().manual_seed(1), list[int]()
+    while not sampler.finished and len(token_ids) < 2000:
+        logits = torch.randn(tokenizer.vocab_size, generator=noise)
+        logits[marker] = 9
+        token_ids.append(sampler(logits))
+        if token_ids[-1] in (END, marker):
+            token_ids.pop()
+            break
+    assert json.loads(tokenizer.decode(token_ids)).keys() == {"病", "severe", "days"}
+
+
 def test_an_engine_answers_by_a_schema_and_stops(tiny_checkpoint: Path) -> None:
     engine = Engine.load(tiny_checkpoint)
     settings = engine.settings(json_schema=SCHEMA, max_new_tokens=200, temperature=1.0, seed=3)

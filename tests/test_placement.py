@@ -64,8 +64,8 @@ def test_what_goes_where(tiny_checkpoint: Path) -> None:
     assert place(tiny_checkpoint, Setting(64), 99) == whole
     half = place(tiny_checkpoint, Setting(64), 3)
     assert half.first == 1
-    assert dict(whole.parts(CONFIG))["model.embed_tokens"] == CPU
-    devices = dict(half.parts(CONFIG))
+    assert next(whole.parts(CONFIG)) == ("model.embed_tokens", CPU, torch.bfloat16)
+    devices = {part.prefix: part.device for part in half.parts(CONFIG)}
     assert devices["model.embed_tokens"] == devices["model.layers.0."] == CPU
     assert devices["model.layers.1."] == devices["model.norm"] == devices["lm_head"] == CARD
 
@@ -101,7 +101,7 @@ class Grown:
 
 
 def test_every_part_is_named_once() -> None:
-    names = [name for name, _ in settled(Setting(64), 4, CARD).parts(CONFIG)]
+    names = [part.prefix for part in settled(Setting(64), 4, CPU).parts(CONFIG)]
     for tensor in load_names():
         assert sum(tensor.startswith(name) for name in names) == 1, tensor
 

@@ -315,13 +315,6 @@ def test_when_every_token_is_banned_it_is_said() -> None:
         Sampler(banned, VOCAB_SIZE)(random_logits(0))
 
 
-def test_a_long_repetition_ends_in_no_overflow() -> None:
-    params = SamplingParams(temperature=0, dry_multiplier=1, dry_base=100)
-    sampler = Sampler(params, 4)
-    sampler.observe([1, 2] * 3000)
-    assert sampler(torch.tensor([0.0, 9.0, 0.0, 1.0])) == 3
-
-
 def test_the_ends_of_the_ranges_are_allowed() -> None:
     SamplingParams(temperature=0, top_k=1, top_p=1, min_p=0, repetition_penalty=10, seed=0)
     SamplingParams(temperature=100, min_p=1, seed=2**63 - 1)

@@ -24,6 +24,8 @@ def parse_bias(text: str) -> tuple[int, float]:
     """A token id and its bias of "15043+1" or "15043-inf"; raises SamplingError."""
     at = max(text.find("+", 1), text.find("-", 1))
     try:
+        if at < 1:
+            raise ValueError(text)
         return int(text[:at]), float(text[at:])
     except ValueError as error:
         raise SamplingError(

@@ -19,7 +19,14 @@ from m1local.cache import KVCache
 from m1local.cuda.decode import Decoder
 from m1local.cuda.replay import Replay
 from m1local.model import M1Model
-from m1local.sampling import ALL, LEAST_TEMPERATURE, Sampler, SamplingParams, not_finite
+from m1local.sampling import (
+    ALL,
+    LEAST_TEMPERATURE,
+    Sampler,
+    SamplingParams,
+    bias_of,
+    not_finite,
+)
 
 MOST_DRAWN_FROM = 1024  # random numbers that are sent for a token
 MOST_DRAWS = 4  # whose buffers and graphs are kept, of parameters that were used last
@@ -50,9 +57,7 @@ class Draw:
         self.noise = torch.ones(self.kept if params.temperature else 1, device=device)
         self.found = torch.zeros(1, dtype=torch.long, device=device)  # -1 where no logit is finite
         self.one = torch.ones(1, dtype=torch.long, device=device)
-        self.bias = torch.zeros(vocab_size, device=device)
-        for token_id, bias in params.logit_bias:
-            self.bias[token_id] += bias
+        self.bias = bias_of(params, vocab_size).to(device)
 
     def __call__(self) -> None:
         """The decoder's next token; counts it as seen."""

@@ -6,6 +6,8 @@ products know (words.py). A few kilobytes a token come over the bus, and the tab
 room on the card. What it is not: the module that stands in a model (host_embedding.py).
 """
 
+from itertools import chain
+
 import triton
 import triton.language as tl
 from torch import Tensor, nn
@@ -67,8 +69,9 @@ class EmbeddingRows:
         grid = (triton.cdiv(columns, COLUMNS), tokens)
         if isinstance(self.module, nn.Embedding):
             row_kernel[grid](token_ids, self.module.weight, out, columns, COLUMNS=COLUMNS, **fixed)
-        elif self.matrix is None:  # columns that are no whole blocks
-            out.copy_(self.module(token_ids.to(next(self.module.buffers()).device)))
+        elif self.matrix is None:  # columns that are no whole blocks, or the host is to do it
+            tensors = chain(self.module.parameters(), self.module.buffers())
+            out.copy_(self.module(token_ids.to(next(tensors).device)))
         else:
             stored_row_kernel[grid](
                 token_ids, self.matrix.tensors, out, self.matrix.blocks,

@@ -23,12 +23,9 @@ class HostEmbedding(nn.Module):
         self.table, self.columns, self.card, self.dtype = table, columns, card, dtype
         self.host = next(chain(table.parameters(), table.buffers())).device
         self.rows = None
-        if support.usable(card):
+        if support.usable(card) and (card.type != "cuda" or pin(table)):
             from m1local.cuda.embedding import EmbeddingRows  # Triton, only there with a card
 
-            if card.type == "cuda":
-                for tensor in chain(table.parameters(), table.buffers()):
-                    tensor.data = tensor.data.pin_memory()
             self.rows = EmbeddingRows(table)
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -40,3 +37,15 @@ class HostEmbedding(nn.Module):
         found = torch.empty(shape, dtype=self.dtype, device=self.card)
         self.rows.write(token_ids.flatten(), found.view(-1, self.columns))
         return found
+
+
+def pin(table: nn.Module) -> bool:
+    """Move what `table` holds to memory that a card reads; False where the system refuses it."""
+    tensors = list(chain(table.parameters(), table.buffers()))
+    try:
+        found = [tensor.data.pin_memory() for tensor in tensors]
+    except RuntimeError:  # so much may not be pinned here; then the host looks rows up
+        return False
+    for tensor, one in zip(tensors, found, strict=True):
+        tensor.data = one
+    return True

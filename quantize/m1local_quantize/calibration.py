@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from m1local.checkpoint import load_modules
+from m1local.errors import CalibrationError
 from m1local.model import M1Model
 from m1local_quantize.evaluate import Sample
 from m1local_quantize.plan import Plan
@@ -69,7 +70,8 @@ class Calibrator:
     def hessian(self, module: str) -> Tensor:
         """X^T X (K, K) of the inputs of the matrix `module`; all layers before it are written.
 
-        The caller may change it; it is computed once for every matrix.
+        The caller may change it; it is computed once for every matrix. Raises CalibrationError
+        where an input was not finite, since no factorization would end.
         """
         number, _, name = module.removeprefix(LAYER).partition(".")
         layer = int(number)
@@ -79,8 +81,14 @@ class Calibrator:
                 self._written.advance()
             self._hessians = self._capture(layer)
             self._layer = layer
+        found = self._hessians[SAME_INPUT.get(name, name)]
+        if not bool(torch.isfinite(found.diagonal()).all()):
+            raise CalibrationError(
+                f"With the calibration text, what comes into {module} is not finite. Give another "
+                "text (--text), or take a recipe without one (int4)."
+            )
         if name in SAME_INPUT.values():
-            return self._hessians[name].clone()
+            return found.clone()
         return self._hessians.pop(SAME_INPUT.get(name, name))
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ and named beside the figures.
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,7 +71,10 @@ class Measurement:
         }
         metadata = {"passed": str(self.passed), "text_sha256": self._text.sha256}
         unfinished = path.with_name(f"{path.name}.part")
-        unfinished.write_bytes(save(tensors, metadata))
+        with unfinished.open("wb") as file:
+            file.write(save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())  # what it came of may be deleted next
         unfinished.replace(path)
 
     def restore(self, path: Path) -> bool:
