@@ -109,9 +109,11 @@ class Context:
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raise ContextLengthError unless `prompt` and one new token fit."""
         if len(prompt) >= self.capacity:
+            most = self.model.config.max_position_embeddings
+            larger = f", or choose a larger --ctx-size (up to {most:,})"
             raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens; with the answer at most {self.capacity} "
-                "fit. Shorten it, start afresh with /clear, or choose a larger --ctx-size."
+                f"The prompt has {len(prompt):,} tokens; with the answer at most {self.capacity:,} "
+                f"fit. Shorten it, or begin a new conversation{larger * (self.capacity < most)}."
             )
 
     def keep_common(self, prompt: Sequence[int]) -> int:

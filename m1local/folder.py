@@ -10,12 +10,19 @@ from typing import Any
 
 from m1local.errors import CheckpointError, ConfigError
 
+UNFINISHED = "m1local.unfinished"  # lies in a checkpoint's folder until its manifest does
+
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a checkpoint's file; raises `ConfigError` when it is none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (path.parent / UNFINISHED).is_file():
+            raise ConfigError(
+                f"{path.parent} is unfinished: quantizing it was cut off. The same `m1 quantize` "
+                "goes on with it."
+            ) from None
         raise ConfigError(
             f"{path.parent} has no {path.name}; is it the folder of a Baichuan-M1 checkpoint?"
         ) from None

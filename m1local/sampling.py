@@ -81,7 +81,7 @@ class SamplingParams:
         yield "logit-bias", self.logit_bias, finite, "numbers, or -inf to ban a token"
         seed = self.seed
         within = seed is None or 0 <= seed < 2**63
-        yield "seed", seed, within, "0 or more (leave it out for a random one)"
+        yield "seed", seed, within, "0 to 2^63 - 1 (leave it out for a random one)"
 
 
 class Constraint(Protocol):

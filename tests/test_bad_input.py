@@ -295,7 +295,7 @@ def test_values_that_are_no_numbers_are_never_quantized(
     )
     with refused(CheckpointError, match):
         quantize(source, tmp_path / "out")
-    with refused(ConfigError, "has no config.json"):
+    with refused(ConfigError, "out is unfinished: .* The same `m1 quantize` goes on"):
         load_model(tmp_path / "out")
 
 

@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from m1local_app import history_commands
+from m1local_app import boundary, history_commands
 from m1local_app.boundary import M1Group
 from m1local_app.columns import width
 from m1local_app.history import History
@@ -46,7 +46,7 @@ def store(m1_home: Path) -> Iterator[History]:
 
 @pytest.fixture
 def _person(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history_commands, "_person_is_there", lambda: True)
+    monkeypatch.setattr(boundary, "is_terminal", lambda: True)
 
 
 def ids(text: str) -> list[str]:

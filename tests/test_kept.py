@@ -8,6 +8,7 @@ import pytest
 from filelock import FileLock
 from typer.testing import CliRunner, Result
 
+from m1local_app import boundary
 from m1local_app.cli import cli
 from m1local_app.web.models import _names
 from m1local_quantize.hub import RECORD, Record, alone, pull
@@ -79,7 +80,10 @@ def test_rm_deletes_a_checkpoint_and_nothing_beside_it(
     assert bytes_of(tiny_checkpoint) == source
 
 
-def test_rm_asks_first(kept: Path) -> None:
+def test_rm_asks_first(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = m1("rm", kept.name)
+    assert (nobody.exit_code, "add --yes" in nobody.stderr) == (2, True)
+    monkeypatch.setattr(boundary, "is_terminal", lambda: True)
     assert m1("rm", kept.name, typed="n\n").exit_code == 1
     assert kept.exists()
     assert m1("rm", kept.name, typed="y\n").exit_code == 0
@@ -166,7 +170,10 @@ def test_a_pulled_original_is_listed_but_not_offered(tiny_checkpoint: Path, m1_h
     assert list((m1_home / "sources").iterdir()) == []
 
 
-def test_rm_of_a_pulled_one_asks_and_deletes_all_of_it(pulled: Path, kept: Path) -> None:
+def test_rm_of_a_pulled_one_asks_and_deletes_all_of_it(
+    pulled: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boundary, "is_terminal", lambda: True)
     assert m1("rm", REPOSITORY, typed="n\n").exit_code == 1
     assert (pulled / RECORD).is_file()
     result = m1("rm", REPOSITORY, typed="y\n")

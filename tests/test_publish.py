@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from m1local.errors import HubError
-from m1local_app import publishing
+from m1local_app import boundary
 from m1local_app.cli import cli
 from m1local_quantize import transfer
 from m1local_quantize.hub import RECORD, Record
@@ -245,7 +245,7 @@ def test_it_says_what_it_publishes_and_asks(
     silent = m1("push", made, NAME)
     assert silent.exit_code == 2
     assert "add --yes" in said(silent)
-    monkeypatch.setattr(publishing, "is_terminal", lambda: True)
+    monkeypatch.setattr(boundary, "is_terminal", lambda: True)
     no = m1("push", made, NAME, typed="n\n")
     assert no.exit_code == 1
     assert f"{NAME} (new; private: others do not see it; --public makes it public)" in said(no)
@@ -289,7 +289,7 @@ def test_a_repository_with_anything_else_in_it_is_left_alone(
 def test_a_derivative_without_the_agreement_is_told_so(
     m1: M1, hub: UploadHub, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "is_terminal", lambda: True)
+    monkeypatch.setattr(boundary, "is_terminal", lambda: True)
     folder = Path(shutil.copytree(made, tmp_path / "q"))
     name = "baichuan-inc/Baichuan-M1-14B-Base"
     change_json(folder / "m1local.json", lambda raw: raw.update(source=name))

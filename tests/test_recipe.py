@@ -13,8 +13,8 @@ RULE = '[[rules]]\nmatch = "*"\nformat = "int8"\n'
 BAD_RECIPES = {
     "no TOML": ("method =", r"own.toml is no valid TOML: "),
     "another encoding": ('method = "\udcff"', r"own.toml is no valid TOML: "),
-    "empty": ("", r"own.toml: method is None; known: rtn, hqq, gptq, refit"),
-    "no method": (RULE, r"own.toml: method is None; known: rtn, hqq, gptq, refit"),
+    "empty": ("", r"own.toml has no method; add one: rtn, hqq, gptq, refit"),
+    "no method": (RULE, r"own.toml has no method; add one: rtn, hqq, gptq, refit"),
     "an unknown method": (f'method = "gptx"\n{RULE}', r"method is 'gptx'; known: rtn, "),
     "a method that is no text": (f"method = [1]\n{RULE}", r"method is \[1\]; known: rtn"),
     "an unknown key": (f'method = "rtn"\nbits = 4\n{RULE}', "unknown key 'bits'; a recipe has"),

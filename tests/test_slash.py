@@ -88,7 +88,7 @@ def test_going_back(slash: SlashCommands, capsys: pytest.CaptureFixture[str]) ->
     assert questions(slash) == ["in other words"]
     obey(slash, "/edit")
     assert (slash.ask_again, slash.editing) == ("in other words", 0)
-    with pytest.raises(M1Error, match="There are 1 questions"):
+    with pytest.raises(M1Error, match="There is no question 9"):
         obey(slash, "/edit 9 x")
     obey(slash, "/undo")
     assert questions(slash) == []

@@ -7,10 +7,14 @@ wrote.
 """
 
 import atexit
+import contextlib
+import errno
 import gc
 import os
+import signal
 import sys
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -20,6 +24,7 @@ from m1local_app import language
 from m1local_app.language import tr
 
 INTERRUPTED = 130
+UNWRITTEN = {errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", None)}
 # Typer brings a click of its own, or uses the installed one; it shows this much of it.
 CommandLineError: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
@@ -45,6 +50,9 @@ class M1Group(TyperGroup):
         """Run as a program; what is wrong with the command line is one line, too."""
         # Or Python looks through all that was imported for garbage once more, a third of a second.
         atexit.register(gc.freeze)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            with contextlib.suppress(ValueError):  # of a thread, which gets no signals
+                signal.signal(signal.SIGINT, _interrupt)
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **options)  # type: ignore[misc]
         try:
@@ -59,6 +67,8 @@ class M1Group(TyperGroup):
         except typer.Abort:  # Ctrl-C or Ctrl-D at a question
             error_line(tr("interrupted"))
             sys.exit(1)
+        except OSError as error:
+            _leave_unwritten(error)
         sys.exit(left if isinstance(left, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -71,10 +81,34 @@ class M1Group(TyperGroup):
         except KeyboardInterrupt:
             typer.echo(tr("interrupted"), err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # Whoever read the answer is gone (`m1 run -p … | head`); Python must not complain too.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: KeyboardInterrupt, but in the middle of an import the end at once.
+
+    Modules in C are not made for an exception there: it is swallowed, or ends in a crash.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{tr('interrupted')}\n".encode())
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _leave_unwritten(error: OSError) -> NoReturn:
+    """Leave with exit code 1 where nothing more can be written; else raise `error`, a bug.
+
+    Whoever read the answer may be gone (`m1 run -p … | head`), which needs no word, or the disk
+    that it goes to is full. Python must not complain too, as it would of stdout at its end.
+    """
+    if error.errno not in UNWRITTEN:
+        raise error
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno != errno.EPIPE:
+        reason, where = error.strerror, error.filename or tr("the output")
+        error_line(tr("{where} cannot be written: {reason}.", where=where, reason=reason))
+    sys.exit(1)
 
 
 def _help_hint(error: Exception) -> str:
@@ -132,6 +166,19 @@ def error_line(message: str) -> None:
     console.print(said, style=style, soft_wrap=not console.is_terminal)
 
 
+def ask(question: str, otherwise: str) -> None:
+    """Go on only where a person says yes; raises typer.Exit, and says `otherwise` to a program."""
+    if not is_terminal():
+        raise usage_error(otherwise)
+    if not typer.confirm(question, err=True):
+        raise typer.Exit(1)
+
+
+def is_terminal() -> bool:
+    """Whether a person can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def usage_error(message: str) -> typer.Exit:
     """Print what was wrong with the command line; raise the result to leave with exit code 2."""
     error_line(message)
@@ -139,8 +186,15 @@ def usage_error(message: str) -> typer.Exit:
 
 
 def use_utf8() -> None:
-    """Make stdin, stdout and stderr UTF-8 whatever the locale: answers may be Chinese."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
+    """Make stdin, stdout and stderr UTF-8 whatever the locale: answers may be Chinese.
+
+    What is read and is not UTF-8 can be got back (textfile.py). A stream that was closed (`>&-`)
+    reads and writes nothing.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        reconfigure = getattr(getattr(sys, name), "reconfigure", None)
         if reconfigure is not None:
-            reconfigure(encoding="utf-8", errors="replace")
+            errors = "surrogateescape" if name == "stdin" else "replace"
+            reconfigure(encoding="utf-8", errors=errors)

@@ -6,14 +6,14 @@ functions, since `m1 --help` must answer at once. What it is not: where anything
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from m1local_app import library, options
-from m1local_app.boundary import usage_error
+from m1local_app.boundary import ask, usage_error
 from m1local_app.language import tr
-from m1local_app.options import DEFAULT_RECIPE
+from m1local_app.options import DEFAULT_RECIPE, quoted
 
 
 class Measure(StrEnum):
@@ -22,6 +22,10 @@ class Measure(StrEnum):
     ppl = "ppl"
     kld = "kld"
 
+
+if TYPE_CHECKING:
+    from m1local_quantize.recipe import Recipe
+    from m1local_quantize.source import Source
 
 checkpoints = typer.Typer()
 
@@ -77,6 +81,8 @@ def quantize(
         check_contents(target, overwrite=overwrite or only_say)  # before an hour is spent
         size = Size(budget, device, ctx_size)
         chosen = fitted_recipe(chosen, original, size, calibration=calibration)
+    elif calibration is not None:
+        _check_that_it_learns(chosen, original)
     if only_say:
         typer.echo(dry_run(original, chosen, calibration))
         return
@@ -94,7 +100,22 @@ def quantize(
         said = tr("{target} is unfinished; the same command continues it.", target=target)
         typer.echo(said, err=True)
         raise
-    typer.echo(tr("Wrote {target}. Chat with it: m1 chat {target}", target=target), err=True)
+    said = tr("Wrote {target}. Chat with it: m1 chat {name}", target=target, name=quoted(target))
+    typer.echo(said, err=True)
+
+
+def _check_that_it_learns(recipe: "Recipe", original: "Source") -> None:
+    """Leave with exit code 2 where `recipe` learns from no text."""
+    from m1local_quantize.plan import Plan
+
+    if not Plan.of(original, recipe).needs_calibration:
+        raise usage_error(
+            tr(
+                "the recipe {recipe} learns from no text; leave --calibration out, or take "
+                "int4-gptq.",
+                recipe=recipe.name,
+            )
+        )
 
 
 @checkpoints.command()
@@ -196,8 +217,11 @@ def remove(
     from m1local_app import kept
 
     found = kept.find(name)
-    if not yes and not typer.confirm(tr("Delete {folder}?", folder=found.folder), err=True):
-        raise typer.Exit(1)
+    if not yes:
+        ask(
+            tr("Delete {folder}?", folder=found.folder),
+            tr("nobody can be asked here; add --yes to delete for good."),
+        )
     freed = kept.size_text(found.remove())
     typer.echo(tr("Deleted {name}: {size} freed.", name=name, size=freed), err=True)
 
@@ -230,6 +254,8 @@ def evaluate(
     from m1local_app.progress import measure_with_progress, quality_line
 
     folder = library.find(model).folder
+    if measure is Measure.ppl and source is not None:
+        raise usage_error(tr("ppl compares with nothing: leave --source out, or take kld."))
     if measure is Measure.ppl:
         typer.echo(perplexity_line(folder, text))
         return

@@ -18,7 +18,7 @@ from m1local_app.chat_options import ChatOptions, EngineOptions
 from m1local_app.columns import one_line
 from m1local_app.language import tr
 from m1local_app.options import Chosen, use_threads
-from m1local_app.textfile import read_text_file
+from m1local_app.textfile import decoded, read_text_file
 from m1local_app.timings import Timings
 
 if TYPE_CHECKING:
@@ -131,6 +131,13 @@ def converse(chosen: Chosen, wish: Wish, timings: Timings) -> None:
     wanted, asked = wish.options, wish.asked
     engine = load(chosen, wanted, timings)
     raw = wanted.raw or not engine.generation.is_chat
+    if raw and asked is not None and (wanted.resume or wanted.session):
+        raise M1Error(
+            tr(
+                "Text that is continued is kept in no conversation: leave --session and --continue "
+                "out, or --raw, which a Base model cannot do without."
+            )
+        )
     # A single question is kept only as part of a conversation that was named.
     kept = wanted.keep and not raw and asked is None
     conversation = _conversation(engine, chosen, wanted, wish.store or (_store() if kept else None))
@@ -363,6 +370,9 @@ def _piped_text() -> str | None:
     if sys.stdin is None or sys.stdin.isatty():
         return None
     try:
-        return sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
+        text = decoded(sys.stdin.buffer.read())
+    except OSError as error:
         raise M1Error(tr("The piped text cannot be read: {reason}.", reason=error)) from error
+    if text is None:
+        raise M1Error(tr("{path} is no text in UTF-8, UTF-16 or GB18030.", path=tr("The input")))
+    return text

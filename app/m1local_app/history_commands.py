@@ -6,7 +6,6 @@ store (history/) and the export do that. Answers go to stdout, notes to stderr.
 """
 
 import re
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m1local_app.boundary import usage_error
+from m1local_app.boundary import ask
 from m1local_app.columns import one_line, printable, shortened, table
 from m1local_app.language import tr
 
@@ -226,15 +225,7 @@ def _question(number: int | None, older_than: timedelta | None, binned: int) -> 
 
 
 def _ask(question: str) -> None:
-    """Go on only where a person says yes; raises typer.Exit."""
-    if not _person_is_there():
-        raise usage_error(tr("nobody can be asked here; add --yes to delete for good."))
-    if not typer.confirm(question, err=True):
-        raise typer.Exit(1)
-
-
-def _person_is_there() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()
+    ask(question, tr("nobody can be asked here; add --yes to delete for good."))
 
 
 def _note(text: str) -> None:

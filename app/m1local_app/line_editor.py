@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from m1local_app.textfile import decoded
+
 if TYPE_CHECKING:
     from prompt_toolkit.completion import CompleteEvent, Completer
     from prompt_toolkit.formatted_text import StyleAndTextTuples
@@ -106,7 +108,8 @@ class PlainEditor:
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.rstrip("\n")
+        content = line.encode("utf-8", "surrogateescape")
+        return (decoded(content) or content.decode("utf-8", "replace")).rstrip("\n")
 
 
 class PromptEditor:

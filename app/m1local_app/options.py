@@ -4,7 +4,10 @@ What it is: types for Typer, and what a model's name was found to mean. What it 
 of a conversation; those are in chat_options.py.
 """
 
+import os
 import re
+import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +18,7 @@ from m1local_app.language import tr
 
 DEFAULT_RECIPE = "int4"
 MOST_BYTES = 1 << 60
-UNITS = {"": 1, "b": 1} | {
+UNITS = {"b": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("kmgt", 1)
     for suffix, base in (("b", 1000), ("ib", 1024), ("", 1000))
@@ -35,7 +38,15 @@ def parse_size(text: str) -> int:
 
 def parse_speed(text: str) -> int:
     """Bytes per second of "360GB/s"; raises typer.BadParameter."""
-    return parse_size(text.strip().removesuffix("/s"))
+    speed = parse_size(text.strip().removesuffix("/s"))
+    if speed == 0:
+        raise typer.BadParameter(tr("{text!r} is no speed; write it as 360GB/s.", text=text))
+    return speed
+
+
+def quoted(path: Path) -> str:
+    """`path` as a shell takes it."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
 Model = Annotated[

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from m1local.checkpoint import is_quantized
 from m1local.errors import CheckpointError
-from m1local_app.boundary import usage_error
+from m1local_app.boundary import ask
 from m1local_app.checks import verify_checkpoint
 from m1local_app.columns import aligned
 from m1local_app.kept import size_text
@@ -60,10 +60,10 @@ def push(folder: Path, repository: str, *, private: bool, ask: bool) -> None:
 
 
 def _ask(repository: str) -> None:
-    if not is_terminal():
-        raise usage_error(tr("nobody can be asked here; add --yes to publish without a question."))
-    if not typer.confirm(tr("Publish it as {repository}?", repository=repository), err=True):
-        raise typer.Exit(1)
+    ask(
+        tr("Publish it as {repository}?", repository=repository),
+        tr("nobody can be asked here; add --yes to publish without a question."),
+    )
 
 
 def plan(publication: Publication, *, asked_for_private: bool) -> str:
@@ -86,11 +86,6 @@ def plan(publication: Publication, *, asked_for_private: bool) -> str:
         rows.append((tr("agreement"), said))
     rows.append((tr("licence"), licence_facts(facts.origin)))
     return aligned(rows)
-
-
-def is_terminal() -> bool:
-    """Whether a person can be asked."""
-    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _file_size(nbytes: int) -> str:

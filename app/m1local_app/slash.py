@@ -115,7 +115,12 @@ class SlashCommands:
     def _retry(self, argument: str) -> Answer:
         sampling = self.conversation.session.settings.sampling
         if sampling.seed is not None or not sampling.temperature:
-            note(tr("The seed is set, or the temperature 0: the answer will be the same."))
+            note(
+                tr(
+                    "The seed is set, or the temperature 0: with the same settings the answer will "
+                    "be the same."
+                )
+            )
         return self.conversation.retry()
 
     def _edit(self, argument: str) -> Answer:
@@ -126,7 +131,11 @@ class SlashCommands:
         number, text = (int(first), rest) if first.isdecimal() else (len(questions), argument)
         if not 1 <= number <= len(questions):
             raise M1Error(
-                tr("There are {count} questions; /history numbers them.", count=len(questions))
+                tr(
+                    "There is no question {number} ({count} so far); /history numbers them.",
+                    number=number,
+                    count=len(questions),
+                )
             )
         turn = questions[number - 1]
         if text.strip():

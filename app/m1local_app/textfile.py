@@ -1,9 +1,10 @@
 """Text files that a user names: questions, system prompts, schemas, notes to ask about.
 
-What it is: one way to read them, with every mistake as one line. What it is not: other formats; a
-PDF or a DOCX is converted first.
+What it is: one way to read them and what is piped, with every mistake as one line. What it is not:
+other formats; a PDF or a DOCX is converted first.
 """
 
+import contextlib
 from pathlib import Path
 
 from m1local.errors import M1Error
@@ -18,9 +19,26 @@ def read_text_file(path: Path) -> str:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise M1Error(tr("{path} is larger than any context; cut it down.", path=path))
-        return path.read_text(encoding="utf-8-sig").strip()
+        text = decoded(path.read_bytes())
     except OSError as error:
         reason = error.strerror or str(error)
         raise M1Error(tr("{path} cannot be read: {reason}.", path=path, reason=reason)) from error
-    except UnicodeDecodeError as error:
-        raise M1Error(tr("{path} is no text in UTF-8; convert it first.", path=path)) from error
+    if text is None:
+        raise M1Error(tr("{path} is no text in UTF-8, UTF-16 or GB18030.", path=path))
+    return text.strip()
+
+
+def decoded(content: bytes) -> str | None:
+    """Text in UTF-8, in UTF-16 with its mark, or in GB18030 as Chinese Windows writes it; or None.
+
+    A line's end is a newline, as in every text here.
+    """
+    encodings = ["utf-8-sig", "gb18030"]
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encodings = ["utf-16"]
+    elif b"\0" in content:
+        encodings = []
+    for encoding in encodings:
+        with contextlib.suppress(UnicodeDecodeError):
+            return "\n".join(content.decode(encoding).replace("\r\n", "\n").split("\r"))
+    return None

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from m1local import __version__
+from m1local import __version__, folder
 from m1local.manifest import FORMAT_VERSION, HASH_BLOCK
 from m1local.manifest import NAME as MANIFEST
 from m1local_quantize.methods import optimum_gptq
@@ -27,7 +27,7 @@ from m1local_quantize.shard_writer import Layout, partial_path
 from m1local_quantize.source import Source
 from m1local_quantize.text import Text
 
-MARKER = "m1local.unfinished"
+MARKER = folder.UNFINISHED
 LOCK = "m1local.lock"
 HIDDEN = "m1local.hidden"  # what a measurement needs to go on where the source was dropped
 NOTE = "This folder is being written by m1local; the same command continues it."

@@ -102,6 +102,8 @@ class Recipe:
                 f"{where}: unknown key {min(unknown)!r}; a recipe has method, rules, fit."
             )
         method = raw.get("method")
+        if method is None:
+            raise RecipeError(f"{where} has no method; add one: {', '.join(METHODS)}.")
         if not isinstance(method, str) or method not in METHODS:
             raise RecipeError(f"{where}: method is {method!r}; known: {', '.join(METHODS)}.")
         rules, candidates = raw.get("rules", []), _candidates(raw.get("fit", []), where)

@@ -118,8 +118,9 @@ def _check_space(target: Path, nbytes: int) -> None:
     free = shutil.disk_usage(existing).free + replaced
     if free < nbytes + SPARE_BYTES:
         raise StorageError(
-            f"The checkpoint takes {nbytes / 2**30:.2f} GiB, but the disk that holds {target} has "
-            f"only {free / 2**30:.2f} GiB left. Free some space, or choose another folder."
+            f"The checkpoint takes {nbytes / 2**20:,.0f} MiB and {SPARE_BYTES >> 20} to spare, but "
+            f"the disk that holds {target} has only {free / 2**20:,.0f} MiB left. Free some space, "
+            "or choose another folder."
         )
 
 

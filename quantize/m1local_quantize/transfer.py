@@ -173,8 +173,9 @@ def with_words(repository: str, revision: str | None, call: Callable[[], T]) -> 
             if refused or attempt == ATTEMPTS - 1:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise HubError(
-                    f"{repository} could not be fetched ({reason}). What has come is kept; the "
-                    "same command goes on from there."
+                    f"{repository} could not be fetched ({reason}). See to the connection, or name "
+                    "a mirror in HF_ENDPOINT; what has come is kept, and the same command goes on "
+                    "from there."
                 ) from error
             time.sleep(WAIT_SECONDS * 2**attempt)
     raise AssertionError("unreachable")

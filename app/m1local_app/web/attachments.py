@@ -13,6 +13,7 @@ from pathlib import Path
 from m1local.errors import M1Error
 from m1local_app.columns import one_line, printable, shortened
 from m1local_app.language import tr
+from m1local_app.textfile import decoded
 
 SUFFIXES = (".txt", ".md", ".pdf")
 MOST_BYTES = 32 << 20
@@ -71,15 +72,10 @@ def joined(question: str, files: list[Attachment]) -> str:
 
 
 def _plain(content: bytes, name: str) -> str:
-    encodings = ["utf-8-sig", "gb18030"]
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encodings = ["utf-16"]
-    elif b"\0" in content:
-        encodings = []
-    for encoding in encodings:
-        with contextlib.suppress(UnicodeDecodeError):
-            return content.decode(encoding)
-    raise M1Error(tr("{name} is no text; attach text, Markdown or a PDF.", name=name))
+    text = decoded(content)
+    if text is None:
+        raise M1Error(tr("{name} is no text; attach text, Markdown or a PDF.", name=name))
+    return text
 
 
 def _pdf(path: Path, name: str) -> str:

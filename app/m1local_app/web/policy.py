@@ -1,10 +1,11 @@
-"""What stands between the server and the browser: what may be loaded, and which language / is in.
+"""What stands between the server and the browser: who may ask, what is loaded, which language.
 
-What it is: two ASGI middlewares. What it is not: who may come in, which is Gradio's (serving.py).
+What it is: three ASGI middlewares. What it is not: passwords, which are Gradio's (serving.py).
 """
 
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
+from urllib.parse import urlsplit
 
 from m1local_app.language import LANGUAGES, language
 
@@ -16,6 +17,53 @@ CONTENT_POLICY = (
     "img-src 'self' data: blob:; media-src 'self' data: blob:; connect-src 'self'; "
     "frame-src 'none'; object-src 'none'; form-action 'self'; base-uri 'self'"
 )
+
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+class OwnPagesOnly:
+    """ASGI middleware: nothing is answered to the pages of other sites.
+
+    A site's name can be made to mean this machine (DNS rebinding); its pages could then read every
+    conversation. So a server of this machine answers to the machine's own names only, and any
+    server to no page that another one served.
+    """
+
+    def __init__(self, app: Any, host: str) -> None:
+        """Wrap `app`, which is served at `host`."""
+        self._app = app
+        self._names = LOOPBACK | {host} if host in LOOPBACK or host.startswith("127.") else None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Refuse what comes from elsewhere."""
+        if scope["type"] not in ("http", "websocket"):  # the server's own beginning and end
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        asked = headers.get(b"host", b"").decode("latin-1")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if (self._names is None or _name(asked) in self._names) and origin in _origins(asked):
+            await self._app(scope, receive, send)
+            return
+        kind = "http.response" if scope["type"] == "http" else "websocket.http.response"
+        said = "This page is answered at its own address only, as http://127.0.0.1:7860."
+        plain = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
+        await send({"type": f"{kind}.start", "status": 403, "headers": plain})
+        await send({"type": f"{kind}.body", "body": said.encode()})
+
+
+def _name(asked: str) -> str | None:
+    """Of a Host header, without its port."""
+    try:
+        return urlsplit(f"//{asked}").hostname
+    except ValueError:
+        return None
+
+
+def _origins(asked: str) -> tuple[str, ...]:
+    """The origins of pages that come from the server that was asked; "" is no page, or its own."""
+    return "", f"http://{asked}", f"https://{asked}"
 
 
 class OwnContentOnly:

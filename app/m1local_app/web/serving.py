@@ -5,6 +5,7 @@ analytics, uploads in a private folder that goes away. What it is not: the page.
 """
 
 import atexit
+import errno
 import os
 import shutil
 import socket
@@ -21,7 +22,7 @@ from m1local_app.language import language, tr
 from m1local_app.web import page as pages
 from m1local_app.web.attachments import UPLOADS
 from m1local_app.web.desk import Desk
-from m1local_app.web.policy import ChosenLanguage, OwnContentOnly
+from m1local_app.web.policy import ChosenLanguage, OwnContentOnly, OwnPagesOnly
 
 HOST = "127.0.0.1"
 HERE = Path(__file__).parent
@@ -55,6 +56,7 @@ def launch(
     auth: tuple[str, str] | None = None,
 ) -> tuple[Any, str, str | None]:
     """Serve `page` without blocking; port 0 takes any free one."""
+    check_address(host, port)
     _keep_uploads_private()
     _ask_no_proxy()
     try:
@@ -71,17 +73,49 @@ def launch(
             footer_links=[],
             auth=auth,
             max_file_size="64mb",
-            app_kwargs={"middleware": [Middleware(OwnContentOnly), Middleware(ChosenLanguage)]},
-        )
+            app_kwargs={
+                "middleware": [
+                    Middleware(OwnPagesOnly, host=host), Middleware(OwnContentOnly),
+                    Middleware(ChosenLanguage),
+                ]
+            },
+        )  # fmt: skip
+    except OSError as error:  # taken since it was looked at
+        raise taken(host, port) from error
+    return started
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise M1Error where no server can listen at `port` of `host`; 0 is any port."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            if os.name == "posix":  # where it means: although the last server is only just gone
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
     except OSError as error:
+        if error.errno in (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", None)):
+            raise taken(host, port) from error
         raise M1Error(
             tr(
-                "Port {port} on {host} is taken; choose another with --port, or --port 0 for any.",
-                port=port,
+                "Nothing can be served at {host}, port {port}: {reason}. --host takes an address "
+                "of this machine.",
                 host=host,
+                port=port,
+                reason=error.strerror or error,
             )
         ) from error
-    return started
+
+
+def taken(host: str, port: int) -> M1Error:
+    """That another program listens there already."""
+    return M1Error(
+        tr(
+            "Port {port} on {host} is taken; choose another with --port, or --port 0 for any.",
+            port=port,
+            host=host,
+        )
+    )
 
 
 def _script() -> str:
