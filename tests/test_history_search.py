@@ -74,6 +74,12 @@ def test_nothing_typed_is_syntax(store: History, words: str) -> None:
     assert [hit.message.content for hit in store.search(words)] == expected
 
 
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_whole_text_is_looked_for_without_an_error(store: History, length: int) -> None:
+    words = " ".join(f"{number:0{length}d}"[-length:] for number in range(10**length)) * 3
+    assert store.search(words + " word" * 3000) == []
+
+
 @pytest.mark.parametrize("word", ["血", "glau"])
 def test_a_hit_names_its_conversation_and_the_newest_come_first(store: History, word: str) -> None:
     conversation = store.begin(title="Later")

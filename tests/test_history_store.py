@@ -249,11 +249,20 @@ def test_what_is_in_the_bin_is_hidden_until_restored(store: History) -> None:
         store.find("1")
     with pytest.raises(M1Error, match="No conversation is called"):
         store.find("Eyes")
-    store.add(conversation, "assistant", "a chat that still runs", parent=message)
+    answer = store.add(conversation, "assistant", "a chat that still runs", parent=message)
     assert store.conversations() == []
+    store.add(conversation, "user", "and is gone on with", parent=answer)
+    assert [one.id for one in store.conversations()] == [conversation]
+    store.delete(conversation)
     store.restore(conversation)
-    assert store.conversation(conversation).messages == 2
+    assert store.conversation(conversation).messages == 3
     assert store.conversations(binned=True) == []
+
+
+@pytest.mark.parametrize("number", [0, -1, 2**63, 10**30])
+def test_a_number_that_no_conversation_can_have(store: History, number: int) -> None:
+    with pytest.raises(M1Error, match=f"no conversation {number}"):
+        store.conversation(number)
 
 
 def test_earlier_questions_come_oldest_first_and_the_last_of_them(store: History) -> None:

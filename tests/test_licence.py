@@ -63,6 +63,9 @@ def test_a_home_that_cannot_be_written_stops_nobody(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("M1_HOME", str(tmp_path / "file"))
     assert "Licence" in m1("quantize", tiny_checkpoint, tmp_path / "a", "--no-certify").stderr
+    notices.accept("one")
+    assert notices.is_accepted("one")
+    assert not notices.is_accepted("other")
 
 
 def test_the_medical_notice_is_shown_once_and_recorded(
@@ -86,6 +89,9 @@ def test_a_disk_that_is_full_loses_nothing_that_was_accepted(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", cut)
         notices.accept("other")
+    assert notices.is_accepted("one")
+    assert notices.is_accepted("other")  # by this process, which could not write it down
+    notices._UNRECORDED.clear()
     assert notices.is_accepted("one")
     assert not notices.is_accepted("other")
     assert [path.name for path in m1_home.iterdir()] == ["licences.json"]

@@ -173,6 +173,12 @@ def test_another_recipe_or_source_starts_over(source: Path, tmp_path: Path) -> N
     assert isinstance(planned, Planned)
     assert planned.started_over
     assert planned.resumed_bytes == 0
+    interrupted(source, target, 20)
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 1234.0}))
+    planned = next(run(source, target))
+    assert isinstance(planned, Planned)
+    assert planned.started_over
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int8", "bnb-nf4"])

@@ -179,6 +179,9 @@ def test_files_are_read_and_mistakes_said(slash: SlashCommands, tmp_path: Path) 
         (f"/read {tmp_path}/nowhere.txt", "cannot be read: No such file"),
         (f"/read {tmp_path}/image.png", "UTF-8"),
         (f"/read {tmp_path}", "cannot be read"),
+        (f"/read nowhere.txt {'a long question ' * 30}", "nowhere.txt cannot be read"),
+        ("/read ~nobody-at-all/note.txt", "cannot be read"),
+        ("/read a\0b", "cannot be read"),
     ):
         with pytest.raises(M1Error, match=wanted):
             obey(slash, line)

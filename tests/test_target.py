@@ -178,6 +178,11 @@ def test_the_source_and_what_is_around_it_are_no_target(
     assert not (source / "out").exists()
 
 
+def test_a_name_that_is_too_long_is_said(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with refused(StorageError, "cannot be written .File name too long"):
+        list(quantize(tiny_checkpoint, tmp_path / ("x" * 300)))
+
+
 def test_a_link_to_the_source_is_no_target(tiny_checkpoint: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
     (tmp_path / "link").symlink_to(source)

@@ -5,8 +5,10 @@ import socket
 from urllib.parse import urlsplit
 
 import pytest
+import typer
 
 from m1local.errors import M1Error
+from m1local_app.conversing import check_host
 from m1local_app.history import History
 from m1local_app.web.policy import OwnPagesOnly
 from tests.damage import refused
@@ -64,6 +66,13 @@ def test_an_address_where_nothing_can_be_served_is_said() -> None:
     for nowhere in ("203.0.113.7", "no.such.name.invalid"):
         with refused(M1Error, f"Nothing can be served at {nowhere}, port 7860: .* --host takes"):
             serving.check_address(nowhere, 7860)
+
+
+@pytest.mark.parametrize("host", ["::1", "fe80::1"])
+def test_an_address_of_six_is_refused(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit):
+        check_host(host, "me:secret")
+    assert "IPv4 addresses and names only" in " ".join(capsys.readouterr().err.split())
 
 
 def test_many_conversations_are_listed_above_what_comes_below(

@@ -183,7 +183,10 @@ def test_nothing_in_a_message_is_html_and_nothing_is_swallowed() -> None:
         shown = views.without_tags(text)
         assert views.typed(shown) == text
         assert shown.replace("\N{WORD JOINER}", "") == text
-    assert "<b" not in views.without_tags("a <b>c</b>")
+    for text in ("a <b>c</b>", "a ``` b <b>c</b>", "a\n x ``` <b>"):
+        assert "<b" not in views.without_tags(text)
+    for text in ("```\n<b>\n```", "- ```html\n  <b>\n  ```", "> ```\n> <b>\n> ```", "```\n<b>"):
+        assert views.without_tags(text) == text
     assert views.without_tags("`<b>` <br> < 5") == "`<b>` <br> < 5"
 
 

@@ -100,6 +100,20 @@ def test_a_file_that_makes_no_sense_changes_nothing(
     assert remembered.recall("tiny", form(engine), engine.defaults) == form(engine)
 
 
+def test_a_file_with_a_mistake_is_not_lost(m1_home: Path, engine: Engine) -> None:
+    usual = form(engine)
+    warm = replace(usual, temperature=0.25)
+    remembered.remember("other", warm, usual, given=frozenset())
+    text = home.settings().read_text(encoding="utf-8")
+    home.settings().write_text(text, encoding="utf-8-sig")  # as Notepad writes it
+    remembered.remember("tiny", warm, usual, given=frozenset())
+    assert remembered.recall("other", usual, engine.defaults) == warm
+    home.settings().write_text(broken := f"{text}\nmistake = [")
+    remembered.remember("tiny", warm, usual, given=frozenset())
+    assert remembered.recall("tiny", usual, engine.defaults) == warm
+    assert home.settings().with_name("settings.toml.unreadable").read_text() == broken
+
+
 def test_the_command_line_wins_and_leaves_what_was_chosen_before(
     m1_home: Path, engine: Engine
 ) -> None:

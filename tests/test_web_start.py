@@ -94,6 +94,21 @@ def test_a_kill_in_mid_answer_loses_nothing_that_was_stored(
     assert messages[1][1] == kept
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGTERM")
+def test_uploads_are_gone_when_the_program_is_told_to_end(
+    folder: Path, m1_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    with started(folder, m1_home) as (_, process):
+        (uploads,) = temporary.glob("m1-*")
+        (uploads / "patient.txt").write_text("words")
+        process.terminate()
+        assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
+        assert not uploads.exists()
+
+
 def path(m1_home: Path) -> list[tuple[str, str]]:
     with History.open(m1_home / "history.db") as store:
         latest = store.latest()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from m1local_app.boundary import stderr_console
 from m1local_app.columns import printable
 from m1local_app.interrupt import Keyboard
 from m1local_app.language import series, tr
@@ -21,11 +22,7 @@ LONG_PROMPT_TOKENS = 512
 
 def note(text: str) -> None:
     """Say something that is not an answer: on stderr, dimmed, at a terminal wrapped by words."""
-    from rich.console import Console
-
-    style = None if os.environ.get("NO_COLOR") else "dim"
-    console = Console(stderr=True, highlight=False, emoji=False, markup=False)
-    console.print(text, style=style, soft_wrap=not console.is_terminal)
+    stderr_console().print(text, style=None if os.environ.get("NO_COLOR") else "dim")
 
 
 def print_answer(

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -22,6 +22,9 @@ from typer.core import TyperGroup
 from m1local.errors import M1Error
 from m1local_app import language
 from m1local_app.language import tr
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 INTERRUPTED = 130
 UNWRITTEN = {errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", None)}
@@ -158,12 +161,17 @@ def _arrange_help() -> None:
 
 def error_line(message: str) -> None:
     """Print what went wrong on stderr: one line, red where colour is wanted, wrapped by words."""
+    style = None if os.environ.get("NO_COLOR") else "red"
+    stderr_console().print(tr("error: {message}", message=message), style=style)
+
+
+def stderr_console() -> "Console":
+    """Stderr, on which nothing is markup: text is wrapped at a terminal, and as it is elsewhere."""
     from rich.console import Console
 
-    style = None if os.environ.get("NO_COLOR") else "red"
-    console = Console(stderr=True, highlight=False, emoji=False, markup=False)
-    said = tr("error: {message}", message=message)
-    console.print(said, style=style, soft_wrap=not console.is_terminal)
+    made = Console(stderr=True, highlight=False, emoji=False, markup=False)
+    made.soft_wrap = not made.is_terminal
+    return made
 
 
 def ask(question: str, otherwise: str) -> None:

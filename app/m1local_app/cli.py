@@ -242,7 +242,7 @@ def _quantized(chosen: Chosen, recipe: "Recipe", size: "Size | None", *, offline
     from m1local.checkpoint import CONFIG, is_quantized
     from m1local.config import M1Config
     from m1local_app.fetching import completed, open_source
-    from m1local_app.fitting import Size, fitted_recipe
+    from m1local_app.fitting import fitted_recipe
     from m1local_app.kept import size_text
     from m1local_app.progress import quantize_with_progress
 
@@ -252,12 +252,13 @@ def _quantized(chosen: Chosen, recipe: "Recipe", size: "Size | None", *, offline
     if size is not None:
         budget = size.weights(M1Config.from_file(chosen.folder / CONFIG))
         label = f"{chosen.label} ({recipe.name}, {size_text(budget)})"
-    target = library.kept_folder(chosen, recipe, budget)
+    elsewhere = frozenset() if size is None else size.elsewhere
+    target = library.kept_folder(chosen, recipe, budget, elsewhere)
     if not (target / MANIFEST).is_file():
         source = chosen if budget is None else _whole(chosen, recipe, offline=offline)
         original = open_source(source, offline=offline)
-        if budget is not None:
-            recipe = fitted_recipe(recipe, original, Size(budget))
+        if size is not None:
+            recipe = fitted_recipe(recipe, original, size)
         quantize_with_progress(original, target, recipe)
     return Chosen(target, label)
 

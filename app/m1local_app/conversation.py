@@ -7,6 +7,7 @@ the store fails, that is said once and the conversation goes on. What it is not:
 (history/) or the session that makes the answers (m1local.chat).
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,9 +47,10 @@ class Conversation:
     @property
     def title(self) -> str:
         """The title, perhaps empty."""
-        if self._kept_in is None or self.id is None:
-            return self._title
-        return self._kept_in.conversation(self.id).title
+        if self._kept_in is not None and self.id is not None:
+            with contextlib.suppress(M1Error):  # it was deleted elsewhere meanwhile
+                self._title = self._kept_in.conversation(self.id).title
+        return self._title
 
     @property
     def _kept_in(self) -> "History | None":

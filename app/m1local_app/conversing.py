@@ -229,6 +229,10 @@ def check_host(host: str, auth: str | None) -> None:
     user, _, password = (auth or "").partition(":")
     if auth is not None and not (user and password):
         raise usage_error(tr("--auth must be USER:PASSWORD."))
+    if ":" in host:
+        raise usage_error(
+            tr("--host {host}: the page is served at IPv4 addresses and names only.", host=host)
+        )
     if auth is None and not is_loopback(host):
         raise usage_error(
             tr("--host {host} lets others reach this page; add --auth USER:PASSWORD.", host=host)

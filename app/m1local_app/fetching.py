@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -21,7 +20,7 @@ from rich.progress import (
 from m1local import home
 from m1local.errors import HubError
 from m1local_app import library
-from m1local_app.boundary import usage_error
+from m1local_app.boundary import stderr_console, usage_error
 from m1local_app.kept import size_text
 from m1local_app.language import tr
 from m1local_app.notices import show_licence_once
@@ -120,7 +119,7 @@ def pull_with_progress(
 ) -> None:
     """Fetch `repository` into `folder`, or all but its weights."""
     show_licence_once(repository)
-    console = Console(stderr=True, highlight=False)
+    console = stderr_console()
     begun, total = time.monotonic(), 0
     columns = (
         TextColumn("{task.description}"),

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from m1local import __version__, home
 from m1local.errors import RecipeError
-from m1local_app.boundary import usage_error
+from m1local_app.boundary import stderr_console, usage_error
 from m1local_app.kept import size_text
 from m1local_app.language import series, tr
 from m1local_quantize.recipe import Recipe
@@ -128,12 +127,14 @@ def _formats(recipe: Recipe) -> str:
 def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -> "Sensitivities":
     from m1local.checkpoint import matrix_names
     from m1local_quantize.fit import Sensitivities
+    from m1local_quantize.journal import described
     from m1local_quantize.sensitivity import measure_sensitivity
     from m1local_quantize.text import CALIBRATION
 
     text = source.read_text(calibration or CALIBRATION)
     decisive = [
-        __version__, text.sha256, dict(source.files.identity()), list(map(str, recipe.candidates))
+        __version__, text.sha256, dict(source.files.identity()), described(source.folder),
+        list(map(str, recipe.candidates)),
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
     path = home.sensitivities() / f"{name}.json"
@@ -143,7 +144,7 @@ def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    console, costs = Console(stderr=True, highlight=False), {}
+    console, costs = stderr_console(), {}
     disabled = not sys.stderr.isatty()
     with Progress(*columns, console=console, transient=True, disable=disabled) as bar:
         task = bar.add_task(tr("measuring what each matrix costs"), total=None)

@@ -49,7 +49,9 @@ history = typer.Typer(
 
 @history.command("list")
 def list_conversations(
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many at most.")] = 50,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=10**6, help="How many at most.")
+    ] = 50,
     binned: Annotated[bool, typer.Option("--bin", help="Those that were deleted.")] = False,
 ) -> None:
     """List the conversations, the last changed first.
@@ -71,7 +73,9 @@ def list_conversations(
 @history.command("search")
 def search_messages(
     words: Annotated[list[str], typer.Argument(help="All must be in a message; in any case.")],
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many at most.")] = 50,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=10**6, help="How many at most.")
+    ] = 50,
 ) -> None:
     """Find messages, in Chinese too, the newest first.
 

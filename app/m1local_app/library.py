@@ -5,6 +5,7 @@ download; that is fetching.py.
 """
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 from m1local import home
@@ -87,10 +88,13 @@ def _folder(name: str) -> Path | None:
         return None
 
 
-def kept_folder(chosen: Chosen, recipe: Recipe, budget: int | None = None) -> Path:
+def kept_folder(
+    chosen: Chosen, recipe: Recipe, budget: int | None = None, elsewhere: Collection[str] = ()
+) -> Path:
     """Where the checkpoint made from `chosen` by `recipe` is kept under M1_HOME.
 
-    `budget` is how many bytes its weights may take, where the recipe chooses formats by that.
+    `budget` is how many bytes its weights may take, where the recipe chooses formats by that, but
+    for matrices that lie `elsewhere`.
 
     The name ends in a fingerprint of the recipe's rules, the checkpoint format and the files that
     are read (their content where they are small, else size and time), so that a changed source or
@@ -100,7 +104,8 @@ def kept_folder(chosen: Chosen, recipe: Recipe, budget: int | None = None) -> Pa
     digest = hashlib.sha256(f"{FORMAT_VERSION} {recipe.method} {recipe.rules}\n".encode())
     name = f"{chosen.label}-{recipe.name}"
     if budget is not None:
-        digest.update(f"{recipe.candidates} {budget}\n".encode())
+        beside = f" {sorted(elsewhere)}" if elsewhere else ""
+        digest.update(f"{recipe.candidates} {budget}{beside}\n".encode())
         name += f"-{budget / 2**30:.2f}GiB"
     record = Record.read(chosen.folder)
     if record is not None:

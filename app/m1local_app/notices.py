@@ -5,16 +5,17 @@ What it is: the texts, and a record of when each was shown, or accepted on the p
 how a user is asked.
 """
 
-import contextlib
 import json
 import time
-
-from rich.console import Console
+from pathlib import Path
 
 from m1local import home
+from m1local_app.boundary import stderr_console
 from m1local_app.language import tr
 
 MEDICAL = "medical notice"
+# What could not be written down, by where: it counts for this process.
+_UNRECORDED: dict[Path, dict[str, str]] = {}
 ACCEPTED = "accepted on the page"
 
 
@@ -60,21 +61,22 @@ def is_accepted(source: str) -> bool:
 def _show_once(key: str, text: str) -> None:
     if key in _shown():
         return
-    console = Console(stderr=True, highlight=False)
-    console.print(text, markup=False, soft_wrap=not console.is_terminal)
+    stderr_console().print(text)
     _record(key)
 
 
 def _shown() -> dict[str, str]:
     try:
-        return dict(json.loads(home.licences().read_text(encoding="utf-8")))
+        kept = dict(json.loads(home.licences().read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        return {}
+        kept = {}
+    return kept | _UNRECORDED.get(home.licences(), {})
 
 
 def _record(key: str) -> None:
     path, shown = home.licences(), _shown()
     shown[key] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    # Where nothing can be recorded it is shown again next time; that stops nobody's work.
-    with contextlib.suppress(OSError):
+    try:
         home.replace_text(path, json.dumps(shown, indent=1) + "\n")
+    except OSError:  # it is shown again next time; that stops nobody's work
+        _UNRECORDED[path] = shown

@@ -123,7 +123,9 @@ KvType = Annotated[
 ]  # fmt: skip
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads. (default: all cores)"),
+    typer.Option(
+        "--threads", "-t", min=1, max=1024, metavar="N", help="CPU threads. (default: all cores)"
+    ),
 ]
 Offline = Annotated[
     bool, typer.Option("--offline", help="Fetch nothing; fail where something is missing.")

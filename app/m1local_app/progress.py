@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from m1local.manifest import CheckpointManifest
+from m1local_app.boundary import stderr_console
 from m1local_app.columns import aligned
 from m1local_app.fetching import note_licence
 from m1local_app.kept import size_text
@@ -49,7 +50,7 @@ def quantize_with_progress(
     from m1local_quantize.text import CALIBRATION, SHIPPED
 
     note_licence(source.folder)
-    console = Console(stderr=True, highlight=False)
+    console = stderr_console()
     begun, peak, manifest = time.monotonic(), 0, None
     with _bar(console) as bar:
         drawn = Course(bar, recipe.name, source.files.passing)
@@ -143,7 +144,7 @@ def measure_with_progress(
     opened = Source.open(source)
     measured_on = opened.read_text(text or SHIPPED)
     found = None
-    with _bar(Console(stderr=True, highlight=False)) as bar:
+    with _bar(stderr_console()) as bar:
         task = bar.add_task(tr("measuring"), total=None)
         for event in certify(opened, folder, specs, measured_on):
             if isinstance(event, StageMeasured):

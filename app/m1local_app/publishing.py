@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from m1local.checkpoint import is_quantized
 from m1local.errors import CheckpointError
-from m1local_app.boundary import ask
+from m1local_app.boundary import ask, stderr_console
 from m1local_app.checks import verify_checkpoint
 from m1local_app.columns import aligned
 from m1local_app.kept import size_text
@@ -118,7 +117,7 @@ def _place(publication: Publication, asked_for_private: bool) -> str:
 
 
 def _send(publication: Publication) -> None:
-    console = Console(stderr=True, highlight=False)
+    console = stderr_console()
     begun = time.monotonic()
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=None),

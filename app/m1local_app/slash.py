@@ -4,6 +4,7 @@ What it is: what each command does to a conversation and says about it; a comman
 model returns the answer's events. What it is not: reading lines or showing answers (terminal.py).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from m1local_app import language, parameters
 from m1local_app.answer_view import context_line, note, speed_line
 from m1local_app.columns import one_line, shortened, table
 from m1local_app.language import marked, tr
-from m1local_app.textfile import read_text_file
+from m1local_app.textfile import at_home, read_text_file
 
 if TYPE_CHECKING:
     from m1local.generate import Event
@@ -264,8 +265,8 @@ class SlashCommands:
             raise M1Error(tr("Nothing was said yet."))
         overwrite = argument.endswith(OVERWRITE)
         named = argument.removesuffix(OVERWRITE).strip() or "conversation.md"
-        path = _path_and_rest(named)[0].expanduser() if named[0] in "\"'" else Path(named)
-        write_export(store, self.conversation.id, path.expanduser(), overwrite=overwrite)
+        path = at_home(_path_and_rest(named)[0] if named[0] in "\"'" else Path(named))
+        write_export(store, self.conversation.id, path, overwrite=overwrite)
         note(tr("Wrote {path}.", path=path))
 
     def _multi(self, argument: str) -> None:
@@ -293,8 +294,9 @@ def _path_and_rest(argument: str) -> tuple[Path, str]:
     if argument[0] in "\"'" and argument.count(argument[0]) > 1:
         path, _, rest = argument[1:].partition(argument[0])
         return Path(path), rest.strip()
-    if Path(argument).expanduser().is_file():
-        return Path(argument), ""
+    with contextlib.suppress(OSError, ValueError):  # longer than a name may be, or with a NUL
+        if at_home(Path(argument)).is_file():
+            return Path(argument), ""
     path, _, rest = argument.partition(" ")
     return Path(path), rest.strip()
 

@@ -15,17 +15,24 @@ MOST_BYTES = 10 << 20
 
 def read_text_file(path: Path) -> str:
     """The text of a file; raises M1Error where it is none, or too long for any context."""
-    path = path.expanduser()
+    path = at_home(path)
     try:
         if path.stat().st_size > MOST_BYTES:
             raise M1Error(tr("{path} is larger than any context; cut it down.", path=path))
         text = decoded(path.read_bytes())
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, ValueError) as error:  # a NUL in the name is the latter
+        reason = getattr(error, "strerror", None) or str(error)
         raise M1Error(tr("{path} cannot be read: {reason}.", path=path, reason=reason)) from error
     if text is None:
         raise M1Error(tr("{path} is no text in UTF-8, UTF-16 or GB18030.", path=path))
     return text.strip()
+
+
+def at_home(path: Path) -> Path:
+    """`path` with ~ as the user's folder; as it is where there is no such user."""
+    with contextlib.suppress(RuntimeError):
+        return path.expanduser()
+    return path
 
 
 def decoded(content: bytes) -> str | None:

@@ -19,8 +19,10 @@ from typing import Any, BinaryIO
 import torch
 
 from m1local import __version__, folder
+from m1local.checkpoint import CONFIG
 from m1local.manifest import FORMAT_VERSION, HASH_BLOCK
 from m1local.manifest import NAME as MANIFEST
+from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.methods import optimum_gptq
 from m1local_quantize.plan import Plan, Step
 from m1local_quantize.shard_writer import Layout, partial_path
@@ -92,12 +94,19 @@ def _fingerprint(source: Source, plan: Plan, calibration: Text | None) -> str:
         "optimum": optimum_gptq.versions(plan),
         "calibration": None if calibration is None else calibration.sha256,
         "source": dict(source.files.identity()),
+        "described": described(source.folder),
         "plan": {
             file: [[step.name, repr(step.spec), step.method] for step in steps]
             for file, steps in plan.shards.items()
         },
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def described(folder: Path) -> dict[str, str]:
+    """By name, the SHA-256 of what says how the weights compute and how text becomes tokens."""
+    paths = [folder / name for name in (CONFIG, *TOKENIZER_FILES) if (folder / name).is_file()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def _read(path: Path, fingerprint: str) -> dict[str, str] | None:

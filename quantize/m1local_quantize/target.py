@@ -133,8 +133,11 @@ def write_index(target: Path, weight_map: dict[str, str], total_bytes: int) -> N
 
 def check_contents(target: Path, *, overwrite: bool) -> None:
     """Raise StorageError where `target` holds what may not be replaced."""
-    if not target.exists():
-        return
+    try:
+        if not target.exists():
+            return
+    except OSError as error:  # as of a name that is too long
+        raise disk_error(error, target) from error
     if not target.is_dir():
         raise StorageError(f"{target} is a file; choose another folder.")
     finished, unfinished = (target / MANIFEST).exists(), (target / MARKER).exists()

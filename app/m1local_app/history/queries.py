@@ -58,6 +58,9 @@ NEWEST_BELOW = """
 """
 
 
+ENDLESS = 2**63  # the first number that SQLite does not have
+
+
 def no_conversation(conversation_id: int) -> M1Error:
     """The error for an id that no conversation has."""
     return M1Error(
@@ -71,7 +74,7 @@ def no_conversation(conversation_id: int) -> M1Error:
 def check_conversation(connection: sqlite3.Connection, conversation_id: int) -> None:
     """Raise M1Error where there is no such conversation; one in the bin is there."""
     query = "SELECT 1 FROM conversation WHERE id = ?"
-    possible = 0 < conversation_id < 2**63  # SQLite's integers have 64 bits
+    possible = 0 < conversation_id < ENDLESS
     if not possible or connection.execute(query, (conversation_id,)).fetchone() is None:
         raise no_conversation(conversation_id)
 
@@ -103,6 +106,11 @@ def show(connection: sqlite3.Connection, conversation_id: int, head: int | None)
     """Let the shown path end with `head`."""
     connection.execute("UPDATE conversation SET head = ? WHERE id = ?", (head, conversation_id))
     touch(connection, conversation_id)
+
+
+def restore(connection: sqlite3.Connection, conversation_id: int) -> None:
+    """Take a conversation out of the bin."""
+    connection.execute("UPDATE conversation SET binned = NULL WHERE id = ?", (conversation_id,))
 
 
 def delete(connection: sqlite3.Connection, where: str, values: Sequence[object]) -> int:

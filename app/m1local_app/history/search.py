@@ -9,12 +9,14 @@ ever syntax, only text to be found.
 import sqlite3
 
 INDEXED = 3  # characters of the shortest word that the trigram index finds
+MOST = 100  # words that are looked for; SQLite takes some hundreds
 FOLD = "folded"
 
 
 def words_of(text: str) -> list[str]:
-    """The words to be found, all of them; a control character separates like a space."""
-    return "".join(c if c.isprintable() else " " for c in text).split()
+    """The words to be found, the first MOST; a control character separates like a space."""
+    words = "".join(c if c.isprintable() else " " for c in text).split()
+    return list(dict.fromkeys(words))[:MOST]
 
 
 def condition(words: list[str]) -> tuple[str, list[str]]:

@@ -84,7 +84,10 @@ class History:
         token_ids: Sequence[int] = (),
         finish: str | None = None,
     ) -> int:
-        """Add a message after `parent` (None: as the first) and show it; returns its id."""
+        """Add a message after `parent` (None: as the first) and show it; returns its id.
+
+        A question takes a conversation out of the bin: somebody goes on with it.
+        """
         values = (
             conversation_id, parent, role, storable(model), storable(checkpoint), finish, now(),
             parameters_text(parameters), json.dumps(list(token_ids)), storable(content),
@@ -99,6 +102,8 @@ class History:
                 values,
             )
             queries.show(connection, conversation_id, queries.new_id(cursor))
+            if role == "user":
+                queries.restore(connection, conversation_id)
         return queries.new_id(cursor)
 
     def update(
@@ -183,7 +188,8 @@ class History:
 
     def conversation(self, conversation_id: int) -> StoredConversation:
         """One conversation; raises M1Error where there is none, or where it is in the bin."""
-        rows = self._rows(queries.CONVERSATIONS.format(where="id = ?"), conversation_id)
+        query = queries.CONVERSATIONS.format(where="id = ?")
+        rows = self._rows(query, conversation_id) if 0 < conversation_id < queries.ENDLESS else []
         if not rows:
             raise queries.no_conversation(conversation_id)
         if rows[0][6] is not None:

@@ -51,6 +51,7 @@ class Handlers:
         question = attachments.joined(text or "", tab.files)
         if not question.strip():
             return
+        tab.interrupt()
         turns = list(tab.conversation.session.turns)
 
         def start() -> Iterator[Event]:

@@ -155,7 +155,6 @@ def _main(desk: Desk) -> dict[str, Any]:
     with gr.Row(elem_id="ask"):
         made["attach"] = gr.UploadButton(
             tr("Attach a file"),
-            file_types=[".txt", ".md", ".pdf"],
             elem_id="attach",
             min_width=0,
             scale=0,

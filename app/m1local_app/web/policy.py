@@ -15,7 +15,8 @@ CONTENT_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; font-src 'self' data:; worker-src 'self' blob:; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; connect-src 'self'; "
-    "frame-src 'none'; object-src 'none'; form-action 'self'; base-uri 'self'"
+    "frame-src 'none'; frame-ancestors 'none'; object-src 'none'; form-action 'self'; "
+    "base-uri 'self'"
 )
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import tomllib
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from m1local import home
@@ -52,12 +53,23 @@ def remember(label: str, form: Form, defaults: Form, *, given: frozenset[str]) -
     path = home.settings()
     # Where nothing can be kept the page works all the same; it begins with the usual next time.
     with contextlib.suppress(OSError):
+        _set_aside(path)
         home.replace_text(path, text)
+
+
+def _set_aside(path: Path) -> None:
+    """Keep a file that is no TOML, perhaps for a letter, under another name."""
+    try:
+        tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        path.replace(path.with_name(f"{path.name}.unreadable"))
 
 
 def _tables() -> dict[str, dict[str, Any]]:
     try:
-        read = tomllib.loads(home.settings().read_text(encoding="utf-8"))
+        read = tomllib.loads(home.settings().read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return {}
     tables = read.get(TABLE, {})

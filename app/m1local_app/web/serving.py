@@ -18,6 +18,7 @@ import typer
 from starlette.middleware import Middleware
 
 from m1local.errors import M1Error
+from m1local_app.interrupt import leave_when_told
 from m1local_app.language import language, tr
 from m1local_app.web import page as pages
 from m1local_app.web.attachments import UPLOADS
@@ -33,6 +34,7 @@ MONOSPACE = ("ui-monospace", "Consolas", "monospace")
 def serve(desk: Desk, *, host: str, port: int, browser: bool, auth: tuple[str, str] | None) -> None:
     """Open the page and wait until Ctrl-C."""
     page = pages.build(desk)
+    leave_when_told()
     _, url, _ = launch(page, host=host, port=port, browser=browser, auth=auth)
     said = tr("{label} at {url} (Ctrl-C ends it)", label=desk.label, url=url)
     typer.echo(said, err=True)
@@ -58,7 +60,7 @@ def launch(
     """Serve `page` without blocking; port 0 takes any free one."""
     check_address(host, port)
     _keep_uploads_private()
-    _ask_no_proxy()
+    _ask_no_proxy(host)
     try:
         started: tuple[Any, str, str | None] = page.launch(
             server_name=host,
@@ -156,11 +158,11 @@ def theme() -> gr.themes.Base:
     )
 
 
-def _ask_no_proxy() -> None:
+def _ask_no_proxy(host: str) -> None:
     """Ask no proxy for this machine; Gradio asks itself whether it is up."""
     for name in ("NO_PROXY", "no_proxy"):
         known = [entry for entry in os.environ.get(name, "").split(",") if entry]
-        os.environ[name] = ",".join([*known, "localhost", HOST])
+        os.environ[name] = ",".join([*known, "localhost", HOST, host])
 
 
 def _keep_uploads_private() -> None:

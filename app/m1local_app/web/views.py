@@ -22,7 +22,10 @@ from m1local_app.web.tabs import Progress, Tab
 
 Message = dict[str, str]
 # What begins a tag, unless it is in code, or a line break as models write it in tables.
-_TAG = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`|<br ?/?>)|<(?=[A-Za-z/!?])", re.DOTALL)
+_TAG = re.compile(
+    r"(^[ \t>*+\-\d.)]*```.*?(?:^[ \t>]*```|\Z)|`[^`\n]*`|<br ?/?>)|<(?=[A-Za-z/!?])",
+    re.DOTALL | re.MULTILINE,
+)
 _JOINER = "\N{WORD JOINER}"  # has no width; behind it nothing is a tag
 # Drawn here: what a font has for these signs differs in size and place from system to system.
 _ICONS = {
