@@ -64,6 +64,16 @@ def test_statistics_go_to_stderr(quantized: Path) -> None:
     assert "tokens/s" not in result.stdout
 
 
+def test_advice_in_an_emergency_goes_to_stderr(quantized: Path) -> None:
+    told = m1("chat", quantized, "-p", "I have chest pain", *GREEDY)
+    assert "call your local emergency number" in " ".join(told.stderr.split())
+    assert "emergency number" not in told.stdout
+    assert "emergency" not in m1("chat", quantized, "-p", "hello", *GREEDY).stderr
+    spoken = m1("chat", quantized, *GREEDY, piped="我胸口疼")
+    assert spoken.exit_code == 0
+    assert "emergency number" in " ".join(spoken.stderr.split())
+
+
 def test_a_piped_text_is_the_question(quantized: Path) -> None:
     piped = m1("chat", quantized, *GREEDY, piped="hello")
     asked = m1("chat", quantized, *GREEDY, "-p", "hello")

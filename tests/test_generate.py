@@ -187,7 +187,8 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_computed(
     held = list(small.context.token_ids)
     monkeypatch.setattr(small.context, "feed", None)  # calling it would be a TypeError
     with pytest.raises(
-        ContextLengthError, match=rf"prompt has {len(prompt)} tokens; .* /clear, .* --ctx-size"
+        ContextLengthError,
+        match=rf"prompt has {len(prompt)} tokens; .* begin a new .*, or .* --ctx-size .up to 256.",
     ):
         next(small.complete(PROMPT, settings()))
     assert small.context.token_ids == held
@@ -353,7 +354,7 @@ def test_a_question_that_does_not_fit_is_taken_back(engine: Engine, other_engine
     session = ChatSession(engine, settings=settings(4))
     list(session.send("What is the heart?"))
     before = list(session.turns)
-    with pytest.raises(ContextLengthError, match="/clear"):
+    with pytest.raises(ContextLengthError, match=r"or begin a new conversation\.$"):
         list(session.send("heart " * 300))
     assert session.turns == before
     expected = ids_of(twin(session, other_engine).send("Why?"))

@@ -279,7 +279,7 @@ def test_values_that_are_no_numbers_are_reported(value: float, temperature: floa
         ("top_p", "top-p", (0.0, -0.1, 1.01, math.nan), "above 0, up to 1"),
         ("min_p", "min-p", (-0.1, 1.01, math.nan), "0 to 1"),
         ("repetition_penalty", "repeat-penalty", (0.0, -1.0, 10.1, math.nan), "above 0, up to 10"),
-        ("seed", "seed", (-1, 2**63), "0 or more"),
+        ("seed", "seed", (-1, 2**63), "0 to 2.63 - 1"),
         ("presence_penalty", "presence-penalty", (-101, 101, math.nan), "-100 to 100"),
         ("frequency_penalty", "frequency-penalty", (-101, math.inf), "-100 to 100"),
         ("repeat_last_n", "repeat-last-n", (-2,), "-1 .all., 0 .off. or more"),

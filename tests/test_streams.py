@@ -83,7 +83,8 @@ def test_ctrl_c_in_the_middle_of_an_import_ends_at_once(tmp_path: Path) -> None:
         "try:\n    time.sleep(60)\nexcept BaseException:\n    pass\nprint('went on', flush=True)\n"
     )
     program = (
-        "import typer, m1local_app.cli as c\n"
+        "import signal, typer, m1local_app.cli as c\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # some shells ignore it
         "@c.cli.command()\ndef slowly() -> None:\n    import slow\n"
         "c.cli(['slowly'])\n"
     )

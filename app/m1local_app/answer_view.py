@@ -13,6 +13,7 @@ from m1local_app.boundary import stderr_console
 from m1local_app.columns import printable
 from m1local_app.interrupt import Keyboard
 from m1local_app.language import series, tr
+from m1local_app.red_flags import advice
 
 if TYPE_CHECKING:
     from m1local.generate import Event, Finished, TurnsDropped
@@ -23,6 +24,12 @@ LONG_PROMPT_TOKENS = 512
 def note(text: str) -> None:
     """Say something that is not an answer: on stderr, dimmed, at a terminal wrapped by words."""
     stderr_console().print(text, style=None if os.environ.get("NO_COLOR") else "dim")
+
+
+def note_advice(question: str) -> None:
+    """Say what there is to say before the answer where `question` has words of an emergency."""
+    if (urgent := advice(question)) is not None:
+        note(urgent)
 
 
 def print_answer(

@@ -161,8 +161,9 @@ def converse(chosen: Chosen, wish: Wish, timings: Timings) -> None:
 
 def _answer(conversation: "Conversation", asked: str, wanted: ChatOptions, *, raw: bool) -> None:
     """Answer one question, and nothing else."""
-    from m1local_app.answer_view import StoppedError, note, print_answer
+    from m1local_app.answer_view import StoppedError, note, note_advice, print_answer
 
+    note_advice(asked)
     session = conversation.session
     events = session.engine.complete(asked, session.settings) if raw else conversation.send(asked)
     try:

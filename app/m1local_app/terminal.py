@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from m1local.errors import M1Error
-from m1local_app.answer_view import StoppedError, note, print_answer
+from m1local_app.answer_view import StoppedError, note, note_advice, print_answer
 from m1local_app.boundary import INTERRUPTED, error_line
 from m1local_app.language import tr
 from m1local_app.line_editor import Message, line_editor
@@ -89,6 +89,7 @@ class Terminal:
             if self._is_command(message, editing):
                 editing, events = None, self._slash.obey(message.text)
             elif message.text.strip():
+                note_advice(message.unescaped)
                 events = self._events(message.unescaped, editing)
             if events is not None:
                 self._show(events)
