@@ -64,6 +64,18 @@ def test_statistics_go_to_stderr(quantized: Path) -> None:
     assert "tokens/s" not in result.stdout
 
 
+def test_options_that_would_do_nothing_are_refused(
+    quantized: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    raw = m1("chat", quantized, "-p", "hello", "--raw", "--session", "x", *GREEDY)
+    assert (raw.exit_code, "is kept in no conversation" in raw.stderr) == (1, True)
+    ppl = m1("eval", "ppl", quantized, "--source", tmp_path)
+    assert (ppl.exit_code, "ppl compares with nothing" in ppl.stderr) == (2, True)
+    text = m1("quantize", tiny_checkpoint, tmp_path / "out", "--calibration", tmp_path / "none")
+    assert (text.exit_code, "int4 learns from no text" in text.stderr) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_advice_in_an_emergency_goes_to_stderr(quantized: Path) -> None:
     told = m1("chat", quantized, "-p", "I have chest pain", *GREEDY)
     assert "call your local emergency number" in " ".join(told.stderr.split())

@@ -62,6 +62,18 @@ def test_help_names_every_command(slash: SlashCommands, capsys: pytest.CaptureFi
         assert f"/{command.name}" in said.err
 
 
+def test_a_conversation_that_was_deleted_elsewhere_keeps_its_title(slash: SlashCommands) -> None:
+    ask(slash, "hello")
+    store, identifier = slash.conversation.store, slash.conversation.id
+    assert store is not None
+    assert identifier is not None
+    title = slash.conversation.title
+    store.delete(identifier)
+    assert slash.conversation.title == title != ""
+    ask(slash, "and on")
+    assert [one.id for one in store.conversations()] == [identifier]
+
+
 def test_an_unknown_command_is_one_line(slash: SlashCommands) -> None:
     for line in ("/nonsense", "/", "/help/me"):
         with pytest.raises(M1Error, match="no command /"):

@@ -50,7 +50,8 @@ def test_pages_of_other_sites_are_not_answered(page: Served) -> None:
 
 def test_a_server_for_others_has_names_of_its_own_but_answers_no_other_pages() -> None:
     """Who may come in there is asked for a password, which another site's page does not have."""
-    assert OwnPagesOnly(None, "0.0.0.0")._names is None
+    for others in ("0.0.0.0", "192.168.0.7", "127.evil.example"):
+        assert OwnPagesOnly(None, others)._names is None
     assert "127.0.0.9" in (OwnPagesOnly(None, "127.0.0.9")._names or ())
 
 

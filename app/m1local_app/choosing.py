@@ -97,7 +97,7 @@ def _fit_size(folder: Path, free: int) -> int:
     config = M1Config.from_file(folder / CONFIG)
     size = free + CONTEXT_BYTES  # which is made already, and is taken off a card's size
     least = Model(config, dict.fromkeys(matrix_names(config), FIT_LEAST), dtype_on(used_device()))
-    needed = sum(size for part, size in least.parts.items() if part not in OFF_THE_CARD)
+    needed = least.weights - sum(least.parts[part] for part in OFF_THE_CARD)
     return size if weights_within(size, config, FIT_CONTEXT) >= needed else 0
 
 

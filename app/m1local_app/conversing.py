@@ -5,7 +5,6 @@ the terminal, the single answer or the page begun. What it is not: any of these 
 """
 
 import hashlib
-import ipaddress
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +208,7 @@ def serve_page(
         kv_type=wanted.kv_type or FLOAT,
         given=_given(wanted),
     )
+
     user, _, password = (auth or "").partition(":")
     serve(desk, host=host, port=port, browser=browser, auth=(user, password) if auth else None)
 
@@ -227,6 +227,8 @@ def _given(wanted: EngineOptions) -> frozenset[str]:
 
 def check_host(host: str, auth: str | None) -> None:
     """Leave with exit code 2 where others could come in without a password."""
+    from m1local_app.web.policy import is_loopback
+
     user, _, password = (auth or "").partition(":")
     if auth is not None and not (user and password):
         raise usage_error(tr("--auth must be USER:PASSWORD."))
@@ -238,16 +240,6 @@ def check_host(host: str, auth: str | None) -> None:
         raise usage_error(
             tr("--host {host} lets others reach this page; add --auth USER:PASSWORD.", host=host)
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine, and nobody else comes in."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def load(chosen: Chosen, wanted: EngineOptions, timings: Timings) -> "Engine":

@@ -85,7 +85,7 @@ class Calibrator:
         if not bool(torch.isfinite(found.diagonal()).all()):
             raise CalibrationError(
                 f"With the calibration text, what comes into {module} is not finite. Give another "
-                "text (--text), or take a recipe without one (int4)."
+                "text (--calibration), or take a recipe without one (int4)."
             )
         if name in SAME_INPUT.values():
             return found.clone()

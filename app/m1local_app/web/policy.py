@@ -3,6 +3,7 @@
 What it is: three ASGI middlewares. What it is not: passwords, which are Gradio's (serving.py).
 """
 
+import ipaddress
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ CONTENT_POLICY = (
 )
 
 
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+OWN_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 class OwnPagesOnly:
@@ -34,7 +35,7 @@ class OwnPagesOnly:
     def __init__(self, app: Any, host: str) -> None:
         """Wrap `app`, which is served at `host`."""
         self._app = app
-        self._names = LOOPBACK | {host} if host in LOOPBACK or host.startswith("127.") else None
+        self._names = OWN_NAMES | {host} if is_loopback(host) else None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Refuse what comes from elsewhere."""
@@ -52,6 +53,16 @@ class OwnPagesOnly:
         plain = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": f"{kind}.start", "status": 403, "headers": plain})
         await send({"type": f"{kind}.body", "body": said.encode()})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is this machine, and nobody else comes in."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _name(asked: str) -> str | None:
