@@ -37,6 +37,10 @@ MOST_ERROR = 0.02
 TOGETHER = 8  # steps that are timed as one
 WARMING = 3  # tokens of an answer before the first that counts: graphs are captured
 DRAWN = SamplingParams(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05, seed=1)
+WITHOUT = {
+    "serial": ("overlaps", False),  # each kernel begins when the one before has ended
+    "unasked": ("ahead", 0),  # no weights are asked for before their kernel
+}
 CAPPED = (Setting(8192), Setting(2048, BYTES))
 
 
@@ -136,11 +140,11 @@ def profile(subject: Subject) -> dict[str, Any]:
     return {"kernels": sorted(kernels, key=lambda kernel: -kernel["microseconds"])}
 
 
-def serial(subject: Subject) -> dict[str, Any]:
-    """Decode in int4 at the first context, each kernel beginning when the one before has ended."""
-    with patch.object(Card, "overlaps", False):
+def without(name: str, subject: Subject) -> dict[str, Any]:
+    """Decode in int4 at the first context, without what WITHOUT says."""
+    with patch.object(Card, *WITHOUT[name]):
         found = decode("int4", FLOAT, replace(subject, contexts=subject.contexts[:1]))
-    rows = [row | {"format": "int4 serial"} for row in found["rows"]]
+    rows = [row | {"format": f"int4 {name}"} for row in found["rows"]]
     return found | {"rows": rows}
 
 
@@ -248,7 +252,7 @@ PARTS: dict[str, Callable[[Subject], object]] = {  # the most telling first: tim
     "copy": copy,
     "kernels": check_kernels,
     "decode int4": partial(decode, "int4", FLOAT),
-    "decode int4 serial": serial,
+    **{f"decode int4 {name}": partial(without, name) for name in WITHOUT},
     "profile": profile,
     "prompt int4": partial(prompt, "int4"),
     "peers": peers,

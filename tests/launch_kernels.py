@@ -2,9 +2,10 @@
 
 Run as a program (`python -m tests.launch_kernels 90 int4`): a format's products of one, a few and
 many rows, a decode step and a prompt's attention go through Triton's own launcher, with the tensors
-that the runtime would pass, as far as the compiled kernel. So types that do not fit show here; in
-compile_kernels.py they are written down by hand. It prints the kernels' names. A process of its
-own, since kernels that were imported for the interpreter cannot be compiled.
+that the runtime would pass, as far as what Triton itself makes of them for the card. So types that
+do not fit show here; in compile_kernels.py, which goes on to machine code, they are written down by
+hand. It prints the kernels' names. A process of its own, since kernels that were imported for the
+interpreter cannot be compiled.
 """
 
 import os
@@ -50,6 +51,7 @@ def pretend(capability: int, launched: list[str]) -> None:
     from m1local.cuda import overlap
 
     vars(overlap)["accepted"] = lambda device: True
+    triton.knobs.runtime.add_stages_inspection_hook = without_machine_code
     triton.runtime.driver.set_active(Driver(capability))
     run = JITFunction.run
 
@@ -58,6 +60,22 @@ def pretend(capability: int, launched: list[str]) -> None:
         return run(self, *args, **options | {"warmup": True})
 
     JITFunction.run = compiled
+
+
+def without_machine_code(*given: Any) -> Any:
+    """Triton's hook for other steps of compiling: leave out those that are none of Triton's own."""
+    if not given:
+        return "types", "types"  # what the cache goes by
+    stages = given[1]
+    for name in ("llir", "ptx"):
+        del stages[name]
+
+    def nothing(source: object, metadata: dict[str, Any]) -> bytes:
+        metadata |= {"name": "", "shared": 0}
+        return b""
+
+    stages["cubin"] = nothing
+    return None
 
 
 def products(name: str, dtype: torch.dtype) -> None:

@@ -39,7 +39,7 @@ RUNTIME_ORDER = (
     ("config", "rope", "cuda", "cuda.card", "cuda.matrix", "cuda.transfer", "cuda.replay"),
     ("cuda.words", "cuda.support", "cuda.int4pack", "cuda.kept", "cuda.overlap"),
     ("cuda.tensor_core",),
-    ("cuda.code_bytes", "cuda.activation"),
+    ("cuda.code_bytes", "cuda.activation", "cuda.ahead"),
     ("cuda.row_sums",),
     ("cuda.one_row",),
     ("cuda.trial", "cuda.rows"),

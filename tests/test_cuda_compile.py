@@ -12,7 +12,7 @@ import pytest
 
 from m1local.cuda.card import TILES
 from tests import interpreter  # noqa: F401  # skips without Triton
-from tests.compile_kernels import CAPABILITIES
+from tests.compile_kernels import CAPABILITIES, ONE_ROW
 from tests.conftest import ROOT
 
 MOST_REGISTERS = 128  # so that four programs of 128 threads fit a multiprocessor
@@ -27,7 +27,6 @@ EARLY = {"int4": 8, "int8": 4, "nf4": 6, "nf4-dq": 6, "int3": 12, "int6": 12}
 MOST_INSTRUCTIONS = {"int4": 2.1, "int8": 2.1, "nf4": 5.6, "nf4-dq": 6.0, "int3": 4.2, "int6": 3.6}
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 SHARED_BYTES[120] = 99 << 10
-ONE_ROW = ("vector", "gated", "added")
 OF_A_PROMPT = ("tile", "expand", "chunk")
 ROWS = ("norm_rows", "gate_rows", "turn_rows")
 Compiled = dict[str, Any]
@@ -137,3 +136,10 @@ def test_where_kernels_overlap_each_waits_and_only_weights_are_read_before(
             assert early == EARLY[found["kernel"].partition(" ")[2]], found
         else:
             assert early == 0, found
+
+
+@pytest.mark.slow
+def test_kernels_that_others_follow_ask_for_what_those_read(kernels: list[Compiled]) -> None:
+    for found in kernels:
+        asks = found["kernel"].startswith((*ONE_ROW, "attend"))
+        assert bool(found["asked_ahead"]) == asks, found

@@ -10,6 +10,7 @@ from m1local.cache import KVCache
 from m1local.config import M1Config
 from m1local.context import Context
 from m1local.cuda import support
+from m1local.cuda.matrix import Matrix
 from m1local.formats import LinearSpec
 from m1local.formats.groups import GroupLinear
 from m1local.formats.int8 import Int8Linear
@@ -17,13 +18,13 @@ from m1local.kv_store import BYTES, FLOAT
 from m1local.memory import Setting
 from m1local.model import M1Model
 from m1local.placement import Placement, decoder_of
-from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD, TINY
+from tests.interpreter import without_overflow_checks  # skips without Triton; before its kernels
 from tests.test_kv_store import WIDE
 from tests.test_memory import quantized, stored_as
 
-from m1local.cuda import replay  # isort: skip
-from m1local.cuda.decode import Decoder  # isort: skip
+from m1local.cuda import ahead, attention, one_row, replay  # isort: skip
+from m1local.cuda.decode import Decoder, stored  # isort: skip
 from m1local.cuda.drawing import DrawingDecoder  # isort: skip
 
 PROMPT = [5, 17, 30, 41, 8, 99, 12, 40, 77, 21]  # longer than the window of 8
@@ -35,6 +36,7 @@ CONFIG = M1Config.from_dict(RAW)
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_overflow_checks(monkeypatch)
     monkeypatch.setattr(support, "missing", lambda device: None)
     for chosen in (GroupLinear, Int8Linear):  # the ordinary path is that of plain torch here
         monkeypatch.setattr(chosen, "forward", chosen.multiply_sliced)
@@ -120,7 +122,7 @@ def test_a_context_in_bytes_is_decoded_by_kernels_too(monkeypatch: pytest.Monkey
     config = M1Config.from_dict(wide | {"intermediate_size": 64})
     model = quantized(config, stored_as(config, "int4", 32)).to(CARD)
     expected_cache, cache = (new_cache(config, BYTES) for _ in range(2))
-    for chunk in (PROMPT, PROMPT[::-1], PROMPT[:5]):
+    for chunk in (PROMPT, PROMPT[::-1], PROMPT[:9]):
         wanted = ordinary(model, expected_cache, chunk)
         ordinary(model, cache, chunk)
     placed = Placement(CARD, 0, Setting(64, BYTES))
@@ -128,12 +130,12 @@ def test_a_context_in_bytes_is_decoded_by_kernels_too(monkeypatch: pytest.Monkey
     assert made is not None
     decoder = made(cache)
     assert isinstance(decoder, Decoder)
-    for _ in range(8):  # the ring of the sliding layer wraps around
+    for _ in range(4):  # the ring of the sliding layer wraps around
         token = int(wanted.argmax())
         wanted = ordinary(model, expected_cache, [token])
         found = decoder.feed(token)
         torch.testing.assert_close(found, wanted, atol=5e-3, rtol=5e-3)
-    assert cache.position > cache.layers[1].slots > 25
+    assert cache.position > cache.layers[1].slots > 29
     same_books(cache, expected_cache)
 
 
@@ -259,3 +261,35 @@ def test_a_failed_capture_leaves_the_thread_on_its_stream(monkeypatch: pytest.Mo
     assert again.reason.startswith("capturing failed: operation failed")
     assert chosen == ["the thread's"]
     assert modes == ["thread_local"]
+
+
+def codes_of(module: torch.nn.Module) -> int:
+    matrix = stored(module)
+    assert matrix is not None
+    return matrix.codes.data_ptr()
+
+
+@torch.inference_mode()
+def test_every_kernel_of_a_step_asks_for_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = model_of("int4"), new_cache()
+    ordinary(model, cache, PROMPT)
+    decoder = Decoder(model, cache)
+    asked: list[tuple[int, ...]] = []
+
+    def following(matrices: tuple[Matrix, ...], like: torch.Tensor) -> ahead.Following:
+        asked.append(tuple(matrix.codes.data_ptr() for matrix in matrices))
+        return ahead.following(matrices, like)
+
+    monkeypatch.setattr(attention, "following", following)
+    monkeypatch.setattr(one_row, "following", following)
+    decoder.feed(3)
+    wanted: list[tuple[torch.nn.Module, ...]] = []
+    for layer in decoder.step._layers():
+        heads, mlp = layer.self_attn, layer.mlp
+        wanted += [(heads.W_pack,), (heads.o_proj,), (mlp.gate_proj, mlp.up_proj)]
+        wanted += [(mlp.down_proj,)]
+    wanted += [(model.lm_head,)]
+    codes = [tuple(codes_of(module) for module in modules) for modules in wanted[1:]]
+    # W_pack's product asks for nothing: what the cache holds is read between it and o_proj.
+    assert [one for one in asked if one] == codes
+    assert asked.count(()) == len(model.model.layers) + 1

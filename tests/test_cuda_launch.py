@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests import interpreter  # noqa: F401  # skips without Triton
+from tests.compile_kernels import ONE_ROW
 from tests.conftest import ROOT
-from tests.test_cuda_compile import OF_A_PROMPT, ONE_ROW, ROWS
+from tests.test_cuda_compile import OF_A_PROMPT, ROWS
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
 from m1local.memory import PROCESS_BYTES, Setting
 from m1local.placement import Placement
-from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD, TINY
+from tests.interpreter import without_overflow_checks  # skips without Triton; before its kernels
 from tests.test_kv_store import WIDE
 
 from m1local.cuda import one_row, overlap  # isort: skip
@@ -43,6 +43,7 @@ def subject(
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_overflow_checks(monkeypatch)
     monkeypatch.setattr(support, "missing", lambda device: None)
     monkeypatch.setattr(support, "usable", lambda device: True)
 
@@ -90,21 +91,22 @@ def test_a_context_in_bytes_is_measured() -> None:
     assert row["kv_type"] == "q8_0"
 
 
+@pytest.mark.parametrize(("name", "found"), [("serial", (False, 8 << 20)), ("unasked", (True, 0))])
 @torch.inference_mode()
-def test_a_step_whose_kernels_do_not_overlap_is_measured_beside(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_step_is_measured_without_one_thing_or_the_other(
+    name: str, found: tuple[bool, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, begun_early = [], overlap.begun_early
+    big, begun_early, seen = Card((9, 0), 132, 32 << 20), overlap.begun_early, []
 
     def asked(device: torch.device) -> dict[str, object]:
-        seen.append(Card((9, 0), 132).overlaps)
+        seen.append((big.overlaps, big.ahead))
         return begun_early(device)
 
     monkeypatch.setattr(one_row, "begun_early", asked)
-    (row,) = gpu_parts.serial(subject())["rows"]
-    assert (row["format"], row["context"]) == ("int4 serial", 5)
-    assert set(seen) == {False}
-    assert Card((9, 0), 132).overlaps
+    (row,) = gpu_parts.without(name, subject())["rows"]
+    assert (row["format"], row["context"]) == (f"int4 {name}", 5)
+    assert set(seen) == {found}
+    assert (big.overlaps, big.ahead) == (True, 8 << 20)
 
 
 @torch.inference_mode()
@@ -265,7 +267,7 @@ def test_a_card_s_random_model_is_where_a_loaded_one_would_be(
 
 def test_every_part_that_is_wanted_is_there() -> None:
     wanted = {"copy", "kernels", "peers", "capped", "prompt bf16", "decode int4 q8_0"}
-    wanted |= {"decode int4 serial"}
+    wanted |= {"decode int4 serial", "decode int4 unasked"}
     assert wanted | {f"{kind} {name}" for kind in ("decode", "prompt")
                      for name in ("int4", "int8", "nf4")} <= set(PARTS)  # fmt: skip
     assert sorted(gpu.everything()) == sorted([*PARTS, TESTS])

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from m1local.cache import LayerCache
 from m1local.cuda.activation import Activation, store_row
+from m1local.cuda.ahead import ask_ahead, following
 from m1local.cuda.card import card
 from m1local.cuda.heads import place_newest, turned_rows
 from m1local.cuda.kept import head_of, load_kept, pointers
-from m1local.cuda.matrix import WORD
+from m1local.cuda.matrix import WORD, Matrix
 from m1local.cuda.overlap import begun_early, settled
 
 LEAST_DOT = 16  # rows that the tensor cores take
@@ -30,9 +31,9 @@ EVERYTHING = 2**30  # a window that no position leaves
 @triton.jit
 def attend_kernel(
     packed, packed_parts, k, v, raw, taps, turn, position_at, partial, greatest, sums,
-    heads, width, slots, window, scale,
+    then, heads, width, slots, window, scale,
     GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    BYTES: tl.constexpr, OVERLAP: tl.constexpr,
+    BYTES: tl.constexpr, WARPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Part `program 1` of the keys of kv head `program 0`, for its GROUP query heads.
 
@@ -72,6 +73,7 @@ def attend_kernel(
         )  # fmt: skip
         # Nobody reads what a part without keys has mixed.
         tl.store(partial + out[:, None] * width + inside[None, :], mixed, mask=here)
+    ask_ahead(then, WARPS)
     tl.store(greatest + out, most, mask=row < GROUP)
     tl.store(sums + out, total, mask=row < GROUP)
 
@@ -149,11 +151,14 @@ def attend(
     position: Tensor,
     kept: AttentionBuffers,
     out: Activation,
+    *,
+    then: tuple[Matrix, ...] = (),
 ) -> None:
     """`out` (H * D) becomes the attention of a token at `position` (1,) over `layer` and itself.
 
     `packed` (parts, C + 2 * Hkv * D) is the product that holds its q, k and v; `taps` those of k
-    and v, (1, 1, Hkv, 1, 2); `turn` the cosine and sine (1, D / 2) of the position.
+    and v, (1, 1, Hkv, 1, 2); `turn` the cosine and sine (1, D / 2) of the position; `then` is what
+    is read next (ahead.py).
     """
     layout = layer.layout
     group, width = layout.num_heads // layout.num_kv_heads, layout.head_dim
@@ -163,11 +168,11 @@ def attend(
     attend_kernel[(layout.num_kv_heads, parts)](
         packed, packed.shape[0], pointers(layer.k), pointers(layer.v),
         (layer.raw_k, layer.raw_v), taps, tuple(turn), position,
-        kept.partial, kept.greatest, kept.sums,
+        kept.partial, kept.greatest, kept.sums, following(then, packed),
         layout.num_heads, width, layer.slots, layout.window or EVERYTHING, width**-0.5,
         GROUP=group, GROUP_ROWS=max(LEAST_DOT, triton.next_power_of_2(group)),
-        WIDTH=padded, KEYS=tiles.keys, BYTES=in_bytes, num_warps=tiles.key_warps,
-        **begun_early(packed.device),
+        WIDTH=padded, KEYS=tiles.keys, BYTES=in_bytes, WARPS=tiles.key_warps,
+        num_warps=tiles.key_warps, **begun_early(packed.device),
     )  # fmt: skip
     whole = out.whole and width % WORD == 0  # no word lies in two heads
     join_kernel[(layout.num_heads,)](

@@ -15,6 +15,7 @@ import torch
 WARPS = 4
 MOST_KEY_PARTS = 64
 WEIGHTS_RESTORED = 5 << 16  # at a time for each multiprocessor: 640 KiB in 16 bits
+CACHE_SHARE = 4  # of the second cache; what is read meanwhile should not push it out
 SMALL_CARD = 32  # multiprocessors of one that is not there
 WIDE = 128  # a head; wider ones take twice the room
 
@@ -98,10 +99,11 @@ OLDEST = min(TILES)
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A card's compute capability and number of multiprocessors."""
+    """A card's compute capability, number of multiprocessors and second cache."""
 
     capability: tuple[int, int]
     multiprocessors: int
+    second_cache: int = 0  # bytes
 
     @property
     def tiles(self) -> Tiles:
@@ -118,6 +120,11 @@ class Card:
     def overlaps(self) -> bool:
         """Whether a kernel may begin while the one before it ends: from 9.0 on."""
         return self.capability >= (9, 0)
+
+    @property
+    def ahead(self) -> int:
+        """Bytes of weights that are asked for before their kernel begins (ahead.py)."""
+        return self.second_cache // CACHE_SHARE
 
     @property
     def has_small_pieces(self) -> bool:
@@ -189,6 +196,6 @@ def is_served(device: torch.device) -> bool:
 def card(device: torch.device) -> Card:
     """The card behind `device`; for the CPU, in tests, a small imagined one."""
     if device.type != "cuda":
-        return Card((8, 9), 4)
+        return Card((8, 9), 4, 4096 * CACHE_SHARE)
     found = torch.cuda.get_device_properties(device)
-    return Card((found.major, found.minor), found.multi_processor_count)
+    return Card((found.major, found.minor), found.multi_processor_count, found.L2_cache_size)

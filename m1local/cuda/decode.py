@@ -10,6 +10,7 @@ The step for a token that was drawn on the card may be begun before the host kno
 sequence's end, where nothing looks.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -24,7 +25,7 @@ from m1local.cuda.matrix import Matrix
 from m1local.cuda.one_row import added_product, alike, gated_product, vector_product
 from m1local.cuda.replay import Replay
 from m1local.formats.base import QuantizedLinear
-from m1local.model import M1Attention, M1Layer, M1Model, RMSNorm
+from m1local.model import M1MLP, M1Attention, M1Layer, M1Model, RMSNorm
 from m1local.rope import Rotation, frequencies, turned
 
 NOWHERE = (-1, None)  # a position and token that match nothing
@@ -35,21 +36,27 @@ def stored(module: nn.Module) -> Matrix | None:
     return module.on_card() if isinstance(module, QuantizedLinear) else None
 
 
-def multiply(module: nn.Module, x: Activation) -> Tensor:
-    """x (1, K) @ W.T as parts (parts, N), whose sum is the product."""
+def multiply(module: nn.Module, x: Activation, then: Sequence[nn.Module] = ()) -> Tensor:
+    """x (1, K) @ W.T as parts (parts, N), whose sum is the product; `then` is multiplied next."""
     if matrix := stored(module):
-        return vector_product(x, matrix)
+        return vector_product(x, matrix, then=read_next(then))
     whole: Tensor = module(x.natural)
     return whole
 
 
-def gated(gate: nn.Module, up: nn.Module, x: Activation, out: Activation) -> None:
+def gated(mlp: M1MLP, x: Activation, out: Activation) -> None:
     """`out` becomes silu(gate(x)) * up(x), by one kernel where both are stored alike."""
+    gate, up, then = mlp.gate_proj, mlp.up_proj, (mlp.down_proj,)
     one, other = stored(gate), stored(up)
     if one is None or other is None or not alike(one, other):
-        fused.silu_up(multiply(gate, x), multiply(up, x), out)
+        fused.silu_up(multiply(gate, x), multiply(up, x, then), out)
     else:
-        gated_product(x, one, other, out)
+        gated_product(x, one, other, out, then=read_next(then))
+
+
+def read_next(modules: Sequence[nn.Module]) -> tuple[Matrix, ...]:
+    """What kernels read of `modules`."""
+    return tuple(matrix for module in modules if (matrix := stored(module)))
 
 
 def rows_of(module: nn.Module) -> EmbeddingRows:
@@ -92,12 +99,14 @@ class DecodeStep:
         norms = [layer.input_layernorm for layer in self._layers()] + [backbone.norm]
         fused.add_and_norm(self.x, None, norms[0].weight, norms[0].eps, self.normed)
         normed = self.normed
-        layers = zip(self._layers(), self.cache.layers[self.first :], norms[1:], strict=True)
-        for block, layer, following in layers:
-            self._attend(block.self_attn, layer, normed, turns[layer.layout.head_dim])
-            normed = self._add(block.self_attn.o_proj, self.mixed, block.post_attention_layernorm)
-            gated(block.mlp.gate_proj, block.mlp.up_proj, normed, self.inner)
-            normed = self._add(block.mlp.down_proj, self.inner, following)
+        then = [*(layer.self_attn.W_pack for layer in self._layers()), self.model.lm_head][1:]
+        layers = zip(self._layers(), self.cache.layers[self.first :], norms[1:], then, strict=True)
+        for block, layer, following, packed in layers:
+            heads, mlp, norm = block.self_attn, block.mlp, block.post_attention_layernorm
+            self._attend(heads, layer, normed, turns[layer.layout.head_dim])
+            normed = self._add(heads.o_proj, self.mixed, norm, (mlp.gate_proj, mlp.up_proj))
+            gated(mlp, normed, self.inner)
+            normed = self._add(mlp.down_proj, self.inner, following, (packed,))
         parts = multiply(self.model.lm_head, normed)
         torch.sum(parts, 0, dtype=torch.float32, out=self.logits)
         self.position.add_(1)
@@ -112,15 +121,19 @@ class DecodeStep:
         """`mixed` becomes what the token's heads see; its key and value go into the cache."""
         packed = multiply(module.W_pack, normed)
         taps, kept = (module.conv_k, module.conv_v), self.kept[layer.layout]
-        attention.attend(packed, layer, taps, turn, self.position, kept, self.mixed)
+        then = read_next((module.o_proj,))
+        attention.attend(packed, layer, taps, turn, self.position, kept, self.mixed, then=then)
 
-    def _add(self, module: nn.Module, x: Activation, norm: RMSNorm) -> Activation:
+    def _add(
+        self, module: nn.Module, x: Activation, norm: RMSNorm, then: Sequence[nn.Module]
+    ) -> Activation:
         """Add the product with x to the residual stream; returns the stream, normed."""
         matrix = stored(module)
         if matrix is None or self.grown is None:
-            fused.add_and_norm(self.x, multiply(module, x), norm.weight, norm.eps, self.normed)
+            product = multiply(module, x, then)
+            fused.add_and_norm(self.x, product, norm.weight, norm.eps, self.normed)
             return self.normed
-        added_product(x, matrix, self.x, norm.weight, self.grown)
+        added_product(x, matrix, self.x, norm.weight, self.grown, then=read_next(then))
         return self.grown
 
     def _is_stored(self) -> bool:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m1local.cuda.activation import Activation, store_row
+from m1local.cuda.ahead import ask_ahead, following
 from m1local.cuda.card import RowShape, card
 from m1local.cuda.matrix import INT8 as INT8_KIND
 from m1local.cuda.matrix import Matrix
@@ -25,10 +26,12 @@ from m1local.cuda.tensor_core import PLACES, WARP_ROWS
 
 _WARP_ROWS = tl.constexpr(WARP_ROWS)
 
+Matrices = tuple[Matrix, ...]
+
 
 @triton.jit
 def vector_kernel(
-    x, matrix, out, rows, blocks, steps, eps,
+    x, matrix, out, then, rows, blocks, steps, eps,
     KIND: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, TURNS: tl.constexpr,
     SQUARES: tl.constexpr, SMALL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -39,6 +42,7 @@ def vector_kernel(
         x, matrix, matrix, first, 2, 1, rows, blocks, tl.program_id(1) * steps, steps, eps,
         KIND, PER_GROUP, GROUPS, TURNS, SQUARES, SMALL, OVERLAP,
     )  # fmt: skip
+    ask_ahead(then, GROUPS * TURNS)
     row = first + tl.arange(0, ROWS)
     value = tl.reshape(tl.join(total, other_total), (ROWS,))
     tl.store(out + tl.program_id(1) * rows + row, value, mask=row < rows)
@@ -46,7 +50,7 @@ def vector_kernel(
 
 @triton.jit
 def gated_kernel(
-    x, gate, up, natural, halves, scales, rows, blocks, steps, eps,
+    x, gate, up, natural, halves, scales, then, rows, blocks, steps, eps,
     KIND: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, TURNS: tl.constexpr,
     SQUARES: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -57,13 +61,15 @@ def gated_kernel(
         x, gate, up, first, 1, 0, rows, blocks, 0, steps, eps,
         KIND, PER_GROUP, GROUPS, TURNS, SQUARES, SMALL, OVERLAP,
     )  # fmt: skip
+    ask_ahead(then, GROUPS * TURNS)
     value = opened * tl.sigmoid(opened) * total
     store_row(natural, halves, scales, first, rows, value, rows, ROWS, WHOLE)
 
 
 @triton.jit
 def added_kernel(
-    x, matrix, stream, weight, natural, halves, scales, squares, rows, blocks, steps,
+    x, matrix, stream, weight, natural, halves, scales, squares, then,
+    rows, blocks, steps,
     KIND: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, TURNS: tl.constexpr,
     SMALL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -74,6 +80,7 @@ def added_kernel(
         x, matrix, matrix, first, 2, 1, rows, blocks, 0, steps, 0.0,
         KIND, PER_GROUP, GROUPS, TURNS, 0, SMALL, OVERLAP,
     )  # fmt: skip
+    ask_ahead(then, GROUPS * TURNS)
     row = first + tl.arange(0, ROWS)
     here = row < rows
     grown = tl.reshape(tl.join(total, other_total), (ROWS,))
@@ -86,30 +93,41 @@ def added_kernel(
     store_row(natural, halves, scales, first, rows, value, rows, ROWS, True)
 
 
-def vector_product(x: Activation, matrix: Matrix, shape: RowShape | None = None) -> Tensor:
-    """x (1, K) @ W.T -> (parts, N) float32, the sum of whose parts is the product."""
+def vector_product(
+    x: Activation, matrix: Matrix, shape: RowShape | None = None, *, then: Matrices = ()
+) -> Tensor:
+    """x (1, K) @ W.T -> (parts, N) float32, the sum of whose parts is the product.
+
+    `then`, here and below, is what is read next (ahead.py).
+    """
     device = x.natural.device
     shape = shape or card(device).tiles.vector
     programs, steps = _programs(matrix, shape, 2), _steps(matrix, shape)
     parts = card(device).column_parts(programs, steps, shape.groups * shape.turns)
     out = torch.empty((parts, matrix.rows), dtype=torch.float32, device=device)
     vector_kernel[(programs, parts)](
-        _row(x), _vectors(matrix), out, matrix.rows, matrix.blocks, triton.cdiv(steps, parts),
-        x.eps, **_fixed(matrix, shape, device), SQUARES=_squares(x),
+        _row(x), _vectors(matrix), out, following(then, x.halves), matrix.rows, matrix.blocks,
+        triton.cdiv(steps, parts), x.eps, **_fixed(matrix, shape, device), SQUARES=_squares(x),
     )  # fmt: skip
     return out
 
 
 def gated_product(
-    x: Activation, gate: Matrix, up: Matrix, out: Activation, shape: RowShape | None = None
+    x: Activation,
+    gate: Matrix,
+    up: Matrix,
+    out: Activation,
+    shape: RowShape | None = None,
+    *,
+    then: Matrices = (),
 ) -> None:
     """`out` (1, N) becomes silu(x @ gate.T) * (x @ up.T), of two matrices that are `alike`."""
     device = x.natural.device
     shape = shape or card(device).tiles.gated
     gated_kernel[(_programs(gate, shape, 1),)](
-        _row(x), _vectors(gate), _vectors(up), *out.tensors, gate.rows, gate.blocks,
-        _steps(gate, shape), x.eps, **_fixed(gate, shape, device), SQUARES=_squares(x),
-        WHOLE=out.whole,
+        _row(x), _vectors(gate), _vectors(up), *out.tensors, following(then, x.halves),
+        gate.rows, gate.blocks, _steps(gate, shape), x.eps, **_fixed(gate, shape, device),
+        SQUARES=_squares(x), WHOLE=out.whole,
     )  # fmt: skip
 
 
@@ -120,6 +138,8 @@ def added_product(
     weight: Tensor,
     out: Activation,
     shape: RowShape | None = None,
+    *,
+    then: Matrices = (),
 ) -> None:
     """`stream` (N,) float32 += x (1, K) @ W.T; `out` becomes its RMSNorm with `weight` (N,).
 
@@ -128,7 +148,8 @@ def added_product(
     shape = shape or card(stream.device).tiles.added
     added_kernel[(_programs(matrix, shape, 2),)](
         _row(x), _vectors(matrix), stream, weight, *out.tensors, out.squares,
-        matrix.rows, matrix.blocks, _steps(matrix, shape), **_fixed(matrix, shape, stream.device),
+        following(then, x.halves), matrix.rows, matrix.blocks, _steps(matrix, shape),
+        **_fixed(matrix, shape, stream.device),
     )  # fmt: skip
 
 
