@@ -151,10 +151,26 @@ def test_what_is_deleted_can_be_restored(store: History) -> None:
     assert "m1 history restore 1" in m1("show", "1").stderr
     assert "Eyes, is listed again" in m1("restore", "1").stderr
     assert ids(m1("list").stdout) == ["2", "1"]
-    for number in ("9", "0", str(2**64)):
+    for number in ("9", "0"):
         result = m1("restore", number)
         assert result.exit_code == 1
         assert f"no conversation {number} " in result.stderr
+    assert m1("restore", str(2**64)).exit_code == 1
+
+
+def test_restore_takes_a_title_of_what_is_in_the_bin(store: History) -> None:
+    store.rename(2, "EYES")
+    store.delete(2)
+    missing = m1("restore", "Eye")
+    assert missing.exit_code == 1
+    assert "No conversation in the bin is called Eye; `m1 history list --bin`" in missing.stderr
+    assert "Conversation 2, EYES, is listed again." in m1("restore", "eyes").stderr
+    assert ids(m1("list").stdout) == ["2", "1"]
+    store.delete(1)
+    store.delete(2)
+    store.rename(2, "Eyes")
+    assert "1 (Eyes)" in m1("restore", "Eyes").stderr
+    assert len(store.conversations(binned=True)) == 2
 
 
 def test_purge_without_a_person_to_ask_is_a_usage_error(store: History) -> None:

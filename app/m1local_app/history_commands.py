@@ -40,7 +40,12 @@ Name = Annotated[
     str,
     typer.Argument(metavar="ID|TITLE", help="The number that `m1 history list` shows, or a title."),
 ]
-Number = Annotated[int, typer.Argument(metavar="ID", help="The conversation's number.")]
+Binned = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID|TITLE", help="The number that `m1 history list --bin` shows, or a title."
+    ),
+]
 
 history = typer.Typer(
     name="history", help="The conversations kept on this machine.", no_args_is_help=True
@@ -174,7 +179,7 @@ def delete_conversation(name: Name) -> None:
 
 
 @history.command("restore")
-def restore_conversation(number: Number) -> None:
+def restore_conversation(name: Binned) -> None:
     """Take a conversation out of the bin; `m1 history list --bin` shows what is in it.
 
     Example:  m1 history restore 3
@@ -182,9 +187,9 @@ def restore_conversation(number: Number) -> None:
     from m1local_app.history import History
 
     with History.open() as store:
-        store.restore(number)
-        title = store.conversation(number).title
-    _note(tr("Conversation {id}, {title}, is listed again.", id=number, title=title))
+        found = store.find(name, binned=True)
+        store.restore(found.id)
+    _note(tr("Conversation {id}, {title}, is listed again.", id=found.id, title=found.title))
 
 
 @history.command("purge")

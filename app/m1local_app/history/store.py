@@ -213,12 +213,16 @@ class History:
         """The one changed last, or None."""
         return next(iter(self.conversations(limit=1)), None)
 
-    def find(self, name: str, *, parts: bool = False) -> StoredConversation:
+    def find(
+        self, name: str, *, parts: bool = False, binned: bool = False
+    ) -> StoredConversation:
         """A conversation by its number or title, or with `parts` by a part of that; raises M1Error.
 
-        Digits are a number or a whole title, never a part: it would be somebody else's.
+        Digits are a number or a whole title, never a part: it would be somebody else's. With
+        `binned`, titles are those in the bin; a number may also be that of a listed one.
         """
-        rows = self._rows(queries.CONVERSATIONS.format(where="binned IS NULL"))
+        where = f"binned IS {'NOT ' if binned else ''}NULL"
+        rows = self._rows(queries.CONVERSATIONS.format(where=where))
         known = [_conversation(row) for row in rows]
         wanted = name.strip()
         for one in known:
@@ -237,9 +241,16 @@ class History:
                 return _only(found, wanted)
         if wanted.isdecimal() and len(wanted) < 19:  # SQLite's integers have 64 bits
             return self.conversation(int(wanted))  # which says where it is
-        raise M1Error(
-            tr("No conversation is called {name}; `m1 history list` shows them.", name=wanted)
-        )
+        if binned:
+            message = tr(
+                "No conversation in the bin is called {name}; `m1 history list --bin` shows them.",
+                name=wanted,
+            )
+        else:
+            message = tr(
+                "No conversation is called {name}; `m1 history list` shows them.", name=wanted
+            )
+        raise M1Error(message)
 
     def search(self, text: str, *, limit: int = 50) -> list[Hit]:
         """Messages that hold all words of `text`, in any version, the newest first."""
