@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from m1local.manifest import CheckpointManifest
@@ -274,6 +275,19 @@ def test_version_and_help_answer() -> None:
     for command in ("run", "chat", "ui", "quantize", "show"):
         assert command in m1("--help").stdout
         assert "xample" in m1(command, "--help").stdout
+
+
+def test_no_help_says_a_default_twice() -> None:
+    commands = get_command(cli).commands  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        for option in command.params:
+            own = "(default" in (option.help or "")
+            assert not (own and option.show_default and option.default is not None), (name, option)
+
+
+def test_what_fetches_says_that_a_model_on_the_hub_may_be_named() -> None:
+    for command in ("run", "ui"):
+        assert "OWNER/NAME" in m1(command, "--help").stdout
 
 
 def test_a_mistake_in_a_flag_is_found_before_anything_is_quantized(

@@ -61,7 +61,7 @@ def _main(
 @cli.command()
 @takes(ChatOptions)
 def run(
-    model: options.Model = None,
+    model: options.FetchedModel = None,
     recipe: options.RecipeName = None,
     ui: Annotated[bool, typer.Option("--ui", help="Chat in the browser instead.")] = False,
     offline: options.Offline = False,
@@ -119,7 +119,7 @@ def chat(model: options.Model = None, *, wanted: ChatOptions) -> None:
 @cli.command()
 @takes(EngineOptions)
 def ui(
-    model: options.Model = None,
+    model: options.FetchedModel = None,
     recipe: options.RecipeName = None,
     offline: options.Offline = False,
     keep_source: options.KeepSource = False,

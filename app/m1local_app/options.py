@@ -56,6 +56,14 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+FetchedModel = Annotated[
+    str | None,
+    typer.Argument(
+        help="A checkpoint's folder, a name under M1_HOME/models, or OWNER/NAME on the model hub; "
+        "without one, the demo.",
+        show_default=False,
+    ),
+]
 RecipeName = Annotated[
     str | None,
     typer.Option(
@@ -110,14 +118,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a report."
 GpuLayers = Annotated[
     str,
     typer.Option(
-        "--gpu-layers", "-ngl", metavar="N",
+        "--gpu-layers", "-ngl", metavar="N", show_default=False,
         help="Layers that the graphics card computes: auto (default, what fits), all or N.",
     ),
 ]  # fmt: skip
 KvType = Annotated[
     Literal["f16", "q8_0"],
     typer.Option(
-        "--kv-type", "-ctk", metavar="TYPE",
+        "--kv-type", "-ctk", metavar="TYPE", show_default=False,
         help="How the context is kept: f16 (default), or q8_0 in half the memory.",
     ),
 ]  # fmt: skip

@@ -213,9 +213,7 @@ class History:
         """The one changed last, or None."""
         return next(iter(self.conversations(limit=1)), None)
 
-    def find(
-        self, name: str, *, parts: bool = False, binned: bool = False
-    ) -> StoredConversation:
+    def find(self, name: str, *, parts: bool = False, binned: bool = False) -> StoredConversation:
         """A conversation by its number or title, or with `parts` by a part of that; raises M1Error.
 
         Digits are a number or a whole title, never a part: it would be somebody else's. With
