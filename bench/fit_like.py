@@ -17,7 +17,7 @@ from m1local.checkpoint import matrix_names, parameter_shapes
 from m1local.home import DEMO
 from m1local_quantize.fit import Sensitivities, fitted
 from m1local_quantize.recipe import Recipe
-from m1local_quantize.sensitivity import measure_sensitivity
+from m1local_quantize.sensitivity import MatrixMeasured, measure_sensitivity
 from m1local_quantize.source import Source
 from m1local_quantize.text import CALIBRATION
 
@@ -27,7 +27,8 @@ def chosen(source: Source, calibration: Path, bits: float) -> Recipe:
     fit = Recipe.find("fit")
     text = source.read_text(calibration)
     measured = measure_sensitivity(source, text.samples, fit.candidates)
-    found = Sensitivities({event.module: event.costs for event in measured})
+    costs = {e.module: e.costs for e in measured if isinstance(e, MatrixMeasured)}
+    found = Sensitivities(costs)
     shapes = parameter_shapes(source.config).values()
     parameters = sum(torch.Size(shape).numel() for shape in shapes)
     return fitted(fit, source, found, int(parameters * bits / 8))

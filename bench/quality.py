@@ -29,7 +29,7 @@ from m1local_quantize.fit import Sensitivities, fitted
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.plan import Plan
 from m1local_quantize.recipe import Recipe, Rule, shipped_recipes
-from m1local_quantize.sensitivity import measure_sensitivity
+from m1local_quantize.sensitivity import MatrixMeasured, measure_sensitivity
 from m1local_quantize.source import Source
 from m1local_quantize.text import CALIBRATION
 
@@ -150,7 +150,8 @@ def contestants(held: Held) -> Iterator[dict[str, object]]:
     fit = Recipe.find("fit")
     text = held.source.read_text(held.calibration)
     measured = measure_sensitivity(held.source, text.samples, fit.candidates)
-    found = Sensitivities({event.module: event.costs for event in measured})
+    costs = {e.module: e.costs for e in measured if isinstance(e, MatrixMeasured)}
+    found = Sensitivities(costs)
     for name in (
         "int3 everywhere",
         "int4 in groups of 128 everywhere",

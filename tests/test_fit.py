@@ -33,7 +33,7 @@ from m1local_quantize.methods import quantizer
 from m1local_quantize.pipeline import quantize_checkpoint
 from m1local_quantize.plan import Plan
 from m1local_quantize.recipe import Recipe
-from m1local_quantize.sensitivity import measure_sensitivity
+from m1local_quantize.sensitivity import LayerRead, MatrixMeasured, measure_sensitivity
 from m1local_quantize.source import Source
 from m1local_quantize.text import CALIBRATION, SHIPPED
 from tests.conftest import TINY
@@ -45,7 +45,11 @@ INT4, INT5 = LinearSpec("int4", 64), LinearSpec("int5", 64)
 def costs_of(folder: Path, candidates: list[LinearSpec]) -> Sensitivities:
     source = Source.open(folder)
     samples = source.read_text(CALIBRATION).samples
-    measured = list(measure_sensitivity(source, samples, candidates))
+    events = list(measure_sensitivity(source, samples, candidates))
+    layers = source.config.num_hidden_layers
+    assert events[:layers] == [LayerRead(done, layers) for done in range(1, layers + 1)]
+    measured = [event for event in events if isinstance(event, MatrixMeasured)]
+    assert len(measured) == len(events) - layers
     assert [event.done for event in measured] == list(range(1, len(measured) + 1))
     assert {event.total for event in measured} == {len(measured)}
     assert {event.module for event in measured} == set(matrix_names(source.config))

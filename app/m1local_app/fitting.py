@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,10 @@ from m1local_app.language import series, tr
 from m1local_quantize.recipe import Recipe
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from m1local.config import M1Config
+    from m1local_quantize.evaluate import Sample
     from m1local_quantize.fit import Sensitivities
     from m1local_quantize.source import Source
 
@@ -128,7 +132,6 @@ def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -
     from m1local.checkpoint import matrix_names
     from m1local_quantize.fit import Sensitivities
     from m1local_quantize.journal import described
-    from m1local_quantize.sensitivity import measure_sensitivity
     from m1local_quantize.text import CALIBRATION
 
     text = source.read_text(calibration or CALIBRATION)
@@ -141,17 +144,8 @@ def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -
     kept = Sensitivities.read(path)
     if kept is not None and kept.costs.keys() == set(matrix_names(source.config)):
         return kept
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    console, costs = stderr_console(), {}
-    disabled = not sys.stderr.isatty()
-    with Progress(*columns, console=console, transient=True, disable=disabled) as bar:
-        task = bar.add_task(tr("measuring what each matrix costs"), total=None)
-        for event in measure_sensitivity(source, text.samples, recipe.candidates):
-            costs[event.module] = event.costs
-            bar.update(task, completed=event.done, total=event.total)
-    found = Sensitivities(costs)
+    console = stderr_console()
+    found = _measured(source, text.samples, recipe, console)
     try:
         found.write(path)
     except OSError as error:
@@ -163,3 +157,28 @@ def _sensitivities(recipe: Recipe, source: "Source", calibration: Path | None) -
             )
         )
     return found
+
+
+def _measured(
+    source: "Source", samples: "Sequence[Sample]", recipe: Recipe, console: "Console"
+) -> "Sensitivities":
+    """The sensitivities measured now, with a bar for each of the two ways through the layers."""
+    from m1local_quantize.fit import Sensitivities
+    from m1local_quantize.sensitivity import LayerRead, measure_sensitivity
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    costs = {}
+    disabled = not sys.stderr.isatty()
+    with Progress(*columns, console=console, transient=True, disable=disabled) as bar:
+        reading = bar.add_task(tr("reading the layers"), total=None)
+        measuring = bar.add_task(tr("measuring what each matrix costs"), total=None, start=False)
+        for event in measure_sensitivity(source, samples, recipe.candidates):
+            if isinstance(event, LayerRead):
+                bar.update(reading, completed=event.done, total=event.total)
+                continue
+            bar.start_task(measuring)
+            costs[event.module] = event.costs
+            bar.update(measuring, completed=event.done, total=event.total)
+    return Sensitivities(costs)

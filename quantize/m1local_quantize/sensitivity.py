@@ -32,6 +32,14 @@ MOST_TOKENS = (
 
 
 @dataclass(frozen=True, slots=True)
+class LayerRead:
+    """A layer was passed forwards, before any matrix is measured."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class MatrixMeasured:
     """Nats per judged token that a matrix costs in each format that it can be stored in."""
 
@@ -43,15 +51,17 @@ class MatrixMeasured:
 
 def measure_sensitivity(
     source: Source, samples: Sequence[Sample], candidates: Sequence[LinearSpec]
-) -> Iterator[MatrixMeasured]:
+) -> Iterator[LayerRead | MatrixMeasured]:
     """Measure every matrix of `source`, from the head to the embedding, in all `candidates`.
 
-    Whole samples are used up to MOST_TOKENS tokens, and the first in any case. The files of the
-    source must stay: they are read twice.
+    Before that the text passes all layers. Whole samples are used up to MOST_TOKENS tokens, and
+    the first in any case. The files of the source must stay: they are read twice.
     """
     measured = _Backwards(source, _first(samples), candidates)
-    total = len(matrix_names(source.config))
-    for done, (module, costs) in enumerate(measured.run(), 1):
+    layers, total = source.config.num_hidden_layers, len(matrix_names(source.config))
+    for done in measured.forwards():
+        yield LayerRead(done, layers)
+    for done, (module, costs) in enumerate(measured.backwards(), 1):
         yield MatrixMeasured(module, costs, done, total)
 
 
@@ -65,20 +75,25 @@ class _Backwards:
         self._judged = sum(len(s.token_ids) - s.first_judged for s in samples)
         with torch.device("meta"):
             self._model = M1Model(source.config)
+        self._states: list[list[Tensor]] = []  # before each layer and the head, of each sample
         self._gradients: list[Tensor] = []  # of each sample, (1, T, C)
 
-    def run(self) -> Iterator[tuple[str, Mapping[LinearSpec, float]]]:
-        """Every matrix and its costs."""
+    def forwards(self) -> Iterator[int]:
+        """Pass all layers; how many were, after each."""
         stream = Stream.of_source(self._source, self._samples)
         stream.advance()
-        before: list[list[Tensor]] = []
-        for _ in range(self._source.config.num_hidden_layers):
-            before.append(list(stream.hidden))
+        self._states.append(list(stream.hidden))
+        for done in range(1, self._source.config.num_hidden_layers + 1):
             stream.advance()
-        yield HEAD, self._pass_head(stream.hidden)
-        stream.hidden = []
-        while before:
-            yield from self._pass_layer(len(before) - 1, before.pop())
+            self._states.append(list(stream.hidden))
+            yield done
+
+    def backwards(self) -> Iterator[tuple[str, Mapping[LinearSpec, float]]]:
+        """Every matrix and its costs."""
+        yield HEAD, self._pass_head(self._states.pop())
+        while self._states:
+            before = self._states.pop()
+            yield from self._pass_layer(len(self._states), before)
         yield EMBEDDING, self._pass_embedding()
 
     def _pass_head(self, hidden: list[Tensor]) -> Mapping[LinearSpec, float]:
