@@ -15,9 +15,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from m1local.errors import M1Error
 from m1local_app.export import write_export
+from m1local_app.export_markdown import quoted
 from m1local_app.history import History
 from m1local_app.language import choose
 
@@ -79,7 +83,7 @@ def test_markdown_says_everything_and_quotes_every_text(store: History, tmp_path
         "## System prompt", "## Question 1", "## Answer 1", "## Question 2", "## Answer 2",
     ]  # fmt: skip
     for line in (
-        "> Be <brief>.", "> ## No heading", "> What is", "> # A heading", "> ## Answer 7",
+        "> Be \\<brief>.", "> ## No heading", "> What is", "> # A heading", "> ## Answer 7",
         "- Model: demo \\`int4\\`", "- Checkpoint: ab12cd", "- Seed: 42", "- Ended: by itself",
         '- Parameters: temperature 0.3, top\\_k 5, stop \\["a"\\]', "- Seed: not recorded",
         "- Ended: UNFINISHED: it was interrupted, or is still being written",
@@ -90,6 +94,48 @@ def test_markdown_says_everything_and_quotes_every_text(store: History, tmp_path
     assert len(re.findall(r"^(?:- \w+: )?\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$", text, re.M)) == 3 + 4
     assert "\x1b" not in text
     assert "\u202e" not in text
+
+
+def _acting(text: str) -> list[str]:
+    """What a viewer of Markdown would run, hide or load."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    every = [one for token in tokens for one in (token, *(token.children or ()))]
+    return [one.content for one in every if one.type in ("html_block", "html_inline", "image")]
+
+
+def test_markdown_holds_no_html_and_no_pictures_outside_code(
+    store: History, tmp_path: Path
+) -> None:
+    text = exported(store, tmp_path / "eyes.md")
+    assert _acting(text) == []
+    assert '> <b onclick="x()">code</b>' in text.splitlines()
+    assert "<http://tracker.invalid/d>" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a < b, <5 mg, x<y and `<i>` <http://a.b> [c](<d e>)", None),
+        ("    <b>\n\n```\n<script>\n```\n\n![no picture] \\<b>", None),
+        ("- <img src=x>\n- ![p](http://t)", "- \\<img src=x>\n- \\![p](http://t)"),
+        ("> 1. <u>\n\n# a <b>b</b> #", "> 1. \\<u>\n\n# a \\<b>b\\</b> #"),
+        ("|`<b>`|<b>|\n|-|-|\n|<i>|<b>|", "|`<b>`|\\<b>|\n|-|-|\n|\\<i>|\\<b>|"),
+        ("|a \\| \\\\<i>|\n|-|", "|a \\| \\\\&lt;i>|\n|-|"),
+        ("<script\n<!-- <i>\n<?php", "\\<script\n\\<!-- \\<i>\n\\<?php"),
+        ("[![a](b)](c) ![r][q]\n\n[q]: d", "[\\![a](b)](c) \\![r][q]\n\n[q]: d"),
+        ('<b title="`"> `<script>`', '\\<b title="\\`"> `<script>`'),
+    ],
+)
+def test_what_acts_is_escaped_and_the_rest_is_as_it_was(text: str, expected: str | None) -> None:
+    lines = (text if expected is None else expected).split("\n")
+    assert quoted(text) == "\n".join(f"> {line}".rstrip() for line in lines)
+    assert _acting(quoted(text)) == []
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=list("<>`![]()\\|-b/\"' \t\n#&:"), max_size=40))
+def test_nothing_made_up_gets_through(text: str) -> None:
+    assert _acting(quoted(text)) == []
 
 
 def test_json_holds_all_versions_and_the_texts_as_they_were(store: History, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ What it is: `write_export`, which chooses the format by the file's name and writ
 What it is not: a backup of the store; only JSON holds versions that are not shown.
 
 In Markdown every text stands in a quotation, so that no answer can look like a part of the
-transcript itself. A file is readable by its owner only.
+transcript itself, and raw HTML and pictures are escaped (export_markdown.py). A file is readable by
+its owner only.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from m1local.errors import M1Error, StorageError
 from m1local_app.columns import OBEYED, printable
+from m1local_app.export_markdown import quoted
 from m1local_app.history import History, StoredMessage
 from m1local_app.language import tr
 from m1local_app.transcript import Transcript, answer_facts, notice, time_text
@@ -134,7 +136,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _quoted(text: str) -> str:
-    return "\n".join(f"> {line}".rstrip() for line in printable(text).split("\n"))
+    return quoted(printable(text))
 
 
 def _listed(facts: list[tuple[str, str]]) -> str:
