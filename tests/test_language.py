@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 APP = ROOT / "app/m1local_app"
 LATER = (  # say help texts, and texts that were marked
-    "boundary.py",
+    "help_page.py",
     "doctor.py",
     "slash.py",
     "red_flags.py",

@@ -1,9 +1,8 @@
 """Where expected errors become one line: the command line's boundary.
 
 What it is: M1Error in, one red line on stderr and exit code 1 out; Ctrl-C becomes 130; and the one
-place where the language is chosen and the help is put into it, before anything is parsed. What it
-is not: a catch-all. A bug keeps its traceback, without local variables: they would show what a user
-wrote.
+place where the language is chosen, before anything is parsed. What it is not: a catch-all. A bug
+keeps its traceback, without local variables: they would show what a user wrote.
 """
 
 import atexit
@@ -20,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from m1local.errors import M1Error
-from m1local_app import language
+from m1local_app import help_page, language
 from m1local_app.language import tr
 
 if TYPE_CHECKING:
@@ -45,8 +44,8 @@ class M1Group(TyperGroup):
             raise usage_error(tr("--lang is {name!r}; it must be en or zh.", name=chosen))
         if chosen is not None:
             language.choose(chosen)
-        _translate(self)
-        _arrange_help()
+        help_page.translate(self, ctx)
+        help_page.arrange(type(ctx))
         return super().parse_args(ctx, rest)
 
     def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
@@ -65,7 +64,8 @@ class M1Group(TyperGroup):
                 error.show()  # type: ignore[attr-defined]  # it is the help
             else:
                 said = error.format_message()  # type: ignore[attr-defined]
-                error_line(" ".join(said.split()).rstrip(".") + _help_hint(error))
+                said = help_page.said(" ".join(said.split()).rstrip(".。"))
+                error_line(said + _help_hint(error))
             sys.exit(2)
         except typer.Abort:  # Ctrl-C or Ctrl-D at a question
             error_line(tr("interrupted"))
@@ -117,46 +117,6 @@ def _leave_unwritten(error: OSError) -> NoReturn:
 def _help_hint(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     return "." if context is None else tr(". See `{command} --help`.", command=context.command_path)
-
-
-def _translate(command: Any) -> None:
-    """Put the help of `command`, and of all below it, into the chosen language."""
-    for attribute in ("help", "short_help", "epilog"):
-        text = getattr(command, attribute, None)
-        if text:
-            setattr(command, attribute, tr(text))
-    for parameter in command.params:
-        if getattr(parameter, "help", None):
-            parameter.help = tr(parameter.help)
-        panel = getattr(parameter, "rich_help_panel", None)
-        if isinstance(panel, str):
-            parameter.rich_help_panel = tr(panel)
-    for below in getattr(command, "commands", {}).values():
-        _translate(below)
-
-
-def _arrange_help() -> None:
-    """Let the help's tables fold what is too long, and head them in the chosen language.
-
-    Typer cuts it off with an ellipsis, which ends most Chinese sentences: they have no spaces.
-    """
-    from rich.table import Table
-    from rich.text import Text
-    from typer import rich_utils
-
-    class FoldingTable(Table):
-        def add_row(self, *cells: Any, **options: Any) -> None:
-            super().add_row(*cells, **options)
-            for column in self.columns:
-                column.overflow = "fold"
-
-    def joined(parts: list[Text]) -> Text:
-        return Text(" ").join(parts)
-
-    vars(rich_utils).update(Table=FoldingTable, Columns=joined)
-    rich_utils.ARGUMENTS_PANEL_TITLE = tr("Arguments")
-    rich_utils.OPTIONS_PANEL_TITLE = tr("Options")
-    rich_utils.COMMANDS_PANEL_TITLE = tr("Commands")
 
 
 def error_line(message: str) -> None:

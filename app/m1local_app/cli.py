@@ -124,7 +124,7 @@ def ui(
     offline: options.Offline = False,
     keep_source: options.KeepSource = False,
     port: Annotated[
-        int, typer.Option(help="Port of the page; 0: any.", min=0, max=65535)
+        int, typer.Option(metavar="N", help="Port of the page; 0: any.", min=0, max=65535)
     ] = DEFAULT_PORT,
     host: Annotated[
         str,

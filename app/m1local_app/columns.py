@@ -1,7 +1,6 @@
 """Texts in a terminal: what may be printed, how wide it is, and tables of it.
 
-What it is: functions on strings, with Chinese characters two columns wide. What it is not: colour
-or wrapping.
+What it is: functions on strings, with Chinese characters two columns wide. What it is not: colour.
 """
 
 import re
@@ -13,6 +12,8 @@ OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud80
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 ELLIPSIS = "…"
 GAP = "  "
+NOT_FIRST = "，。、；：？！）》」』”’…%"  # on a line
+NOT_LAST = "（《「『“‘"
 
 
 def printable(text: str) -> str:
@@ -41,6 +42,31 @@ def shortened(text: str, columns: int) -> str:
     while end < len(text) and (left := left - width(text[end])) >= 0:
         end += 1
     return (text[:end].rstrip() + ELLIPSIS) if columns >= width(ELLIPSIS) else ""
+
+
+def breaks(text: str, columns: int) -> list[int]:
+    """Where a line is broken so that each part fits into `columns`, spaces at its end apart.
+
+    After a space, or beside a wide character; within a word only where it is longer than that.
+    """
+    found: list[int] = []
+    start = last = used = 0
+    for at, character in enumerate(text):
+        if at > start and _breaks(text[at - 1], character):
+            last = at
+        if character != " " and used + width(character) > columns and at > start:
+            start = last if last > start else at
+            found.append(start)
+            used = width(text[start:at])
+        used += width(character)
+    return found
+
+
+def _breaks(before: str, after: str) -> bool:
+    if before == " " or after == " ":
+        return after != " "
+    wide = width(before) > 1 or width(after) > 1
+    return wide and after not in NOT_FIRST and before not in NOT_LAST
 
 
 def table(rows: Sequence[Sequence[str]], *, heads: Sequence[str] | None = None) -> str:

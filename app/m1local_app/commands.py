@@ -277,7 +277,8 @@ def bench(
         str, typer.Option("--depth", "-d", metavar="N,…", help="Tokens of context before them.")
     ] = "0",
     repetitions: Annotated[
-        int, typer.Option("--repetitions", "-r", min=1, help="How often each is measured.")
+        int,
+        typer.Option("--repetitions", "-r", min=1, metavar="N", help="How often each is measured."),
     ] = 3,
     gpu_layers: options.GpuLayers = "auto",
     kv_type: options.KvType = "f16",

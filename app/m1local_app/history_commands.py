@@ -55,7 +55,8 @@ history = typer.Typer(
 @history.command("list")
 def list_conversations(
     limit: Annotated[
-        int, typer.Option("--limit", "-n", min=1, max=10**6, help="How many at most.")
+        int,
+        typer.Option("--limit", "-n", min=1, max=10**6, metavar="N", help="How many at most."),
     ] = 50,
     binned: Annotated[bool, typer.Option("--bin", help="Those that were deleted.")] = False,
 ) -> None:
@@ -79,7 +80,8 @@ def list_conversations(
 def search_messages(
     words: Annotated[list[str], typer.Argument(help="All must be in a message; in any case.")],
     limit: Annotated[
-        int, typer.Option("--limit", "-n", min=1, max=10**6, help="How many at most.")
+        int,
+        typer.Option("--limit", "-n", min=1, max=10**6, metavar="N", help="How many at most."),
     ] = 50,
 ) -> None:
     """Find messages, in Chinese too, the newest first.

@@ -95,7 +95,9 @@ Device = Annotated[
 ]  # fmt: skip
 ContextSize = Annotated[
     int | None,
-    typer.Option("--ctx-size", "-c", min=16, help="fit: tokens of context. (default: 8192)"),
+    typer.Option(
+        "--ctx-size", "-c", min=16, metavar="N", help="fit: tokens of context. (default: 8192)"
+    ),
 ]
 Memory = Annotated[
     int | None,
@@ -112,7 +114,8 @@ Bandwidth = Annotated[
     ),
 ]  # fmt: skip
 PlannedContext = Annotated[
-    int | None, typer.Option("--ctx-size", "-c", min=16, help="Only this many tokens of context.")
+    int | None,
+    typer.Option("--ctx-size", "-c", min=16, metavar="N", help="Only this many tokens of context."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a report.")]
 GpuLayers = Annotated[
