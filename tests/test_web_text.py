@@ -35,6 +35,11 @@ EVIL = (
     "[link](javascript:window.evil=1) <a href='javascript:window.evil=1'>a</a> "
     "</textarea><details open ontoggle='window.evil = 1'>"
 )
+GRANT = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+NAMES = """return [...document.querySelectorAll("button[title], button[aria-label]")]
+    .filter(button => button.checkVisibility())
+    .map(button => `${button.title} ${button.getAttribute("aria-label")}`.replace("null", ""))
+    .join(" ")"""
 ACTS = (
     "#chat script, #chat img, #chat iframe, #chat details, #chat [onerror], #chat [onload], "
     "#chat a[href^='javascript'], #side img, #side script, #drawer img, #bar script, #chips img"
@@ -77,8 +82,7 @@ def test_a_copied_answer_carries_the_medical_notice_and_nothing_invisible(
     identifier = keep(store, "is a <b?", "if a <b then")
     window.open(f"{page.url}?c={identifier}")
     window.until(lambda: len(window.answers) == 1, "it was not opened")
-    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
-    window.browser.execute_cdp_cmd("Browser.grantPermissions", grant)
+    window.browser.execute_cdp_cmd("Browser.grantPermissions", GRANT)
     window.click(".message-buttons-left button[aria-label='Copy message']")
     read = "navigator.clipboard.readText().then(arguments[0], e => arguments[0](String(e)))"
     copied = window.until(lambda: window.browser.execute_async_script(read), "nothing was copied")
@@ -119,3 +123,22 @@ def test_an_edited_message_is_sent_as_it_was_meant(
     window.ended(1)
     window.until(lambda: store.path(identifier)[0].content.endswith("really"), "not asked anew")
     assert store.path(identifier)[0].content == "is x <y and a <b>? really"
+
+
+def test_gradio_names_its_buttons_in_the_language_of_the_page(
+    page: Served, store: History, window: Window
+) -> None:
+    identifier = keep(store, "高血压", "```\n一\n```")
+    window.open(f"{page.url}zh?c={identifier}")
+    window.until(lambda: len(window.answers) == 1, "it was not opened")
+    window.until(lambda: "重试" in window.js(NAMES), "the buttons have no Chinese names")
+    window.click("#chat button[aria-label=编辑]")
+    window.until(lambda: "提交" in window.js(NAMES), "the editor's buttons have no Chinese names")
+    window.browser.execute_cdp_cmd("Browser.grantPermissions", GRANT)
+    window.click("#chat button[title=复制消息]")
+    window.until(lambda: "已复制" in window.js(NAMES), "it was not copied")
+    window.until(lambda: "已复制" not in window.js(NAMES), "it is copied forever")
+    window.until(lambda: not re.search("[A-Za-z]{3}", window.js(NAMES)), "a name is English")
+    window.open(f"{page.url}?c={identifier}")
+    window.until(lambda: len(window.answers) == 1, "it was not opened")
+    assert "Retry" in window.js(NAMES)

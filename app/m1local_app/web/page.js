@@ -136,6 +136,17 @@
     });
   }
 
+  // Gradio's names of its buttons are English, or in the browser's language; here in the page's.
+  function names() {
+    if (document.documentElement.lang === "en") return;
+    for (const button of document.querySelectorAll("button[title], button[aria-label]")) {
+      for (const attribute of ["title", "aria-label"]) {
+        const name = window.m1Names[button.getAttribute(attribute)];
+        if (name) set(button, attribute, name);
+      }
+    }
+  }
+
   const answering = () => Boolean(one("#stop")?.checkVisibility());
 
   // What a screen reader says: notices as they come, and an answer once it is whole.
@@ -166,7 +177,7 @@
     planned = setTimeout(() => {
       planned = 0;
       done = performance.now();
-      for (const step of [draw, versions, announce, focus]) step();
+      for (const step of [draw, versions, names, announce, focus]) step();
     }, Math.max(0, PAUSE - (performance.now() - done)));
   }
 

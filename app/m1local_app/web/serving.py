@@ -6,6 +6,7 @@ analytics, uploads in a private folder that goes away. What it is not: the page.
 
 import atexit
 import errno
+import json
 import os
 import shutil
 import socket
@@ -19,7 +20,7 @@ from starlette.middleware import Middleware
 
 from m1local.errors import M1Error
 from m1local_app.interrupt import leave_when_told
-from m1local_app.language import language, tr
+from m1local_app.language import language, marked, speaking, tr
 from m1local_app.web import page as pages
 from m1local_app.web.attachments import UPLOADS
 from m1local_app.web.desk import Desk
@@ -29,6 +30,18 @@ HOST = "127.0.0.1"
 HERE = Path(__file__).parent
 FONTS = ("system-ui", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")
 MONOSPACE = ("ui-monospace", "Consolas", "monospace")
+
+BUTTONS = (  # as Gradio names them
+    marked("Copy message"),
+    marked("Copied message"),
+    marked("copy"),
+    marked("Retry"),
+    marked("Undo"),
+    marked("Edit"),
+    marked("Submit"),
+    marked("Cancel"),
+    marked("Reset to default value"),
+)
 
 
 def serve(desk: Desk, *, host: str, port: int, browser: bool, auth: tuple[str, str] | None) -> None:
@@ -121,9 +134,12 @@ def taken(host: str, port: int) -> M1Error:
 
 
 def _script() -> str:
-    """The page's script, which is told the language of the address /."""
+    """The page's script, told the language of the address / and the Chinese of Gradio's buttons."""
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    return f"<script>window.m1Language = '{language()}';\n{script}</script>"
+    with speaking("zh"):
+        names = json.dumps({name: tr(name) for name in BUTTONS}, ensure_ascii=False)
+    told = f"window.m1Language = '{language()}'; window.m1Names = {names};"
+    return f"<script>{told}\n{script}</script>"
 
 
 def theme() -> gr.themes.Base:
