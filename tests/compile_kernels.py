@@ -25,7 +25,7 @@ UNEVEN = (
     "length",
 )  # no multiples of 16
 ONE_ROW = ("vector", "gated", "added")
-THEN = {"then": ("*u8", "*u8", "i32")}
+THEN = {"then": ("*u8", "*u8", "i32", "i32")}
 CAPABILITIES = (75, 80, 86, 89, 90, 120)
 
 
@@ -83,21 +83,21 @@ def _products(chosen: Any, half: str) -> Iterator[Case]:
         yield Case(
             f"vector {name}", one_row.vector_kernel,
             x | {"matrix": vectors, "out": "*fp32"} | THEN | numbers | {"eps": "fp32"},
-            fixed | normed | _shape(tiles.vector), warps(tiles.vector),
+            fixed | normed | _shape(tiles.vector), tiles.vector.warps,
         )  # fmt: skip
         if name in ("int4", "int6", "nf4-dq"):
             yield Case(
                 f"gated {name}", one_row.gated_kernel,
                 x | {"gate": vectors, "up": vectors} | _row(half) | THEN | numbers
                 | {"eps": "fp32"},
-                fixed | {"WHOLE": True} | normed | _shape(tiles.gated), warps(tiles.gated),
+                fixed | {"WHOLE": True} | normed | _shape(tiles.gated), tiles.gated.warps,
             )  # fmt: skip
         if name in ("int4", "int6", "nf4-dq"):
             yield Case(
                 f"added {name}", one_row.added_kernel,
                 x | {"matrix": vectors, "stream": "*fp32", "weight": half} | _row(half)
                 | {"squares": "*fp32"} | THEN | numbers,
-                fixed | _shape(tiles.added), warps(tiles.added),
+                fixed | _shape(tiles.added), tiles.added.warps,
             )  # fmt: skip
         if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
             continue
@@ -121,12 +121,6 @@ def _products(chosen: Any, half: str) -> Iterator[Case]:
 
 def _shape(shape: Any) -> dict[str, int]:
     return {"GROUPS": shape.groups, "TURNS": shape.turns}
-
-
-def warps(shape: Any) -> int:
-    """Of a program that multiplies one row."""
-    found: int = shape.groups * shape.turns
-    return found
 
 
 def _neighbours(half: str, overlap: bool) -> Iterator[Case]:

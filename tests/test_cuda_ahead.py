@@ -28,10 +28,17 @@ def _mark(codes, line, lines):  # type: ignore[no-untyped-def]
     tl.store(at, tl.load(at, mask=line < lines) + 1, mask=line < lines)
 
 
-def marked(monkeypatch: pytest.MonkeyPatch, lines: int) -> None:
+@triton.jit
+def _sign(codes, line, lines):  # type: ignore[no-untyped-def]
+    """As `_mark`, but with the program that asked, counted from one."""
+    tl.store(codes + line * 128, tl.program_id(0) + 1, mask=line < lines)
+
+
+def marked(monkeypatch: pytest.MonkeyPatch, lines: int, multiprocessors: int = 4) -> None:
     """Let cards ask for so many lines, and kernels mark them."""
+    chosen = Card((8, 9), multiprocessors, 4 * 128 * lines)
     monkeypatch.setattr(ahead, "_ask", _mark)
-    monkeypatch.setattr(ahead, "card", lambda device: Card((8, 9), 4, 4 * 128 * lines))
+    monkeypatch.setattr(ahead, "card", lambda device: chosen)
 
 
 def blank(rows: int, columns: int) -> Matrix:
@@ -58,10 +65,8 @@ def test_the_programs_of_a_product_ask_once_for_each_line(
     marked(monkeypatch, 96)
     matrix = quantized("int4-64", (96, 192)).cuda_matrix()
     assert matrix is not None
-    x, out = (
-        Activation.of(activations(1, 192) / 100),
-        Activation(96, dtype=torch.float32, device=CPU),
-    )
+    x = Activation.of(activations(1, 192) / 100)
+    out = Activation(96, dtype=torch.float32, device=CPU)
     stream, weight = torch.zeros(96), torch.ones(96)
     added = Activation(96, dtype=torch.float32, device=CPU, eps=1e-6)
     tried = RowShape(*shape)
@@ -83,12 +88,26 @@ def test_no_more_is_asked_for_than_there_is(monkeypatch: pytest.MonkeyPatch) -> 
     marked(monkeypatch, 1 << 20)
     like = torch.zeros(4)
     small, large = blank(100, 320), blank(333, 64 * 3)
-    found = ahead.following((small,), like)
+    found = ahead.following((small,), like, 8, 4)
     assert found.lines == 48  # of each half of 125 lines, evenly
     assert found.more_codes.data_ptr() == found.codes.data_ptr() + 48 * 128
-    assert ahead.following((small, large), like).lines == 112  # of the smaller one
-    assert ahead.following((), like).lines == 0
-    assert ahead.following((blank(16, 64),), like).lines == 0  # less than there is in a piece
+    assert ahead.following((small, large), like, 8, 4).lines == 112  # of the smaller one
+    assert ahead.following((), like, 8, 4).lines == 0
+    assert ahead.following((blank(16, 64),), like, 8, 4).lines == 0  # less than there is in a piece
+
+
+def test_only_the_last_programs_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = torch.zeros(4)
+    for programs, silent in ((28, 0), (44, 16), (50, 16), (61, 32), (2, 0)):
+        marked(monkeypatch, 96)  # a card that runs 28 programs of 4 warps
+        assert ahead.following((), like, programs, 4).silent == silent
+    marked(monkeypatch, 96, multiprocessors=1)
+    monkeypatch.setattr(ahead, "_ask", _sign)
+    matrix, alone = quantized("int4-64", (800, 64)).cuda_matrix(), blank(100, 320)
+    assert matrix is not None
+    x = Activation.of(activations(1, 64))
+    one_row.vector_product(x, matrix, RowShape(1, 1), then=(alone,))  # 50 programs
+    assert marks(alone) == 2 * ([17] * 32 + [18] * 16) + [0] * 29
 
 
 def test_a_card_asks_for_a_quarter_of_its_second_cache() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -276,9 +277,9 @@ def test_every_kernel_of_a_step_asks_for_what_follows(monkeypatch: pytest.Monkey
     decoder = Decoder(model, cache)
     asked: list[tuple[int, ...]] = []
 
-    def following(matrices: tuple[Matrix, ...], like: torch.Tensor) -> ahead.Following:
+    def following(matrices: tuple[Matrix, ...], *given: Any) -> ahead.Following:
         asked.append(tuple(matrix.codes.data_ptr() for matrix in matrices))
-        return ahead.following(matrices, like)
+        return ahead.following(matrices, *given)
 
     monkeypatch.setattr(attention, "following", following)
     monkeypatch.setattr(one_row, "following", following)

@@ -1,12 +1,12 @@
 """Asking for the next product's weights while the kernel in front of it ends.
 
 What it is: between two kernels of a decode step the memory has nothing to do: the last programs of
-one end one by one, the next is launched, and its first weights are on their way. So each program,
-when it has read all its own, asks for a piece of what will be read next; it comes into the second
-cache, where the next kernel finds it, and whoever asked does not wait. Nothing is computed from it,
-so it changes no number. What it is not: measured; `python -m bench.gpu` times the step with and
-without it. It takes a part of the second cache (card.py), so that what is read meanwhile does not
-push it out.
+one end one by one, the next is launched, and its first weights are on their way. So each of the
+last programs, when it has read all its own, asks for a piece of what will be read next; it comes
+into the second cache, where the next kernel finds it, and whoever asked does not wait. It is a part
+of that cache (card.py), and earlier programs ask for nothing: what the others still read would push
+it out. Nothing is computed from it, so it changes no number. What it is not: measured; `python -m
+bench.gpu` times the step with and without it.
 Source: PTX ISA, prefetch.
 """
 
@@ -22,30 +22,37 @@ from m1local.cuda.matrix import Matrix
 from m1local.cuda.tensor_core import INTERPRETED
 
 LINE = 128  # bytes that come at once
-EVEN = 16  # lines, so that Triton compiles one kernel for all numbers of them
+EVEN = 16  # so that Triton compiles one kernel for all numbers
 _LINE = tl.constexpr(LINE)
 
 
 class Following(NamedTuple):
-    """What is read next: two places among codes, as bytes, and how many lines from each on."""
+    """What is read next: two places among codes, as bytes, and how many lines from each on.
+
+    The first `silent` programs do not ask.
+    """
 
     codes: Tensor
     more_codes: Tensor
     lines: int
+    silent: int
 
 
-def following(matrices: tuple[Matrix, ...], like: Tensor) -> Following:
+def following(matrices: tuple[Matrix, ...], like: Tensor, programs: int, warps: int) -> Following:
     """The first lines of `matrices`, one or two that are read side by side; none without any.
 
-    `like` is any tensor on the card, which stands in where nothing follows.
+    `like` is any tensor on the card, which stands in where nothing follows; `programs` of `warps`
+    ask, of which a card runs so many at a time, and begins them in their order.
     """
+    silent = max(0, programs - card(like.device).resident(warps)) // EVEN * EVEN
     codes = [matrix.codes.view(torch.uint8).view(-1) for matrix in matrices]
     if not codes:
         nothing = like.view(torch.uint8)
-        return Following(nothing, nothing, 0)
+        return Following(nothing, nothing, 0, silent)
     held = min(one.numel() for one in codes) if len(codes) > 1 else codes[0].numel() // 2
     lines = min(card(like.device).ahead // 2, held) // LINE // EVEN * EVEN
-    return Following(codes[0], codes[1] if len(codes) > 1 else codes[0][lines * LINE :], lines)
+    more = codes[1] if len(codes) > 1 else codes[0][lines * LINE :]
+    return Following(codes[0], more, lines, silent)
 
 
 @triton.jit
@@ -56,10 +63,14 @@ def ask_ahead(then, WARPS: tl.constexpr):
     """
     THREADS: tl.constexpr = 32 * WARPS
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    first = program * THREADS + tl.arange(0, THREADS)
-    for line in range(0, then[2], tl.num_programs(0) * tl.num_programs(1) * THREADS):
-        _ask(then[0], line + first, then[2])
-        _ask(then[1], line + first, then[2])
+    lines, silent = then[2], then[3]
+    at = (program - silent) * THREADS
+    if at >= 0:
+        together = (tl.num_programs(0) * tl.num_programs(1) - silent) * THREADS
+        for first in range(at, lines, together):
+            line = first + tl.arange(0, THREADS)
+            _ask(then[0], line, lines)
+            _ask(then[1], line, lines)
 
 
 @triton.jit

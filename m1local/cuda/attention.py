@@ -168,7 +168,8 @@ def attend(
     attend_kernel[(layout.num_kv_heads, parts)](
         packed, packed.shape[0], pointers(layer.k), pointers(layer.v),
         (layer.raw_k, layer.raw_v), taps, tuple(turn), position,
-        kept.partial, kept.greatest, kept.sums, following(then, packed),
+        kept.partial, kept.greatest, kept.sums,
+        following(then, packed, layout.num_kv_heads * parts, tiles.key_warps),
         layout.num_heads, width, layer.slots, layout.window or EVERYTHING, width**-0.5,
         GROUP=group, GROUP_ROWS=max(LEAST_DOT, triton.next_power_of_2(group)),
         WIDTH=padded, KEYS=tiles.keys, BYTES=in_bytes, WARPS=tiles.key_warps,

@@ -30,6 +30,11 @@ class RowShape(NamedTuple):
     groups: int
     turns: int
 
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return self.groups * self.turns
+
 
 class Tiles(NamedTuple):
     """Sizes for one compute capability.
@@ -137,8 +142,11 @@ class Card:
         `steps` is how many there can be, `warps` a program's. More parts than needed would only add
         sums.
         """
-        resident = max(1, self.tiles.resident * WARPS // warps)
-        return _column_parts(self.multiprocessors * resident, programs, steps)
+        return _column_parts(self.resident(warps), programs, steps)
+
+    def resident(self, warps: int) -> int:
+        """How many programs of so many warps the card runs at a time."""
+        return self.multiprocessors * max(1, self.tiles.resident * WARPS // warps)
 
     def restored_weights(self) -> int:
         """How many weights are restored at a time for a prompt: the product should fill the card.

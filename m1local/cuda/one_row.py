@@ -103,11 +103,12 @@ def vector_product(
     device = x.natural.device
     shape = shape or card(device).tiles.vector
     programs, steps = _programs(matrix, shape, 2), _steps(matrix, shape)
-    parts = card(device).column_parts(programs, steps, shape.groups * shape.turns)
+    parts = card(device).column_parts(programs, steps, shape.warps)
     out = torch.empty((parts, matrix.rows), dtype=torch.float32, device=device)
     vector_kernel[(programs, parts)](
-        _row(x), _vectors(matrix), out, following(then, x.halves), matrix.rows, matrix.blocks,
-        triton.cdiv(steps, parts), x.eps, **_fixed(matrix, shape, device), SQUARES=_squares(x),
+        _row(x), _vectors(matrix), out, following(then, x.halves, programs * parts, shape.warps),
+        matrix.rows, matrix.blocks, triton.cdiv(steps, parts), x.eps,
+        **_fixed(matrix, shape, device), SQUARES=_squares(x),
     )  # fmt: skip
     return out
 
@@ -124,10 +125,12 @@ def gated_product(
     """`out` (1, N) becomes silu(x @ gate.T) * (x @ up.T), of two matrices that are `alike`."""
     device = x.natural.device
     shape = shape or card(device).tiles.gated
-    gated_kernel[(_programs(gate, shape, 1),)](
-        _row(x), _vectors(gate), _vectors(up), *out.tensors, following(then, x.halves),
-        gate.rows, gate.blocks, _steps(gate, shape), x.eps, **_fixed(gate, shape, device),
-        SQUARES=_squares(x), WHOLE=out.whole,
+    programs = _programs(gate, shape, 1)
+    gated_kernel[(programs,)](
+        _row(x), _vectors(gate), _vectors(up), *out.tensors,
+        following(then, x.halves, programs, shape.warps), gate.rows, gate.blocks,
+        _steps(gate, shape), x.eps, **_fixed(gate, shape, device), SQUARES=_squares(x),
+        WHOLE=out.whole,
     )  # fmt: skip
 
 
@@ -146,10 +149,11 @@ def added_product(
     But for the norm's factor, which every product with `out` applies; `out` has `squares` for that.
     """
     shape = shape or card(stream.device).tiles.added
-    added_kernel[(_programs(matrix, shape, 2),)](
+    programs = _programs(matrix, shape, 2)
+    added_kernel[(programs,)](
         _row(x), _vectors(matrix), stream, weight, *out.tensors, out.squares,
-        following(then, x.halves), matrix.rows, matrix.blocks, _steps(matrix, shape),
-        **_fixed(matrix, shape, stream.device),
+        following(then, x.halves, programs, shape.warps), matrix.rows, matrix.blocks,
+        _steps(matrix, shape), **_fixed(matrix, shape, stream.device),
     )  # fmt: skip
 
 
@@ -157,7 +161,7 @@ def _fixed(matrix: Matrix, shape: RowShape, device: torch.device) -> dict[str, A
     """What is fixed at compile time, and how a program is launched."""
     return {
         "KIND": matrix.kind, "PER_GROUP": matrix.per_group, "GROUPS": shape.groups,
-        "TURNS": shape.turns, "num_warps": shape.groups * shape.turns,
+        "TURNS": shape.turns, "num_warps": shape.warps,
         "SMALL": card(device).has_small_pieces, **begun_early(device),
     }  # fmt: skip
 
