@@ -22,6 +22,7 @@ from bench.gpu_peers import peers
 from bench.gpu_shapes import shapes
 from bench.gpu_subject import Subject, milliseconds
 from m1local.cuda.card import Card
+from m1local.formats.groups import GroupLinear
 from m1local.kv_store import BYTES, FLOAT
 from m1local.memory import Model, Setting, bandwidth, free_bytes, settle
 from m1local.model import M1Model
@@ -38,8 +39,9 @@ TOGETHER = 8  # steps that are timed as one
 WARMING = 3  # tokens of an answer before the first that counts: graphs are captured
 DRAWN = SamplingParams(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05, seed=1)
 WITHOUT = {
-    "serial": ("overlaps", False),  # each kernel begins when the one before has ended
-    "unasked": ("ahead", 0),  # no weights are asked for before their kernel
+    "serial": (Card, "overlaps", False),  # each kernel begins when the one before has ended
+    "unasked": (Card, "ahead", 0),  # no weights are asked for before their kernel
+    "untiled": (GroupLinear, "tile", lambda module: None),  # scales and zeros are as stored
 }
 CAPPED = (Setting(8192), Setting(2048, BYTES))
 
@@ -142,7 +144,7 @@ def profile(subject: Subject) -> dict[str, Any]:
 
 def without(name: str, subject: Subject) -> dict[str, Any]:
     """Decode in int4 at the first context, without what WITHOUT says."""
-    with patch.object(Card, *WITHOUT[name]):
+    with patch.object(*WITHOUT[name]):
         found = decode("int4", FLOAT, replace(subject, contexts=subject.contexts[:1]))
     rows = [row | {"format": f"int4 {name}"} for row in found["rows"]]
     return found | {"rows": rows}

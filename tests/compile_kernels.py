@@ -67,7 +67,8 @@ def _stored() -> Iterator[tuple[str, dict[str, int], dict[str, str]]]:
         stored = {"codes": codes, "scales": scales, "zeros": scales}
         stored["levels"] = {"int3": "*u8", "int6": "*i16", "int4": scales}.get(name, "*fp32")
         stored["outer"] = "*fp32" if name == "nf4-dq" else scales
-        yield name, {"KIND": kind.value, "PER_GROUP": per_group}, stored
+        fixed = {"KIND": kind.value, "PER_GROUP": per_group}
+        yield name, fixed | {"TILED": name in ("int3", "int4", "int6")}, stored
 
 
 def _products(chosen: Any, half: str) -> Iterator[Case]:
@@ -156,7 +157,8 @@ def _neighbours(half: str, overlap: bool) -> Iterator[Case]:
                 f"stored {name}", embedding.stored_row_kernel,
                 {"token_at": "*i64", "matrix": tuple(stored.values()), "out": "*fp32",
                  "blocks": "i32"},
-                of_kind | {"WORDS": embedding.COLUMNS // WORD} | fixed, card.WARPS,
+                {fixed: of_kind[fixed] for fixed in ("KIND", "PER_GROUP")}
+                | {"WORDS": embedding.COLUMNS // WORD} | fixed, card.WARPS,
             )  # fmt: skip
 
 

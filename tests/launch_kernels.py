@@ -83,6 +83,7 @@ def products(name: str, dtype: torch.dtype) -> None:
     from m1local.cuda import products
     from m1local.formats import LinearSpec, format_class
     from m1local.formats.base import QuantizedEmbedding
+    from m1local.formats.groups import GroupLinear
 
     spec, shape = (
         LinearSpec(name, 64 if name.startswith("int") and name != "int8" else None),
@@ -95,6 +96,11 @@ def products(name: str, dtype: torch.dtype) -> None:
     assert matrix is not None
     if chosen.gathers:
         row_of(QuantizedEmbedding(table, dtype))
+    if isinstance(table, GroupLinear):
+        table.tile()  # as on a card
+        matrix = table.cuda_matrix()
+        assert matrix is not None
+        assert matrix.is_tiled
     for rows in (1, 2, 100):
         products.product(torch.randn(rows, shape[1]).to(dtype), matrix)
 

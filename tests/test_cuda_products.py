@@ -12,6 +12,7 @@ from m1local.cuda import support
 from m1local.cuda.card import RowShape
 from m1local.formats import LinearSpec, format_class
 from m1local.formats.base import QuantizedLinear
+from m1local.formats.groups import GroupLinear
 from m1local.model import RMSNorm
 from tests import interpreter  # noqa: F401  # skips without Triton; before its kernels
 from tests.conftest import CARD
@@ -154,6 +155,76 @@ def test_programs_of_any_shape_multiply_alike(name: str, shape: tuple[int, int])
         again = Activation.of(made.natural)
         assert torch.equal(made.halves, again.halves)
         assert torch.equal(made.scales, again.scales)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FORMATS if name.startswith("int") and "-" in name]
+)
+def test_scales_and_zeros_in_tiles_give_the_same(name: str) -> None:
+    shape = (40, 1152 if name.endswith("32") else 1536)  # rows of two programs and a half
+    module = quantized(name, shape)
+    assert isinstance(module, GroupLinear)
+    whole, scales = module.dequantize(), module.scales.clone()
+    module.tile()
+    assert module.tiled
+    assert not torch.equal(module.scales, scales)
+    assert torch.equal(stored.untiled(module.scales), scales)
+    assert torch.equal(module.dequantize(), whole)
+    assert torch.equal(module.slice_rows(3, 21, torch.float32), whole[3:21])
+    matrix = module.cuda_matrix()
+    assert matrix is not None
+    x = activations(1, shape[1]) * 0.1
+    wanted = exact(x, module)
+    close(one_row.vector_product(Activation.of(x), matrix).sum(0, keepdim=True), wanted, ONE_ROW)
+    out = Activation(40, dtype=torch.float32, device=CARD)
+    one_row.gated_product(Activation.of(x), matrix, matrix, out)
+    close(out.natural, functional.silu(wanted) * wanted, 2 * ONE_ROW)
+    several = activations(5, shape[1])
+    parts = products.tile_product(stored.planar(several), matrix)
+    close(parts.sum(0), expected(several, module), 5e-3)
+    rows = products.restored(matrix, 3, 33, torch.float32)
+    close(rows, whole[3:33].double(), tolerance(name))
+    plain = quantized(name, shape).cuda_matrix()
+    assert plain is not None
+    assert not one_row.alike(matrix, plain)
+
+
+@pytest.mark.parametrize(("missing", "is_tiled"), [(None, True), ("there is no Triton", False)])
+def test_what_kernels_read_is_put_into_tiles_on_its_way(
+    missing: str | None, is_tiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "missing", lambda device: missing)
+    shape, spec = (16, 256), FORMATS["int6-64"]
+    chosen = format_class(spec.format)
+    tensors = {
+        name: kept.to("meta") for name, kept in chosen.quantize(torch.ones(shape), spec).items()
+    }
+    module = chosen.from_tensors(tensors, shape, spec)
+    assert isinstance(module, GroupLinear)
+    assert module.tiled == is_tiled
+    table = chosen.table(tensors, shape, spec)  # whose rows are gathered
+    assert isinstance(table, GroupLinear)
+    assert not table.tiled
+
+
+def test_what_is_no_whole_tile_stays_as_stored() -> None:
+    for shape in ((20, 512), (16, 192)):  # rows, groups
+        module = quantized("int4-64", shape)
+        assert isinstance(module, GroupLinear)
+        scales = module.scales.clone()
+        module.tile()
+        assert not module.tiled
+        assert torch.equal(module.scales, scales)
+
+
+def test_a_tile_is_eight_rows_of_four_groups() -> None:
+    rows, groups = 16, 12
+    numbers = torch.arange(rows * groups).view(rows, groups)
+    lying = stored.tiled(numbers).flatten().tolist()
+    for row in range(rows):
+        for group in range(groups):
+            tile = row // 8 * (groups // 4) + group // 4
+            assert lying[32 * tile + row % 8 * 4 + group % 4] == row * groups + group
 
 
 def test_matrices_of_two_kinds_are_not_alike() -> None:

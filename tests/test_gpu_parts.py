@@ -267,7 +267,7 @@ def test_a_card_s_random_model_is_where_a_loaded_one_would_be(
 
 def test_every_part_that_is_wanted_is_there() -> None:
     wanted = {"copy", "kernels", "peers", "capped", "prompt bf16", "decode int4 q8_0"}
-    wanted |= {"decode int4 serial", "decode int4 unasked"}
+    wanted |= {f"decode int4 {name}" for name in ("serial", "unasked", "untiled")}
     assert wanted | {f"{kind} {name}" for kind in ("decode", "prompt")
                      for name in ("int4", "int8", "nf4")} <= set(PARTS)  # fmt: skip
     assert sorted(gpu.everything()) == sorted([*PARTS, TESTS])

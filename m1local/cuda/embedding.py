@@ -46,7 +46,9 @@ def stored_row_kernel(
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     here = word < blocks * 4
     raw = load_words(codes, levels, token * blocks * 4 + word, here, KIND)
-    scale, zero = statistics(scales, zeros, outer, token, word // 4, blocks, here, KIND, PER_GROUP)
+    scale, zero = statistics(
+        scales, zeros, outer, token, word // 4, blocks, here, KIND, PER_GROUP, False
+    )
     for column in tl.static_range(_WORD):
         found = weight(raw, column, scale, zero, levels, KIND)
         tl.store(out + word * _WORD + column, found, mask=here)

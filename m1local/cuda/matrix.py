@@ -1,9 +1,10 @@
 """A stored matrix as the kernels read it.
 
-What it is: views of a format's own tensors, and the numbers that go with them. Where tiles are
+What it is: views of a format's own tensors, and the numbers that go with them. Scales and zeros of
+groups are put into tiles once (`tiled`), as the threads of a warp read them. Where tiles are
 decoded for several rows, columns are taken in the order of planes: first all that are a word's
 first column, then all second ones, up to the eighth; activations are put into that order
-(`planar`), so that both are read in long vectors although the weights stay as stored. What it is
+(`planar`), so that both are read in long vectors although the codes stay as stored. What it is
 not: a copy; only the few numbers of nested scales, and sixteen levels, are put together anew.
 """
 
@@ -17,6 +18,7 @@ INT4, INT8, LEVELS, NESTED, INT3, INT5, INT6 = range(
 )  # as words.py has them, which cannot be had without Triton
 BLOCK = 32  # columns
 WORD = 8
+TILE_ROWS, TILE_GROUPS = 8, 4
 MOST_WHOLE = 127 * 256  # so that both halves fit into a signed byte
 MOST_WEIGHTS = 2**31  # places in a matrix are counted in 32 bits
 
@@ -28,7 +30,8 @@ class Matrix:
     `levels` are those of a kind that has some, or the upper plane of one with two planes;
     `per_group` is how many blocks of 32 columns share a scale; `scales` stands in for what a kind
     does not have. `outer` are the numbers of nested scales (words.py), `table` levels as whole
-    numbers (`level_table`), `levels_name` which levels they are.
+    numbers (`level_table`), `levels_name` which levels they are. `is_tiled` says that scales and
+    zeros lie as `tiled` puts them.
     """
 
     kind: int
@@ -41,6 +44,7 @@ class Matrix:
     outer: Tensor
     table: Tensor
     levels_name: str = ""
+    is_tiled: bool = False
 
     @property
     def rows(self) -> int:
@@ -66,6 +70,29 @@ class Matrix:
 def fits(shape: tuple[int, int]) -> bool:
     """Whether the kernels take a matrix of `shape` (N, K)."""
     return shape[1] % BLOCK == 0 and 0 < shape[0] * shape[1] < MOST_WEIGHTS
+
+
+def can_be_tiled(statistics: tuple[int, int]) -> bool:
+    """Whether numbers (N, groups) are whole tiles."""
+    return statistics[0] % TILE_ROWS == 0 and statistics[1] % TILE_GROUPS == 0
+
+
+def tiled(statistics: Tensor) -> Tensor:
+    """Scales or zeros (N, groups), those of a tile of rows and groups one after another.
+
+    A warp reads eight rows at once, four groups of each: so they come from one place in memory, and
+    else from eight. The shape stays, since nothing is added.
+    """
+    rows, groups = statistics.shape
+    tiles = statistics.reshape(rows // TILE_ROWS, TILE_ROWS, groups // TILE_GROUPS, TILE_GROUPS)
+    return tiles.transpose(1, 2).reshape(rows, groups)
+
+
+def untiled(statistics: Tensor) -> Tensor:
+    """What `tiled` was given."""
+    rows, groups = statistics.shape
+    tiles = statistics.reshape(rows // TILE_ROWS, groups // TILE_GROUPS, TILE_ROWS, TILE_GROUPS)
+    return tiles.transpose(1, 2).reshape(rows, groups)
 
 
 def int4_matrix(

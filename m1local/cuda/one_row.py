@@ -32,15 +32,15 @@ Matrices = tuple[Matrix, ...]
 @triton.jit
 def vector_kernel(
     x, matrix, out, then, rows, blocks, steps, eps,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, TURNS: tl.constexpr,
-    SQUARES: tl.constexpr, SMALL: tl.constexpr, OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr, GROUPS: tl.constexpr,
+    TURNS: tl.constexpr, SQUARES: tl.constexpr, SMALL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Part `program 1` of x (K,) @ W.T, sixteen rows of W a group: out (parts, N) float32."""
     ROWS: tl.constexpr = 2 * GROUPS * _WARP_ROWS
     first = tl.program_id(0) * ROWS
     total, other_total = summed(
         x, matrix, matrix, first, 2, 1, rows, blocks, tl.program_id(1) * steps, steps, eps,
-        KIND, PER_GROUP, GROUPS, TURNS, SQUARES, SMALL, OVERLAP,
+        KIND, PER_GROUP, TILED, GROUPS, TURNS, SQUARES, SMALL, OVERLAP,
     )  # fmt: skip
     ask_ahead(then, GROUPS * TURNS)
     row = first + tl.arange(0, ROWS)
@@ -51,15 +51,16 @@ def vector_kernel(
 @triton.jit
 def gated_kernel(
     x, gate, up, natural, halves, scales, then, rows, blocks, steps, eps,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, TURNS: tl.constexpr,
-    SQUARES: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr, GROUPS: tl.constexpr,
+    TURNS: tl.constexpr, SQUARES: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """silu(x @ gate.T) * (x @ up.T), eight rows of both a group, as activations."""
     ROWS: tl.constexpr = GROUPS * _WARP_ROWS
     first = tl.program_id(0) * ROWS
     opened, total = summed(
         x, gate, up, first, 1, 0, rows, blocks, 0, steps, eps,
-        KIND, PER_GROUP, GROUPS, TURNS, SQUARES, SMALL, OVERLAP,
+        KIND, PER_GROUP, TILED, GROUPS, TURNS, SQUARES, SMALL, OVERLAP,
     )  # fmt: skip
     ask_ahead(then, GROUPS * TURNS)
     value = opened * tl.sigmoid(opened) * total
@@ -70,15 +71,15 @@ def gated_kernel(
 def added_kernel(
     x, matrix, stream, weight, natural, halves, scales, squares, then,
     rows, blocks, steps,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, TURNS: tl.constexpr,
-    SMALL: tl.constexpr, OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr, GROUPS: tl.constexpr,
+    TURNS: tl.constexpr, SMALL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """stream (N,) += x @ W.T; then times weight, as activations, and its squares, summed."""
     ROWS: tl.constexpr = 2 * GROUPS * _WARP_ROWS
     first = tl.program_id(0) * ROWS
     total, other_total = summed(
         x, matrix, matrix, first, 2, 1, rows, blocks, 0, steps, 0.0,
-        KIND, PER_GROUP, GROUPS, TURNS, 0, SMALL, OVERLAP,
+        KIND, PER_GROUP, TILED, GROUPS, TURNS, 0, SMALL, OVERLAP,
     )  # fmt: skip
     ask_ahead(then, GROUPS * TURNS)
     row = first + tl.arange(0, ROWS)
@@ -160,8 +161,8 @@ def added_product(
 def _fixed(matrix: Matrix, shape: RowShape, device: torch.device) -> dict[str, Any]:
     """What is fixed at compile time, and how a program is launched."""
     return {
-        "KIND": matrix.kind, "PER_GROUP": matrix.per_group, "GROUPS": shape.groups,
-        "TURNS": shape.turns, "num_warps": shape.warps,
+        "KIND": matrix.kind, "PER_GROUP": matrix.per_group, "TILED": matrix.is_tiled,
+        "GROUPS": shape.groups, "TURNS": shape.turns, "num_warps": shape.warps,
         "SMALL": card(device).has_small_pieces, **begun_early(device),
     }  # fmt: skip
 
@@ -195,5 +196,7 @@ def _vectors(matrix: Matrix) -> tuple[Tensor, ...]:
 
 def alike(one: Matrix, other: Matrix) -> bool:
     """Whether a row can be multiplied by both in one launch."""
-    stored = (one.kind, one.per_group, one.shape, one.levels_name)
-    return stored == (other.kind, other.per_group, other.shape, other.levels_name)
+    stored = (one.kind, one.per_group, one.shape, one.levels_name, one.is_tiled)
+    return stored == (
+        other.kind, other.per_group, other.shape, other.levels_name, other.is_tiled
+    )  # fmt: skip

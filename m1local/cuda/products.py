@@ -24,7 +24,7 @@ EVEN_ROWS = 128  # of cuBLAS' tiles
 @triton.jit(do_not_specialize=["x_rows"])
 def tile_kernel(
     x, codes, scales, zeros, levels, outer, out, x_rows, rows, blocks, steps,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr,
     X_ROWS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Part `program 2` of x (M, K) @ W.T for X_ROWS x ROWS: out (parts, M, N) float32."""
@@ -41,7 +41,7 @@ def tile_kernel(
         scale, zero = 1.0, 0.0
         if KIND != INT8:
             scale, zero = statistics(
-                scales, zeros, outer, row, word // 4, blocks, here, KIND, PER_GROUP
+                scales, zeros, outer, row, word // 4, blocks, here, KIND, PER_GROUP, TILED
             )
         x_at = x + x_row * (words * 8) + word
         x_here = (x_row < x_rows) & (word < words)
@@ -59,7 +59,8 @@ def tile_kernel(
 @triton.jit(do_not_specialize=["first"])
 def expand_kernel(
     codes, scales, zeros, levels, outer, out, first, rows, blocks,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Rows `first` to `rows` of W: out (n, K)."""
     out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -68,7 +69,9 @@ def expand_kernel(
     words = blocks * 4
     here = (word < words) & (row < rows)
     raw = load_words(codes, levels, row * words + word, here, KIND)
-    scale, zero = statistics(scales, zeros, outer, row, word // 4, blocks, here, KIND, PER_GROUP)
+    scale, zero = statistics(
+        scales, zeros, outer, row, word // 4, blocks, here, KIND, PER_GROUP, TILED
+    )
     column = tl.arange(0, 8)[None, None, :]
     found = weight(raw[:, :, None], column, scale[:, :, None], zero[:, :, None], levels, KIND)
     at = out + (out_row * words + word)[:, :, None] * 8 + column
@@ -86,8 +89,8 @@ def tile_product(x: Tensor, matrix: Matrix) -> Tensor:
     out = torch.empty((parts, x_rows, matrix.rows), dtype=torch.float32, device=x.device)
     tile_kernel[(programs, 1, parts)](
         x, *matrix.tensors, out, x_rows, matrix.rows, matrix.blocks, _pieces(steps, parts),
-        KIND=matrix.kind, PER_GROUP=matrix.per_group, X_ROWS=taken, ROWS=tiles.tile_rows,
-        WORDS=tiles.tile_words, num_warps=WARPS,
+        KIND=matrix.kind, PER_GROUP=matrix.per_group, TILED=matrix.is_tiled, X_ROWS=taken,
+        ROWS=tiles.tile_rows, WORDS=tiles.tile_words, num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -100,8 +103,8 @@ def restored(matrix: Matrix, start: int, stop: int, dtype: torch.dtype) -> Tenso
     )  # fmt: skip
     expand_kernel[grid](
         *matrix.tensors, out, start, stop, matrix.blocks,
-        KIND=matrix.kind, PER_GROUP=matrix.per_group, ROWS=EXPANDED_ROWS, WORDS=EXPANDED_WORDS,
-        num_warps=WARPS,
+        KIND=matrix.kind, PER_GROUP=matrix.per_group, TILED=matrix.is_tiled, ROWS=EXPANDED_ROWS,
+        WORDS=EXPANDED_WORDS, num_warps=WARPS,
     )  # fmt: skip
     return out
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from m1local.cuda.code_bytes import code_bytes, level_bytes, swapped
 from m1local.cuda.overlap import settled
 from m1local.cuda.tensor_core import PLACES, WARP_ROWS, own_half, place_and_row, sums_of_halves
-from m1local.cuda.words import INT3, INT4, INT8, LEVELS, NESTED, middle, nested
+from m1local.cuda.words import INT3, INT4, INT8, LEVELS, NESTED, group_place, middle, nested
 
 LOADS = 2  # blocks for each row and thread, one after the other; of bytes half blocks
 _LOADS, _PLACES, _WARP_ROWS = tl.constexpr(LOADS), tl.constexpr(PLACES), tl.constexpr(WARP_ROWS)
@@ -22,8 +22,9 @@ _LOADS, _PLACES, _WARP_ROWS = tl.constexpr(LOADS), tl.constexpr(PLACES), tl.cons
 @triton.jit
 def summed(
     x, one, other, first, APART: tl.constexpr, BESIDE: tl.constexpr, rows, blocks, begin, steps,
-    eps, KIND: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, TURNS: tl.constexpr,
-    SQUARES: tl.constexpr, SMALL: tl.constexpr, OVERLAP: tl.constexpr,
+    eps, KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr,
+    GROUPS: tl.constexpr, TURNS: tl.constexpr, SQUARES: tl.constexpr, SMALL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x times eight rows a group from `first` on, APART from each other, and those BESIDE them.
 
@@ -42,14 +43,16 @@ def summed(
     stop = tl.minimum(begin + steps, tl.cdiv(loads, TOGETHER))
     load = begin * TOGETHER + (warp % TURNS * _PLACES + place) * _LOADS
     end = tl.minimum(stop * TOGETHER, loads)
-    kept = _load_both(one, other, row, other_row, rows, load, loads, end, KIND, PER_GROUP)
+    kept = _load_both(one, other, row, other_row, rows, load, loads, end, KIND, PER_GROUP, TILED)
     settled(OVERLAP)
     factor = _norm_factor(x[2], blocks * 32, eps, SQUARES, WARPS)
     total = tl.zeros((32 * WARPS, 1), tl.float32)
     other_total = tl.zeros((32 * WARPS, 1), tl.float32)
     for _ in range(begin, stop):
         later = load + TOGETHER
-        coming = _load_both(one, other, row, other_row, rows, later, loads, end, KIND, PER_GROUP)
+        coming = _load_both(
+            one, other, row, other_row, rows, later, loads, end, KIND, PER_GROUP, TILED
+        )
         for part in tl.static_range(_LOADS):
             found, other_found, plain = _multiplied(
                 x, kept[0][part], kept[1][part], one, load + part, blocks, KIND, WARPS, SMALL
@@ -89,25 +92,29 @@ def _norm_factor(squares, columns, eps, SQUARES: tl.constexpr, WARPS: tl.constex
 
 @triton.jit
 def _load_both(
-    one, other, row, other_row, rows, load, loads, end, KIND: tl.constexpr, PER_GROUP: tl.constexpr
-):
+    one, other, row, other_row, rows, load, loads, end,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
     """What a step reads of two rows."""
     return (
-        _load_row(one, row, rows, load, loads, end, KIND, PER_GROUP),
-        _load_row(other, other_row, rows, load, loads, end, KIND, PER_GROUP),
+        _load_row(one, row, rows, load, loads, end, KIND, PER_GROUP, TILED),
+        _load_row(other, other_row, rows, load, loads, end, KIND, PER_GROUP, TILED),
     )
 
 
 @triton.jit
-def _load_row(matrix, row, rows, load, loads, end, KIND: tl.constexpr, PER_GROUP: tl.constexpr):
+def _load_row(
+    matrix, row, rows, load, loads, end,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
     """Two loads of `row` that follow each other; of an even group they share the statistics."""
     first = _load_words(matrix, row, rows, load, loads, end, KIND)
     second = _load_words(matrix, row, rows, load + 1, loads, end, KIND)
-    scale, zero = _load_statistics(matrix, row, rows, load, loads, end, KIND, PER_GROUP)
+    scale, zero = _load_statistics(matrix, row, rows, load, loads, end, KIND, PER_GROUP, TILED)
     second_scale, second_zero = scale, zero
     if PER_GROUP % 2 == 1:
         second_scale, second_zero = _load_statistics(
-            matrix, row, rows, load + 1, loads, end, KIND, PER_GROUP
+            matrix, row, rows, load + 1, loads, end, KIND, PER_GROUP, TILED
         )
     return (first[0], first[1], scale, zero), (second[0], second[1], second_scale, second_zero)
 
@@ -127,13 +134,14 @@ def _load_words(matrix, row, rows, load, loads, end, KIND: tl.constexpr):
 
 @triton.jit
 def _load_statistics(
-    matrix, row, rows, load, loads, end, KIND: tl.constexpr, PER_GROUP: tl.constexpr
-):
+    matrix, row, rows, load, loads, end,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
     """Scale and zero, not converted yet, so that nobody waits for them."""
     scale, zero = 0.0, 0.0
     if KIND != INT8:
         here = (load < end) & (row < rows)
-        group = row * (loads // PER_GROUP) + load // PER_GROUP
+        group = group_place(row, load // PER_GROUP, loads // PER_GROUP, TILED)
         scale = tl.load(matrix[1] + group, mask=here, other=0)
         zero = scale
         if KIND == INT4 or KIND >= INT3:

@@ -10,6 +10,9 @@ weights; they are read as stored.
 import triton
 import triton.language as tl
 
+from m1local.cuda.matrix import TILE_GROUPS, TILE_ROWS
+
+_TILE_ROWS, _TILE_GROUPS = tl.constexpr(TILE_ROWS), tl.constexpr(TILE_GROUPS)
 INT4 = tl.constexpr(0)  # the even column in the low nibble; w = (code - 8) * scale + zero
 INT8 = tl.constexpr(1)  # w = code * scale, one scale a row
 LEVELS = tl.constexpr(2)  # the even column in the high nibble; w = level[code] * scale
@@ -39,14 +42,14 @@ def load_words(codes, upper, at, here, KIND: tl.constexpr):
 @triton.jit
 def statistics(
     scales, zeros, outer, row, block, blocks, here,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """Scale and zero of `row` and `block`, in float32; zero where the format has none.
 
     PER_GROUP is how many blocks share them. For nested scales `outer` holds 256 levels, the
     offset, and a scale for each 256 of them.
     """
-    at = row * (blocks // PER_GROUP) + block // PER_GROUP
+    at = group_place(row, block // PER_GROUP, blocks // PER_GROUP, TILED)
     if KIND == INT8:
         scale = tl.load(scales + row + block * 0, mask=here, other=0.0)
         zero = scale * 0.0
@@ -60,6 +63,18 @@ def statistics(
         scale = nested(tl.load(scales + at, mask=here, other=0), outer, at, here)
         zero = scale * 0.0
     return scale, zero
+
+
+@triton.jit
+def group_place(row, group, groups, TILED: tl.constexpr):
+    """Where the statistics of a row's group lie (matrix.py, `tiled`)."""
+    if TILED:
+        tile = row // _TILE_ROWS * (groups // _TILE_GROUPS) + group // _TILE_GROUPS
+        inside = row % _TILE_ROWS * _TILE_GROUPS + group % _TILE_GROUPS
+        at = tile * (_TILE_ROWS * _TILE_GROUPS) + inside
+    else:
+        at = row * groups + group
+    return at
 
 
 @triton.jit

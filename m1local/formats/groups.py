@@ -6,9 +6,9 @@ precise where |w| is small. On the CPU they are multiplied as stored, by the com
 (m1local/native/matmul.py). Without it the codes are rearranged once, at load, for torch's packed
 4-bit operator (m1local/formats/int4pack.py): three bits in the place of four, five and six as a low
 and a high half, each of four, that are multiplied one after the other. On a card Triton's kernels
-read all of them as stored (m1local/cuda); where there is no Triton, torch's operator multiplies
-int4, and other widths are dequantized in slices. What it is not: as small in memory as on the disk
-where the codes are rearranged.
+read all of them (m1local/cuda), codes as stored, scales and zeros in tiles; where there is no
+Triton, torch's operator multiplies int4, and other widths are dequantized in slices. What it is
+not: as small in memory as on the disk where the codes are rearranged.
 
 Stored: codes in planes of 1, 2 or 4 bits, the even columns in the low bits of a byte: weight
 (N, K * width / 8) uint8 with the lowest bits, weight_high with the others; scales and zeros
@@ -17,6 +17,7 @@ Stored: codes in planes of 1, 2 or 4 bits, the even columns in the low bits of a
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -24,7 +25,15 @@ from torch import Tensor
 
 from m1local.cuda import int4pack as cuda_int4pack
 from m1local.cuda import support
-from m1local.cuda.matrix import Matrix, fits, int4_matrix, planes_matrix
+from m1local.cuda.matrix import (
+    Matrix,
+    can_be_tiled,
+    fits,
+    int4_matrix,
+    planes_matrix,
+    tiled,
+    untiled,
+)
 from m1local.formats import LinearSpec, format_class, int4pack
 from m1local.formats.base import SLICES, QuantizedLinear, Stored, inverse_of
 from m1local.native import matmul
@@ -61,10 +70,11 @@ class GroupLinear(QuantizedLinear):
     highest: ClassVar[int]
     codes: Tensor  # (N, K/2) uint8 in torch's packed order, or the plane as stored
     high: Tensor | None  # the same for the upper half, where there is one
-    scales: Tensor  # (N, K/group) bfloat16; empty where packed
+    scales: Tensor  # (N, K/group) bfloat16, in tiles where tiled; empty where packed
     zeros: Tensor  # the same
     scales_zeros: Tensor  # (K/group, N, 2) bfloat16, as torch's operator wants them; or empty
     packed: bool
+    tiled = False
 
     @classmethod
     def check(cls, out_features: int, in_features: int, spec: LinearSpec) -> str | None:
@@ -172,8 +182,9 @@ class GroupLinear(QuantizedLinear):
         if cls.packs_on_card(device, shape):
             rearranged = cuda_int4pack.pack(tensors["weight"])
             return cls(*shape, spec)._hold(rearranged, None, scales_zeros=_joined(tensors))
-        on_cpu = device.type == "cpu"
-        if not on_cpu or cls._is_compiled() or not int4pack.serves(*shape):
+        if device.type != "cpu":
+            return cls.table(tensors, shape, spec)._for_kernels()
+        if cls._is_compiled() or not int4pack.serves(*shape):
             return cls.table(tensors, shape, spec)
         scales_zeros = _joined(tensors)
         module = cls(*shape, spec)
@@ -213,12 +224,27 @@ class GroupLinear(QuantizedLinear):
             self.register_buffer(name, statistics.get(name, codes.new_empty(0)))
         return self
 
+    def tile(self) -> None:
+        """Put scales and zeros into the order that Triton's kernels read, in their place."""
+        if not self.tiled and can_be_tiled((self.scales.shape[0], self.scales.shape[1])):
+            for statistics in (self.scales, self.zeros):
+                statistics.copy_(tiled(statistics))
+            self.tiled = True
+
+    def _for_kernels(self) -> Self:
+        if support.usable(self.codes.device) and fits((self.out_features, self.in_features)):
+            self.tile()
+        return self
+
     def _statistics(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Scales and zeros of rows: (n, groups, 1) float32."""
         if self.packed:
             scales, zeros = self.scales_zeros[:, start:stop].float().permute(2, 1, 0)[..., None]
             return scales, zeros
-        return self.scales[start:stop].float()[..., None], self.zeros[start:stop].float()[..., None]
+        scales, zeros = self.scales, self.zeros
+        if self.tiled:
+            scales, zeros = untiled(scales), untiled(zeros)
+        return scales[start:stop].float()[..., None], zeros[start:stop].float()[..., None]
 
     def slice_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Dequantized rows (n, K)."""
@@ -226,7 +252,7 @@ class GroupLinear(QuantizedLinear):
 
     def gather_rows(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of an embedding: (...) ids -> (..., K)."""
-        if self.packed:
+        if self.packed or self.tiled:
             raise ValueError("rows are gathered from a table()")
         flat = token_ids.flatten()
         planes = {"weight": self.codes[flat]}
@@ -238,7 +264,7 @@ class GroupLinear(QuantizedLinear):
 
     def compiled_matrix(self) -> matmul.Matrix | None:
         """The stored planes."""
-        if self.packed:
+        if self.packed or self.tiled:
             return None
         planes = [self.codes] if self.high is None else [self.codes, self.high]
         size = group_size_of(self.spec)
@@ -251,8 +277,10 @@ class GroupLinear(QuantizedLinear):
             return None
         if self.high is not None:
             stored = self.codes, self.high, self.scales, self.zeros
-            return planes_matrix(*stored, shape, size, (self.planes[0], self.planes[1]))
-        return int4_matrix(self.codes, self.scales, self.zeros, shape, size)
+            found = planes_matrix(*stored, shape, size, (self.planes[0], self.planes[1]))
+        else:
+            found = int4_matrix(self.codes, self.scales, self.zeros, shape, size)
+        return replace(found, is_tiled=self.tiled)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
