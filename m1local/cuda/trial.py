@@ -8,15 +8,16 @@ wrong. What it is not: a check of every kernel and format, which the tests of co
 or imported where Triton is missing (support.py asks for it).
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from m1local.cuda.activation import Activation
-from m1local.cuda.matrix import int4_matrix
+from m1local.cuda.matrix import int4_matrix, tiled
 from m1local.cuda.one_row import vector_product
 
-ROWS, COLUMNS, GROUP = 40, 1408, 64  # no whole program of rows, no whole round of columns
+ROWS, COLUMNS, GROUP = 40, 1536, 64  # no whole program of rows, no whole round of columns
 MOST_ERROR = 1e-3
 
 
@@ -27,8 +28,9 @@ def is_right(device: torch.device) -> bool:
     codes = (256 * drawn((ROWS, COLUMNS // 2))).to(torch.uint8)
     scales, zeros = drawn((2, ROWS, COLUMNS // GROUP)).bfloat16()
     x = drawn((1, COLUMNS)) - 0.5
-    stored = [tensor.to(device) for tensor in (codes, scales, zeros)]
+    stored = [tensor.to(device) for tensor in (codes, tiled(scales), tiled(zeros))]
     matrix = int4_matrix(stored[0], stored[1], stored[2], (ROWS, COLUMNS), GROUP)
+    matrix = replace(matrix, is_tiled=True)
     found = vector_product(Activation.of(x.to(device)), matrix).sum(0).cpu()
     levels = torch.stack((codes & 15, codes >> 4), 2).view(ROWS, -1, GROUP).float() - 8
     weights = levels * scales.float()[..., None] + zeros.float()[..., None]
