@@ -22,22 +22,21 @@ CPU = torch.device("cpu")
 
 
 @triton.jit
-def _mark(codes, line, lines):  # type: ignore[no-untyped-def]
+def _mark(at, here):  # type: ignore[no-untyped-def]
     """In the place of asking: count in a line's first byte that it was asked for."""
-    at = codes + line * 128
-    tl.store(at, tl.load(at, mask=line < lines) + 1, mask=line < lines)
+    tl.store(at, tl.load(at, mask=here) + 1, mask=here)
 
 
 @triton.jit
-def _sign(codes, line, lines):  # type: ignore[no-untyped-def]
+def _sign(at, here):  # type: ignore[no-untyped-def]
     """As `_mark`, but with the program that asked, counted from one."""
-    tl.store(codes + line * 128, tl.program_id(0) + 1, mask=line < lines)
+    tl.store(at, tl.program_id(0) + 1, mask=here)
 
 
 def marked(monkeypatch: pytest.MonkeyPatch, lines: int, multiprocessors: int = 4) -> None:
     """Let cards ask for so many lines, and kernels mark them."""
     chosen = Card((8, 9), multiprocessors, 4 * 128 * lines)
-    monkeypatch.setattr(ahead, "_ask", _mark)
+    monkeypatch.setattr(ahead, "ask", _mark)
     monkeypatch.setattr(ahead, "card", lambda device: chosen)
 
 
@@ -102,7 +101,7 @@ def test_only_the_last_programs_ask(monkeypatch: pytest.MonkeyPatch) -> None:
         marked(monkeypatch, 96)  # a card that runs 28 programs of 4 warps
         assert ahead.following((), like, programs, 4).silent == silent
     marked(monkeypatch, 96, multiprocessors=1)
-    monkeypatch.setattr(ahead, "_ask", _sign)
+    monkeypatch.setattr(ahead, "ask", _sign)
     matrix, alone = quantized("int4-64", (800, 64)).cuda_matrix(), blank(100, 320)
     assert matrix is not None
     x = Activation.of(activations(1, 64))

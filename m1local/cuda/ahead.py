@@ -69,22 +69,21 @@ def ask_ahead(then, WARPS: tl.constexpr):
         together = (tl.num_programs(0) * tl.num_programs(1) - silent) * THREADS
         for first in range(at, lines, together):
             line = first + tl.arange(0, THREADS)
-            _ask(then[0], line, lines)
-            _ask(then[1], line, lines)
+            ask(then[0] + line.to(tl.int64) * _LINE, line < lines)
+            ask(then[1] + line.to(tl.int64) * _LINE, line < lines)
 
 
 @triton.jit
-def _ask(codes, line, lines):
-    """Bring `line` (threads,) into the second cache, where it is one of `lines`."""
+def ask(at, here):
+    """Bring what lies at the places `at` into the second cache, where it is `here`."""
     if not INTERPRETED:
-        at = (codes + line.to(tl.int64) * _LINE).to(tl.int64)
         tl.inline_asm_elementwise(
             """{
             .reg .pred here;
-            setp.lt.s32 here, $2, $3;
+            setp.ne.s32 here, $2, 0;
             @here prefetch.global.L2 [$1];
             mov.b32 $0, 0;
             }""",
-            "=r,l,r,r", [at, line, lines + line * 0],
+            "=r,l,r", [at.to(tl.int64), here.to(tl.int32)],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m1local.cuda.activation import Activation, store_row
-from m1local.cuda.ahead import ask_ahead, following
+from m1local.cuda.ahead import ask, ask_ahead, following
 from m1local.cuda.card import RowShape, card
 from m1local.cuda.matrix import INT8 as INT8_KIND
 from m1local.cuda.matrix import Matrix
@@ -77,13 +77,15 @@ def added_kernel(
     """stream (N,) += x @ W.T; then times weight, as activations, and its squares, summed."""
     ROWS: tl.constexpr = 2 * GROUPS * _WARP_ROWS
     first = tl.program_id(0) * ROWS
+    row = first + tl.arange(0, ROWS)
+    here = row < rows
+    if not SMALL:  # where it would cost a quarter more registers
+        ask(weight + row, here)  # else it would come from memory while all wait for it
     total, other_total = summed(
         x, matrix, matrix, first, 2, 1, rows, blocks, 0, steps, 0.0,
         KIND, PER_GROUP, TILED, GROUPS, TURNS, 0, SMALL, OVERLAP,
     )  # fmt: skip
     ask_ahead(then, GROUPS * TURNS)
-    row = first + tl.arange(0, ROWS)
-    here = row < rows
     grown = tl.reshape(tl.join(total, other_total), (ROWS,))
     grown += tl.load(stream + row, mask=here, other=0.0)
     tl.store(stream + row, grown, mask=here)
