@@ -108,3 +108,13 @@ def test_a_line_breaks_between_words_and_chinese_characters(
 ) -> None:
     ends = [0, *breaks(text, columns), len(text)]
     assert [text[start:stop] for start, stop in itertools.pairwise(ends)] == parts
+
+
+def test_examples_stand_on_a_line_each() -> None:
+    lines = [line.strip() for line in shown("quantize").splitlines()]
+    first = lines.index("Examples:") + 1
+    assert lines[first] == "m1 quantize ./Baichuan-M1-14B-Instruct ./m1-int4 --recipe int4"
+    assert lines[first + 1].startswith(
+        "m1 quantize ./Baichuan-M1-14B-Instruct ./m1-8gb --recipe fit"
+    )
+    assert "·" not in shown("quantize", "--lang", "zh")

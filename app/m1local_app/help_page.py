@@ -65,7 +65,7 @@ def translate(command: Any, context: Any) -> None:
     for attribute in ("help", "short_help", "epilog", *METAVARS):
         text = getattr(command, attribute, None)
         if text:
-            setattr(command, attribute, tr(text))
+            setattr(command, attribute, _examples_below(tr(text)))
     shown = command.get_help_option(context)
     for parameter in (*command.params, *([] if shown is None else [shown])):
         if getattr(parameter, "help", None):
@@ -75,6 +75,17 @@ def translate(command: Any, context: Any) -> None:
             parameter.rich_help_panel = tr(panel)
     for below in getattr(command, "commands", {}).values():
         translate(below, context)
+
+
+def _examples_below(text: str) -> str:
+    """`text` with the examples of its last paragraph, which dots part, on a line each."""
+    *before, last = text.split("\n\n")
+    head, *examples = re.split(r"\s+·\s+", last)
+    if not examples:
+        return text
+    named, first = head.split(maxsplit=1)
+    listed = (" ".join(example.split()) for example in (first, *examples))
+    return "\n\n".join([*before, "\n".join((named, *listed))])
 
 
 def arrange(context: Any) -> None:
