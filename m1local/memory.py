@@ -151,11 +151,19 @@ class Model:
     """What must be known of a model: its config and how each of its matrices is stored."""
 
     def __init__(
-        self, config: M1Config, specs: Mapping[str, LinearSpec], dtype: torch.dtype
+        self,
+        config: M1Config,
+        specs: Mapping[str, LinearSpec],
+        dtype: torch.dtype,
+        host_dtype: torch.dtype | None = None,
     ) -> None:
-        """`specs` by module, as a manifest has them; what is not in it is kept in `dtype`."""
+        """`specs` by module, as a manifest has them; what is not in it is kept in `dtype`.
+
+        Layers that leave a card for the CPU compute in `host_dtype`, the same if not said.
+        """
         self.config = config
         self.dtype = dtype
+        self.host_dtype = host_dtype or dtype
         shapes = parameter_shapes(config) if specs else {}
         matrices = {(shapes[f"{name}.weight"], spec.format) for name, spec in specs.items()}
         self.restored = max(
@@ -165,17 +173,15 @@ class Model:
             ),
             default=0,
         )
-        self.parts: dict[str, int] = {}
-        self._sizes: dict[str, list[int]] = {}  # of each tensor
-        for name, stored in expected_tensors(config, specs).items():
-            found = stored if isinstance(stored, Stored) else Stored(stored, dtype)
-            part = _part(name)
-            self.parts[part] = self.parts.get(part, 0) + found.nbytes
-            self._sizes.setdefault(part, []).append(found.nbytes)
+        tensors = expected_tensors(config, specs)
+        self._sizes = _sizes(tensors, dtype)
+        self.parts = {part: sum(sizes) for part, sizes in self._sizes.items()}
+        on_host = _sizes(tensors, self.host_dtype)
+        self._host_parts = {part: sum(sizes) for part, sizes in on_host.items()}
 
     @property
     def weights(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all of them where all are on the device."""
         return sum(self.parts.values())
 
     def layer_bytes(self, layer: int) -> int:
@@ -191,27 +197,29 @@ class Model:
         layers = self.config.num_hidden_layers
         on_card = layers if setting.gpu_layers is None else min(setting.gpu_layers, layers)
         first = layers - on_card
-        kept = layer_caches(self.config, setting, self.dtype)
-        caches = [layer.nbytes for layer in kept]
-        host_layers = sum(self.layer_bytes(layer) for layer in range(first))
-        embedding = self.parts[EMBEDDING]
         seen = [read_bytes(self.config.heads(layer), setting) for layer in range(layers)]
+        host = self._host_parts
+        host_layers = sum(host[f"{LAYERS}{layer}"] for layer in range(first))
+        host_kept = layer_caches(self.config, setting, self.host_dtype)[:first]
+        host_cache = sum(layer.nbytes for layer in host_kept)
         if on_card == 0:
-            all_of_it, read = self.weights + sum(caches), self.weights - embedding + sum(seen)
+            weights = sum(host.values())
             return Demand(
-                weights=0, cache=0, workspace=0, graphs=0, gaps=0, runtime=0,
-                host=all_of_it, read=0, host_read=read,
+                weights=0, cache=0, workspace=0, graphs=0, gaps=0, runtime=0, read=0,
+                host=weights + host_cache, host_read=weights - host[EMBEDDING] + sum(seen),
             )  # fmt: skip
+        kept = layer_caches(self.config, setting, self.dtype)
+        embedding = self.parts[EMBEDDING]
         away = embedding if device.type == "cuda" else 0
-        weights = self.weights - host_layers - away
+        weights = self.weights - away - sum(self.layer_bytes(layer) for layer in range(first))
         return Demand(
             weights=weights,
-            cache=sum(caches[first:]),
+            cache=sum(layer.nbytes for layer in kept[first:]),
             workspace=self.workspace(setting, kept, device).nbytes,
             graphs=on_card * LAUNCHES_PER_LAYER * GRAPH_BYTES if device.type == "cuda" else 0,
             gaps=self._gaps(setting, kept[first:], device),
             runtime=CONTEXT_BYTES + LIBRARY_BYTES if device.type == "cuda" else PROCESS_BYTES,
-            host=host_layers + (away if first else self._pinned(away)) + sum(caches[:first]),
+            host=host_layers + host_cache + (self._host_embedding(first, device) if away else 0),
             read=weights - (embedding - away) + sum(seen[first:]),
             host_read=host_layers + sum(seen[:first]),
         )
@@ -237,9 +245,16 @@ class Model:
             kernels=device.type == "cuda" and by_kernels(device), restored=self.restored,
         )  # fmt: skip
 
-    def _pinned(self, embedding: int) -> int:
-        """What an embedding takes of the host's memory that a card reads; 0 where there is none."""
-        return sum(map(pinned, self._sizes[EMBEDDING])) if embedding else 0
+    def _host_embedding(self, first: int, card: torch.device) -> int:
+        """Bytes of the embedding beside a `card` with the layers from `first` on.
+
+        It has its layer's type, and is pinned only for kernels that read it (host_embedding.py).
+        """
+        if first:
+            return self._host_parts[EMBEDDING]
+        return (
+            sum(map(pinned, self._sizes[EMBEDDING])) if by_kernels(card) else self.parts[EMBEDDING]
+        )
 
     def _gaps(self, setting: Setting, buffers: Sequence[LayerCache], device: torch.device) -> int:
         """What lies unused between and behind what `setting` puts on a card."""
@@ -268,6 +283,17 @@ def gap(nbytes: int) -> int:
     what is used of the last; smaller ones share pieces. (c10/cuda/CUDACachingAllocator.cpp)
     """
     return -nbytes % ALLOCATED_PIECE if nbytes >= LEAST_OF_ITS_OWN else 0
+
+
+def _sizes(
+    tensors: Mapping[str, Stored | tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, list[int]]:
+    """The bytes of each tensor, by part; what is not quantized takes `dtype`."""
+    sizes: dict[str, list[int]] = {}
+    for name, stored in tensors.items():
+        found = stored if isinstance(stored, Stored) else Stored(stored, dtype)
+        sizes.setdefault(_part(name), []).append(found.nbytes)
+    return sizes
 
 
 def _part(tensor_name: str) -> str:

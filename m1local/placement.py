@@ -132,7 +132,7 @@ def planned_model(folder: Path, device: torch.device) -> Model:
     """What the plan must know of the checkpoint in `folder`, if it computes on `device`."""
     config = M1Config.from_file(folder / CONFIG)
     specs = CheckpointManifest.read(folder).linears if is_quantized(folder) else {}
-    return Model(config, specs, compute_dtype(device))
+    return Model(config, specs, compute_dtype(device), compute_dtype(CPU))
 
 
 def demand(folder: Path, placement: Placement) -> Demand:

@@ -89,6 +89,16 @@ def test_what_stays_on_the_host_is_not_on_the_card() -> None:
     assert none.host_read == whole.read
 
 
+def test_layers_beside_a_card_take_the_type_that_the_processor_computes_in() -> None:
+    setting = Setting(8192, gpu_layers=20)
+    same, wider = (Model(M1_14B, {}, torch.bfloat16, host) for host in (None, torch.float32))
+    narrow, wide = (model.demand(setting, CUDA) for model in (same, wider))
+    assert wide.host == 2 * narrow.host  # a checkpoint that is not quantized
+    assert (wide.device, wide.read) == (narrow.device, narrow.read)
+    none = wider.demand(replace(setting, gpu_layers=0), CUDA)
+    assert none.host > 2 * wider.weights
+
+
 def test_the_first_setting_that_fits_is_taken() -> None:
     model = Model(M1_14B, stored_as(M1_14B, "int4", 64), torch.bfloat16)
     wanted = Setting(8192)
@@ -234,6 +244,7 @@ def test_where_triton_is_missing_the_plan_is_that_of_torch(monkeypatch: pytest.M
         assert suited(wanted, CUDA) == wanted  # attention of more tokens would fill the card
     assert plain.gaps - kernels.gaps > 200 << 20  # each tensor is allocated by itself
     assert plain.workspace > kernels.workspace  # a mask
+    assert plain.host == model.parts["model.embed_tokens"] < kernels.host  # nothing is pinned
     assert memory.by_kernels(CUDA) or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for usable in (True, False):

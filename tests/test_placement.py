@@ -3,6 +3,7 @@
 Without a card the second device is the CPU again, in bfloat16, so that what is moved shows.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +132,24 @@ def test_layers_in_two_types_answer_alike(
     wanted = whole(prompt, KVCache.allocate(CONFIG, 64, dtype=torch.float32))
     found = model(prompt, split.allocate(CONFIG)).cpu()
     torch.testing.assert_close(found, wanted, atol=0.15, rtol=0.1)
+
+
+def test_what_the_plan_leaves_to_the_host_is_what_is_taken_there(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, types = torch.device("meta"), {"cpu": torch.float32}
+    monkeypatch.setattr(placing, "compute_dtype", lambda on: types.get(on.type, torch.bfloat16))
+    layers = CONFIG.num_hidden_layers
+    split = Placement(there, 2, Setting(64, gpu_layers=layers - 2))
+    model = load_model(
+        tiny_checkpoint,
+        device=there,
+        parts=list(split.parts(CONFIG)),
+        move=lambda tensor: tensor.to(there),
+    )
+    weights = sum(each.nbytes for each in model.parameters() if each.device == CPU)
+    caches = sum(layer.nbytes for layer in split.allocate(CONFIG).layers[:2])
+    assert placing.demand(tiny_checkpoint, replace(split, card=CARD)).host == weights + caches
 
 
 def test_tensors_arrive_whole_through_small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:

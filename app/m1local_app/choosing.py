@@ -107,7 +107,8 @@ class _Plan:
     def __init__(self, folder: Path, device: torch.device, kv_type: str | None) -> None:
         config = M1Config.from_file(folder / CONFIG)
         self.models: Mapping[str, Model] = {
-            name: Model(config, specs, dtype_on(device)) for name, specs in recipes(folder, config)
+            name: Model(config, specs, dtype_on(device), dtype_on(torch.device("cpu")))
+            for name, specs in recipes(folder, config)
         }
         self._device, self._free = device, free_bytes(device)
         self._room = room(device, self._free)

@@ -83,7 +83,7 @@ def plan(folder: Path, machine: Machine, context_tokens: int | None) -> list[Row
     return [
         _row(
             recipe,
-            Model(config, specs, dtype),
+            Model(config, specs, dtype, dtype_on(torch.device("cpu"))),
             suited(Setting(context, kv_type), machine.device),
             machine,
         )
