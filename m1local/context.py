@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m1local.advice import telling
 from m1local.cache import KVCache
-from m1local.errors import ContextLengthError
+from m1local.errors import ContextLengthError, M1Error
 from m1local.memory import Setting
 from m1local.model import M1Model
 from m1local.sampling import Sampler, SamplingParams
@@ -107,7 +107,15 @@ class Context:
         return self.cache.capacity - self.cache.position
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Raise ContextLengthError unless `prompt` and one new token fit."""
+        """Raise ContextLengthError unless `prompt` and one new token fit; M1Error for an empty one.
+
+        Every answer follows a token: of nothing there are no logits.
+        """
+        if not prompt:
+            raise M1Error(
+                "The prompt holds no token, so nothing can follow it; begin it with the "
+                f"checkpoint's beginning token, {self.model.config.bos_token_id}."
+            )
         if len(prompt) >= self.capacity:
             most = self.model.config.max_position_embeddings
             larger = f", or choose a larger --ctx-size (up to {most:,})"

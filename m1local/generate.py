@@ -116,8 +116,8 @@ def generate(
     """Answer `prompt`, keeping what the context already holds of it.
 
     When the context is full, `make_room` is asked for a shorter prompt, with which the answer of so
-    many tokens goes on; None ends it. Raises ContextLengthError before anything is computed when
-    the prompt does not fit.
+    many tokens goes on; None ends it. Before anything is computed raises ContextLengthError when
+    the prompt does not fit, and M1Error when it is empty.
     """
     context.check_prompt(prompt)
     with context.telling():

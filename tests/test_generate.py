@@ -18,7 +18,7 @@ from m1local.chat import ChatSession
 from m1local.checkpoint import load_model
 from m1local.context import Context
 from m1local.engine import Engine
-from m1local.errors import ContextLengthError
+from m1local.errors import ContextLengthError, M1Error
 from m1local.generate import (
     Event,
     Finished,
@@ -31,6 +31,7 @@ from m1local.generate import (
 from m1local.generation_config import GenerationConfig
 from m1local.sampling import SamplingParams
 from m1local.tokenizer import M1Tokenizer, Message
+from tests.damage import refused
 
 GREEDY = SamplingParams(temperature=0)
 PROMPT = "What is glaucoma? It is a disease of the eye."
@@ -282,6 +283,13 @@ def test_an_empty_text_is_continued_from_the_beginning_token(engine: Engine) -> 
     assert finished(events).prompt_tokens == 1
     assert finished(events).new_tokens == 3
     assert engine.context.token_ids[0] == engine.model.config.bos_token_id
+
+
+def test_a_prompt_without_a_token_is_one_line(engine: Engine) -> None:
+    held = list(engine.context.token_ids)
+    with refused(M1Error, r"prompt holds no token.*begin it with .* beginning token, \d+\.$"):
+        list(generate(engine.context, engine.tokenizer, [], settings()))
+    assert engine.context.token_ids == held
 
 
 def twin(session: ChatSession, engine: Engine) -> ChatSession:
