@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from m1local.errors import CheckpointError, HubError, StorageError
 from m1local.manifest import NAME as MANIFEST
 from m1local.manifest import CheckpointManifest
 from m1local_quantize.disk import SYSTEM_FILES, allocated, disk_error, removal_error
+from m1local_quantize.lock import locked, unlock
 from m1local_quantize.transfer import BytesFetched, Place, Published, Transfer, with_words
 
 RECORD = "m1local-source.json"  # which repository and revision the folder is, and what was checked
@@ -150,9 +151,8 @@ def alone(folder: Path) -> Iterator[None]:
     Raises HubError where another run does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_lock_path(folder))
     try:
-        lock.acquire(timeout=0)
+        lock = locked(_lock_path(folder))
     except Timeout:
         raise HubError(
             f"Another run is fetching into {folder}, or quantizing from there; wait for it."
@@ -160,7 +160,7 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        unlock(lock)
 
 
 def _lock_path(folder: Path) -> Path:
@@ -232,7 +232,6 @@ def remove_fetched(folder: Path) -> int:
                     path.unlink()
             (folder / RECORD).unlink()
             folder.rmdir()
-        _lock_path(folder).unlink(missing_ok=True)
     except OSError as error:
         raise removal_error(error, folder) from error
     return freed

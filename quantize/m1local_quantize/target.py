@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from m1local.errors import StorageError
 from m1local.generation_config import NAME as GENERATION_CONFIG
@@ -22,6 +22,7 @@ from m1local.tokenizer import FILES as TOKENIZER_FILES
 from m1local_quantize.disk import SYSTEM_FILES, allocated, disk_error, removal_error
 from m1local_quantize.hub import LICENCES
 from m1local_quantize.journal import HIDDEN, LOCK, MARKER
+from m1local_quantize.lock import locked, unlock
 
 # What a run writes, so what the next may delete; anything else is the user's.
 OWN_FILES = (
@@ -54,8 +55,7 @@ def prepared(target: Path, source: Path, nbytes: int, *, overwrite: bool) -> Ite
     try:
         _check_space(target, nbytes)
         target.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target / LOCK)
-        lock.acquire(timeout=0)
+        lock = locked(target / LOCK)
     except Timeout:
         raise StorageError(
             f"Another run is writing {target}; wait for it, or choose another folder."
@@ -66,8 +66,7 @@ def prepared(target: Path, source: Path, nbytes: int, *, overwrite: bool) -> Ite
         check_contents(target, overwrite=overwrite)  # another run may just have finished
         yield
     finally:
-        lock.release()
-    (target / LOCK).unlink(missing_ok=True)
+        unlock(lock)
 
 
 def remove_checkpoint(folder: Path) -> int:
@@ -80,8 +79,8 @@ def remove_checkpoint(folder: Path) -> int:
         raise StorageError(f"{folder} holds no checkpoint made by m1local; nothing was deleted.")
     check_contents(folder, overwrite=True)
     try:
-        lock = FileLock(folder / LOCK)
-        with lock.acquire(timeout=0):
+        lock = locked(folder / LOCK)
+        try:
             freed = sum(allocated(path) for path in folder.iterdir())
             # What says that the folder is whole goes first, what says that it is ours last.
             own = sorted(folder.iterdir(), key=lambda path: (path.name != MANIFEST, path.name))
@@ -90,7 +89,8 @@ def remove_checkpoint(folder: Path) -> int:
                 if path.name not in (LOCK, MARKER):
                     path.unlink()
             (folder / MARKER).unlink()
-        (folder / LOCK).unlink(missing_ok=True)
+        finally:
+            unlock(lock)
         folder.rmdir()
     except Timeout:
         raise StorageError(f"A run is writing {folder}; wait for it, or stop it.") from None
