@@ -61,6 +61,40 @@ def test_escape_stops(page: Served, window: Window) -> None:
     assert path(page)[-1].finish == "cancelled"
 
 
+def test_a_question_asked_during_an_answer_ends_it_and_is_answered(
+    page: Served, window: Window
+) -> None:
+    window.ask("first", answers=1)
+    window.type("#box textarea", "second\n")
+    window.streaming(2)  # while the second is answered, both are shown
+    assert window.questions == ["first", "second"]
+    assert window.shown("#stop")
+    window.stop()
+    assert window.questions == ["first", "second"]
+    assert [len(text) >= 40 for text in window.answers] == [True, True]
+    messages = path(page)
+    assert [message.content for message in messages][::2] == ["first", "second"]
+    assert [message.finish for message in messages][1::2] == ["cancelled", "cancelled"]
+    assert messages[2].parent == messages[1].id
+
+
+def test_a_question_asked_while_another_waits_takes_its_turn(page: Served, window: Window) -> None:
+    with page.desk.turnstile.ticket():  # somebody else is being answered
+        window.type("#box textarea", "first\n")
+        window.until(
+            lambda: any("Waiting: 1 before" in text for text in window.texts("#status")),
+            "no place in the line is shown",
+        )
+        window.type("#box textarea", "second\n")
+        window.until(lambda: window.questions == ["second"], "it was not taken")
+        value = "return document.querySelector('#box textarea').value"
+        window.until(lambda: window.js(value) == "first", "the first question is gone")
+    window.streaming(1)
+    window.stop()
+    assert window.questions == ["second"]
+    assert window.js(value) == "first"
+
+
 def test_shift_enter_makes_a_line_and_enter_sends_both(page: Served, window: Window) -> None:
     short(window)
     window.type("#box textarea", "one\ue008\n\ue000two\n")

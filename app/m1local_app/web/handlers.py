@@ -23,7 +23,7 @@ from m1local_app.web.attachments import Attachment
 from m1local_app.web.desk import Desk
 from m1local_app.web.forms import Form, preset, role
 from m1local_app.web.parts import Parts
-from m1local_app.web.tabs import SHOWN_TURNS, Progress, Tab
+from m1local_app.web.tabs import SHOWN_TURNS, Asked, Progress, Tab
 
 Shown = dict[Any, Any]  # a component, and what it shows from now on
 
@@ -48,32 +48,33 @@ class Handlers:
     def send(self, text: str, current: str, request: gr.Request, *form: Any) -> Iterator[Shown]:
         """Ask what is in the box, with the attached files."""
         tab = self._desk.tab(request.session_hash, current)
-        question = attachments.joined(text or "", tab.files)
-        if not question.strip():
+        if not attachments.joined(text or "", tab.files).strip():
             return
-        tab.interrupt()
+        before = tab.take_back()
         turns = list(tab.conversation.session.turns)
-
-        def start() -> Iterator[Event]:
-            tab.files.clear()
-            return self._asked_of(tab, question)
-
-        files = list(tab.files)
+        asked = Asked(text or "", tab.files, len(turns))
+        tab.asked, tab.files = asked, before.files if before else []
+        # An answer under way was this very one, before Enter was held down too long.
+        again = before.text if before and before.text != asked.text else ""
 
         def end() -> Shown:
             if len(tab.conversation.session.turns) > len(turns):
                 return {}
-            tab.files = tab.files or files  # nothing was answered: the question comes back
-            return {self._parts.box: text, self._parts.chips: views.attached(tab.files)}
+            tab.files = tab.files or asked.files  # nothing was answered: the question comes back
+            back = "\n".join(part for part in (again, asked.text) if part)
+            return {self._parts.box: back, self._parts.chips: views.attached(tab.files)}
 
-        yield {self._parts.box: ""}
-        yield from self._answer(tab, form, [*turns, _asked(question)], start, end)
+        question = attachments.joined(asked.text, asked.files)
+        yield {self._parts.box: again}
+        yield from self._answer(
+            tab, form, [*turns, _asked(question)], lambda: self._asked_of(tab, question), end
+        )
 
     def retry(self, current: str, request: gr.Request, *form: Any) -> Iterator[Shown]:
         """Answer the last question again."""
         tab = self._desk.tab(request.session_hash, current)
         tab.interrupt()
-        turns = list(tab.conversation.session.turns)
+        tab.asked, turns = None, list(tab.conversation.session.turns)
         while turns and turns[-1].message.role != "user":
             turns.pop()
         yield from self._answer(tab, form, turns, lambda: tab.conversation.retry())
@@ -84,6 +85,7 @@ class Handlers:
         """Ask another question in place of an earlier one."""
         tab = self._desk.tab(request.session_hash, current)
         tab.interrupt()
+        tab.asked = None
         at = edited.index if isinstance(edited.index, int) else edited.index[0]
         index = tab.first + at
         text = views.typed(str(edited.value))
@@ -237,7 +239,7 @@ class Handlers:
 
         try:
             yield {
-                parts.chat: waiting, parts.chips: "",
+                parts.chat: waiting, parts.chips: views.attached(tab.files),
                 parts.send: gr.update(visible=False), parts.stop: gr.update(visible=True),
             }  # fmt: skip
             for text in answers.follow(self._desk, tab, begin):

@@ -112,7 +112,8 @@ def _chat_events(p: Any, handlers: Models, on: Callable[..., Any]) -> None:
        js=ADDRESS)  # fmt: skip
     context.unload(handlers.leave)
     asked = functools.partial(gr.on, [p.box.submit, p.send.click])
-    on(asked, handlers.send, [p.box, *form], shown, **slow)
+    # Gradio takes no second question while one is answered, unless it is told to.
+    on(asked, handlers.send, [p.box, *form], shown, trigger_mode="multiple", **slow)
     on(p.chat.retry, handlers.retry, form, shown, **slow)
     on(p.chat.edit, handlers.edit, form, shown, **slow)
     on(p.chat.undo, handlers.undo, p.current, shown)

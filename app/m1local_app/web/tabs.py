@@ -33,6 +33,15 @@ class Progress:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question as it was typed, with its files, after so many turns."""
+
+    text: str
+    files: list[Attachment]
+    turns: int
+
+
 class Tab:
     """One tab: its conversation, the files attached to the next question, the answer under way."""
 
@@ -40,6 +49,7 @@ class Tab:
         """Begin with `conversation`, idle."""
         self.conversation = conversation
         self.files: list[Attachment] = []
+        self.asked: Asked | None = None  # last, where that was no edit or retry
         self.progress = Progress()
         self.shown_turns = SHOWN_TURNS
         self.first = 0  # the turn that the page shows first
@@ -90,7 +100,15 @@ class Tab:
         self.silent = True
         self._stopping.set()
         if not self._idle.wait(INTERRUPT_SECONDS):
+            self.silent = False  # it still says how far it came
             raise M1Error(tr("The answer before is still being ended; try again in a moment."))
+
+    def take_back(self) -> Asked | None:
+        """Interrupt; returns the question under way if it was taken back without an answer."""
+        asked = self.asked if self.busy else None
+        self.interrupt()
+        answered = asked is not None and len(self.conversation.session.turns) > asked.turns
+        return None if answered else asked
 
 
 class Tabs:
