@@ -35,9 +35,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture
-def accepted(m1_home: Path) -> None:
+def accepted(page: Served, m1_home: Path) -> None:
     """Of somebody who was here before."""
-    notices.accept(LABEL)
+    notices.accept(page.desk.checkpoint)
 
 
 def client(page: Served) -> Any:
@@ -149,7 +149,7 @@ def test_the_first_visit_shows_the_notices_and_records_that_they_were_accepted(
     assert not opened.shown("#shell")
     opened.click("#welcome > button, #welcome button.primary")
     opened.until(lambda: opened.shown("#box textarea"), "the page never came")
-    assert notices.is_accepted(LABEL)
+    assert notices.is_accepted(page.desk.checkpoint)
     assert any(name.startswith("accepted") for name in json.loads(home.licences().read_text()))
     opened.ask("hello", answers=1)
     opened.stop()
@@ -199,8 +199,8 @@ def test_a_base_model_continues_what_is_typed(tmp_path: Path, m1_home: Path) -> 
 
     model.engine = Engine.load(model.folder)
     assert not model.engine.generation.is_chat
-    notices.accept(LABEL)
     served = Served(model, tmp_path, tokens=8)
+    notices.accept(served.desk.checkpoint)
     try:
         assert client(served).predict("The heart", api_name="/chat")
         assert served.store.conversations() == []

@@ -70,7 +70,7 @@ def test_quantizing_waits_for_its_turn_and_the_result_is_talked_to(
     panel.until(lambda: panel.shown("#box textarea"), "the page never came back")
     assert panel.texts(".m1-label") == [made.name]
     assert page.desk.label != before
-    assert notices.is_accepted(made.name)
+    assert notices.is_accepted(page.desk.checkpoint)
     says(panel, f"Now talking to {made.name}")
     assert "int4" in panel.texts("#model")[0]
     panel.send("and now?", answers=2)

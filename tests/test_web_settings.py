@@ -7,10 +7,12 @@ import pytest
 
 from m1local import home
 from m1local.engine import Engine
+from m1local_app import library, notices
 from m1local_app.chat_options import EngineOptions
 from m1local_app.conversing import _given
 from m1local_app.history import History
 from m1local_app.web import remembered
+from m1local_app.web.desk import Desk
 from m1local_app.web.forms import Form
 from tests.web_page import MARKS, Served, SlowEngine, Window
 
@@ -112,6 +114,32 @@ def test_a_file_with_a_mistake_is_not_lost(m1_home: Path, engine: Engine) -> Non
     remembered.remember("tiny", warm, usual, given=frozenset())
     assert remembered.recall("tiny", usual, engine.defaults) == warm
     assert home.settings().with_name("settings.toml.unreadable").read_text() == broken
+
+
+def test_what_was_accepted_and_chosen_is_of_one_checkpoint_whatever_its_name(
+    engine: Engine, m1_home: Path, tmp_path: Path
+) -> None:
+    def desk(folder: str) -> Desk:
+        settings = engine.settings()
+        return Desk(engine, tmp_path / folder / "m1", "m1", settings, store)
+
+    with History.open(m1_home / "history.db") as store:
+        notices.accept("m1")  # as it was recorded at first, by the name alone
+        home.settings().write_text("[page.m1]\ntop_k = 9\n")
+        one, other = desk("one"), desk("other")
+        assert (one.accepted, other.accepted) == (True, False)
+        assert one.form.top_k == 9 != other.form.top_k
+        assert desk("one").accepted
+        one.choose(replace(one.form, top_k=7))
+        other.choose(replace(other.form, top_k=8))
+        notices.accept(other.checkpoint)
+        assert [desk(name).form.top_k for name in ("one", "other")] == [7, 8]
+        assert [desk(name).accepted for name in ("one", "other", "third")] == [True, True, False]
+
+
+def test_the_demo_is_known_by_its_name_wherever_it_is_installed() -> None:
+    assert library.identity(home.DEMO) == library.DEMO_NAME
+    assert library.identity(Path("x/m1-tiny")) == str(Path("x/m1-tiny").absolute())
 
 
 def test_the_command_line_wins_and_leaves_what_was_chosen_before(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from m1local.context import Context
 from m1local.engine import Engine
-from m1local_app import notices
+from m1local_app import library, notices
 from m1local_app.history import History
 from tests.conftest import TINY, write_checkpoint
 
@@ -247,7 +247,7 @@ def keep(store: History, question: str, answer: str) -> int:
 def accept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the home know that the notices were accepted."""
     monkeypatch.setenv("M1_HOME", str(home))
-    notices.accept(LABEL)
+    notices.accept(library.identity(home / "model"))
 
 
 def in_background(work: Callable[[], None]) -> threading.Thread:

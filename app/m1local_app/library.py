@@ -11,6 +11,7 @@ from pathlib import Path
 from m1local import home
 from m1local.errors import CheckpointError
 from m1local.manifest import FORMAT_VERSION
+from m1local_app.columns import printable
 from m1local_app.language import tr
 from m1local_app.options import Chosen
 from m1local_quantize.hub import RECORD, Record
@@ -61,6 +62,18 @@ def find(model: str | None) -> Chosen:
             folder=home.models(),
         )
     )
+
+
+def identity(folder: Path) -> str:
+    """What tells the checkpoint in `folder` from others of its name: its place, or "m1-tiny".
+
+    What a user accepted and chose is kept by it; a fingerprint would forget both when the folder
+    is quantized again. The demo's place is another after each installation.
+    """
+    if folder == home.DEMO:
+        return DEMO_NAME
+    place = str(folder.resolve()).encode("utf-8", "backslashreplace").decode("utf-8")
+    return printable(place)
 
 
 def is_repository(model: str) -> bool:

@@ -47,7 +47,10 @@ def medical_notice() -> str:
 
 
 def accept(source: str) -> None:
-    """Record that the licence of `source` and the medical notice were accepted on the page."""
+    """Record that the licence of `source` and the medical notice were accepted on the page.
+
+    `source` is what library.identity says of a checkpoint.
+    """
     _record(ACCEPTED)
     _record(f"{ACCEPTED}: {source}")
 
@@ -56,6 +59,17 @@ def is_accepted(source: str) -> bool:
     """Whether both were accepted before."""
     shown = _shown()
     return ACCEPTED in shown and f"{ACCEPTED}: {source}" in shown
+
+
+def adopt(label: str, source: str) -> None:
+    """Let `source` have what was accepted under `label` alone, as it was recorded at first.
+
+    The first checkpoint of that name has it; another is asked about.
+    """
+    shown, old, new = _shown(), f"{ACCEPTED}: {label}", f"{ACCEPTED}: {source}"
+    if old in shown and new not in shown:
+        shown[new] = shown.pop(old)
+        _write(shown)
 
 
 def _show_once(key: str, text: str) -> None:
@@ -74,8 +88,13 @@ def _shown() -> dict[str, str]:
 
 
 def _record(key: str) -> None:
-    path, shown = home.licences(), _shown()
+    shown = _shown()
     shown[key] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    _write(shown)
+
+
+def _write(shown: dict[str, str]) -> None:
+    path = home.licences()
     try:
         home.replace_text(path, json.dumps(shown, indent=1) + "\n")
     except OSError:  # it is shown again next time; that stops nobody's work

@@ -17,7 +17,7 @@ from m1local.errors import M1Error
 from m1local.generate import GenerationSettings
 from m1local.kv_store import FLOAT
 from m1local.placement import GpuLayers
-from m1local_app import notices
+from m1local_app import library, notices
 from m1local_app.conversation import Conversation
 from m1local_app.conversing import checkpoint_id
 from m1local_app.history import History
@@ -50,15 +50,27 @@ class Desk:
 
     def __post_init__(self) -> None:
         """Begin with no tab."""
+        self._adopt()
         self.form = self._recalled()
         self.tabs = Tabs(lambda: Tab(self.conversation()))
+
+    @property
+    def checkpoint(self) -> str:
+        """By what is kept what was accepted and chosen for the present model."""
+        return library.identity(self.folder)
+
+    def _adopt(self) -> None:
+        """Take over what an earlier m1local kept by the label, which two checkpoints may share."""
+        notices.adopt(self.label, self.checkpoint)
+        if self.store is not None:
+            remembered.adopt(self.label, self.checkpoint)
 
     def _recalled(self) -> Form:
         """What was chosen last for this checkpoint, unless the command line says otherwise."""
         usual = self.defaults()
         if self.store is None:
             return usual
-        before = remembered.recall(self.label, usual, self.settings)
+        before = remembered.recall(self.checkpoint, usual, self.settings)
         return replace(before, **{name: getattr(usual, name) for name in self.given})
 
     def defaults(self) -> Form:
@@ -83,12 +95,12 @@ class Desk:
     def _choose(self, form: Form) -> None:
         self.form = form
         if self.store is not None:
-            remembered.remember(self.label, form, self.defaults(), given=self.given)
+            remembered.remember(self.checkpoint, form, self.defaults(), given=self.given)
 
     @property
     def accepted(self) -> bool:
         """Whether licence and medical notice were accepted for the present model."""
-        return notices.is_accepted(self.label)
+        return notices.is_accepted(self.checkpoint)
 
     def check_accepted(self) -> None:
         """Raise M1Error where they were not: nobody is answered before."""
@@ -140,6 +152,7 @@ class Desk:
         self.engine, self.folder, self.label = engine, folder, label
         self.settings = replace(changed, loop_guard=kept.loop_guard, lookup=kept.lookup)
         self.given = frozenset()
+        self._adopt()
         self.form = self._recalled()
         self._renew_tabs()
 

@@ -214,7 +214,7 @@ class Handlers:
 
     def accept(self) -> Shown:
         """Record that the notices were accepted, and show the page."""
-        notices.accept(self._desk.label)
+        notices.accept(self._desk.checkpoint)
         return self._notices()
 
     # what all have in common

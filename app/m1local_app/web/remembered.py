@@ -22,9 +22,12 @@ HEAD = "# Chosen on the page of m1local. Delete a line to go back to the checkpo
 TABLE = "page"
 
 
-def recall(label: str, form: Form, settings: GenerationSettings) -> Form:
-    """`form` with what was chosen before for the checkpoint `label`; as it is where that is bad."""
-    chosen = _tables().get(label, {})
+def recall(checkpoint: str, form: Form, settings: GenerationSettings) -> Form:
+    """`form` with what was chosen before for `checkpoint`; as it is where that is bad.
+
+    A checkpoint is known here by what library.identity says.
+    """
+    chosen = _tables().get(checkpoint, {})
     values = [
         chosen[name] if name in chosen and _fits(chosen[name], value) else value
         for name, value in asdict(form).items()
@@ -38,17 +41,29 @@ def recall(label: str, form: Form, settings: GenerationSettings) -> Form:
     return changed
 
 
-def remember(label: str, form: Form, defaults: Form, *, given: frozenset[str]) -> None:
-    """Keep what of `form` differs from `defaults`, for the checkpoint `label`.
+def remember(checkpoint: str, form: Form, defaults: Form, *, given: frozenset[str]) -> None:
+    """Keep what of `form` differs from `defaults`, for `checkpoint`.
 
     What the command line has `given` for this once leaves alone what was chosen before.
     """
     usual, tables = asdict(defaults), _tables()
-    before = tables.pop(label, {})
+    before = tables.pop(checkpoint, {})
     chosen = {name: value for name, value in before.items() if name in given}
     chosen |= {name: value for name, value in asdict(form).items() if value != usual[name]}
     if chosen:
-        tables[label] = chosen
+        tables[checkpoint] = chosen
+    _write(tables)
+
+
+def adopt(label: str, checkpoint: str) -> None:
+    """Let `checkpoint` have what was chosen under `label` alone, as it was kept at first."""
+    tables = _tables()
+    if label in tables and checkpoint not in tables:
+        tables[checkpoint] = tables.pop(label)
+        _write(tables)
+
+
+def _write(tables: dict[str, dict[str, Any]]) -> None:
     text = HEAD + "".join(_table(name, table) for name, table in sorted(tables.items()))
     path = home.settings()
     # Where nothing can be kept the page works all the same; it begins with the usual next time.
