@@ -2,7 +2,8 @@
 
 What it is: what both front ends talk to. Every question and answer is written as it comes, so that
 a kill in the middle of an answer loses half a second of it; going back never deletes anything, an
-older version stays in the store. Without a store nothing is kept, and all else is the same; where
+older version stays in the store. Where another program has gone on with it, what was said there
+comes first, and that is said. Without a store nothing is kept, and all else is the same; where
 the store fails, that is said once and the conversation goes on. What it is not: the store itself
 (history/) or the session that makes the answers (m1local.chat).
 """
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from m1local.chat import ChatSession, Turn
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 SAVE_SECONDS = 0.5
 CANCELLED = "cancelled"
+SILENT = timedelta(minutes=1)  # an answer without a change for so long is that of a dead program
 
 
 class Conversation:
@@ -42,7 +45,9 @@ class Conversation:
         self._title = ""
         self._ids: list[int] = []  # in the store, of each turn of the session
         self._failed = False  # whether the store could not follow, and is left alone since
-        self._trouble = ""
+        self._trouble = self._news = ""
+        self._unanswered: int | None = None  # the question at its end when it was opened
+        self._session = ""  # the name by which other programs may know it before it is stored
 
     @property
     def title(self) -> str:
@@ -62,21 +67,48 @@ class Conversation:
         trouble, self._trouble = self._trouble, ""
         return trouble
 
+    def news(self) -> str:
+        """That another program went on with it before the last answer, once; usually nothing."""
+        news, self._news = self._news, ""
+        return news
+
     def send(self, text: str) -> Iterator[Event]:
-        """Ask; see ChatSession.send."""
-        return self._kept(self.session.send(text), keep=len(self._ids), question=text)
+        """Ask; see ChatSession.send. Follows what another program has added meanwhile.
+
+        Raises M1Error while that is still being answered.
+        """
+        from m1local_app.history import ContinuedError  # sqlite3, which nobody needs without it
+
+        while True:
+            if self._catch_up():
+                self._news = tr(
+                    "This conversation went on elsewhere; the answer follows what was said there."
+                )
+            events = self.session.send(text)
+            try:  # before anything was passed on
+                yield from self._kept(events, keep=len(self._ids), question=text)
+            except ContinuedError:
+                continue
+            return
 
     def retry(self) -> Iterator[Event]:
         """Answer the last question again; the old answer stays in the store."""
+        self._check_current()
         events, at = self.session.retry(), self._last_question()
         return self._kept(events, keep=at + 1, question=None)
 
     def edit(self, index: int, text: str) -> Iterator[Event]:
         """Ask `text` in place of turn `index`; what followed stays in the store."""
-        return self._kept(self.session.edit(index, text), keep=index, question=text)
+
+        def edited() -> Iterator[Event]:
+            self._check_current()
+            yield from self.session.edit(index, text)
+
+        return self._kept(edited(), keep=index, question=text)
 
     def undo(self) -> str:
         """Take the last question and its answer back; returns the question."""
+        self._check_current()
         text = self.session.undo()
         with self._following() as store:
             if store is not None and self.id is not None:
@@ -88,6 +120,7 @@ class Conversation:
         """Begin a new conversation with the same model and settings."""
         self.session.clear()
         self.id, self._title, self._ids, self._failed = None, "", [], False
+        self._unanswered, self._session = None, ""
 
     def set_system(self, text: str) -> None:
         """Change the system prompt, from the next answer on."""
@@ -103,6 +136,11 @@ class Conversation:
             if store is not None and self.id is not None:
                 store.rename(self.id, title)
 
+    def begin_as(self, title: str) -> None:
+        """Give it a title, or go on with one of that title if another program begins it first."""
+        self.rename(title)
+        self._session = title
+
     def open(self, conversation_id: int) -> str:
         """Go on with a stored conversation; returns its last question if it has no answer.
 
@@ -111,15 +149,65 @@ class Conversation:
         if self.store is None:
             raise M1Error(tr("Nothing is kept here: this was started with --no-history."))
         found = self.store.conversation(conversation_id)
-        messages = self.store.path(conversation_id)
-        unanswered = ""
-        if messages and messages[-1].role == "user":  # the program ended before the first word
-            unanswered = messages.pop().content
+        unanswered = self._take(self.store.path(conversation_id))
         self.session.system = found.system
-        self.session.restore([_turn(message, self._checkpoint) for message in messages])
         self.id, self._title, self._failed = found.id, found.title, False
+        return unanswered
+
+    def _take(self, messages: "list[StoredMessage]") -> str:
+        """Go on after `messages`; returns the last if it is a question, which is left out."""
+        self._unanswered, unanswered = None, ""
+        if messages and messages[-1].role == "user":  # the program ended before the first word
+            *messages, question = messages
+            self._unanswered, unanswered = question.id, question.content
+        self.session.restore([_turn(message, self._checkpoint) for message in messages])
         self._ids = [message.id for message in messages]
         return unanswered
+
+    def _catch_up(self) -> bool:
+        """Take over what another program has added to the end; returns whether it did.
+
+        Raises M1Error while that is being answered. Where the other went back and another way,
+        both ways stay as versions.
+        """
+        path: list[StoredMessage] = []
+        with self._following() as store:
+            if store is not None and self.id is None and self._session:
+                found = [each for each in store.conversations() if each.title == self._session]
+                self.id = found[0].id if found else None
+            if store is None or self.id is None:
+                return False
+            path = store.path(self.id)
+        shown = [message.id for message in path]
+        last = self._ids[-1] if self._ids else None
+        if last is not None and last not in shown:
+            return False
+        after = shown if last is None else shown[shown.index(last) + 1 :]
+        if after in ([], [self._unanswered]):
+            return False
+        changed = path[-1].created
+        with contextlib.suppress(M1Error):  # it is in the bin
+            known = store.conversation(self.id)
+            changed, self.session.system = known.changed, known.system
+        if path[-1].finish is None and datetime.now(UTC) - changed < SILENT:
+            raise M1Error(
+                tr(
+                    "Another m1 is being answered in this conversation; ask again when that has "
+                    "ended, or begin a new one."
+                )
+            )
+        self._take(path)
+        return True
+
+    def _check_current(self) -> None:
+        """Raise M1Error where another program has added something, which is there from now on."""
+        if self._catch_up():
+            raise M1Error(
+                tr(
+                    "This conversation went on elsewhere, and stands here as it does there now. "
+                    "Nothing was changed; do that again if you still mean it."
+                )
+            )
 
     def versions(self) -> dict[int, tuple[int, int]]:
         """By turn: which version is shown, from 1, and of how many; only where there are more."""
@@ -187,7 +275,11 @@ class Conversation:
         ids = self._ids[:keep]
         if question is not None:
             parent = ids[-1] if ids else None
-            ids.append(store.add(self.id, "user", question, parent=parent))
+            beside = self._unanswered
+            last = len(ids) == len(self._ids)  # no edit, which is to make another version
+            ids.append(
+                store.add(self.id, "user", question, parent=parent, last=last, beside=beside)
+            )
         reply = self.session.answering
         assert reply is not None, "an answer without a turn"
         record = _Record(store, self.id, ids, reply, (self._label, self._checkpoint))

@@ -175,8 +175,9 @@ def _answer(conversation: "Conversation", asked: str, wanted: ChatOptions, *, ra
         raise KeyboardInterrupt from None
     finally:
         events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
-    if trouble := conversation.trouble():
-        note(trouble)
+    for said in (conversation.news(), conversation.trouble()):
+        if said:
+            note(said)
 
 
 def serve_page(
@@ -333,7 +334,7 @@ def _resume(conversation: "Conversation", wish: Wish) -> str:
         if system := _system(wish.options):
             conversation.set_system(system)
     elif wish.options.session:
-        conversation.rename(one_line(wish.options.session))
+        conversation.begin_as(one_line(wish.options.session))
     return unanswered
 
 

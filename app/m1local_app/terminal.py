@@ -84,7 +84,7 @@ class Terminal:
     def _take(self, message: Message) -> None:
         """Obey or answer; whatever went wrong is one line, and the conversation goes on."""
         editing, self._slash.editing = self._slash.editing, None
-        events, turns = None, self._conversation.session.turns
+        events, before = None, self._conversation.session.answering
         try:
             if self._is_command(message, editing):
                 editing, events = None, self._slash.obey(message.text)
@@ -104,7 +104,10 @@ class Terminal:
             if events is not None:
                 events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
         if events is not None:
-            self._after(message, editing, answered=self._conversation.session.turns is not turns)
+            session = self._conversation.session
+            reply = session.answering
+            answered = reply is not before and bool(session.turns) and session.turns[-1] is reply
+            self._after(message, editing, answered=answered)
 
     def _after(self, message: Message, editing: int | None, *, answered: bool) -> None:
         """Give a question without an answer back, and say what else there is to say."""
@@ -113,6 +116,8 @@ class Terminal:
             self._slash.ask_again = "\n".join(part for part in (message.text, typed) if part)
             self._slash.editing = editing
             note(tr("[no answer: the question is at the prompt again]"))
+        if news := self._conversation.news():
+            note(news)
         if trouble := self._conversation.trouble():
             error_line(" ".join(trouble.split()))
         sys.stderr.write("\n")  # a little air between an answer and the next question

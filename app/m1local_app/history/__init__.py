@@ -5,6 +5,6 @@ conversation that the model sees (m1local.chat), or anything that leaves this ma
 """
 
 from m1local_app.history.records import Hit, StoredConversation, StoredMessage
-from m1local_app.history.store import History
+from m1local_app.history.store import ContinuedError, History
 
-__all__ = ["History", "Hit", "StoredConversation", "StoredMessage"]
+__all__ = ["ContinuedError", "History", "Hit", "StoredConversation", "StoredMessage"]

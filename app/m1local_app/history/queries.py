@@ -94,6 +94,16 @@ def owner(connection: sqlite3.Connection, message_id: int) -> int:
     return int(row[0])
 
 
+def following(
+    connection: sqlite3.Connection, conversation_id: int, parent: int | None
+) -> list[int]:
+    """The ids of what is shown after `parent` (None: at all); none where `parent` is not shown."""
+    ids = [int(row[0]) for row in connection.execute(PATH, (conversation_id,))]
+    if parent is None:
+        return ids
+    return ids[ids.index(parent) + 1 :] if parent in ids else []
+
+
 def touch(connection: sqlite3.Connection, conversation_id: int) -> None:
     """Note that a conversation has changed: it is the latest now."""
     connection.execute(

@@ -34,6 +34,10 @@ CANDIDATES = 5  # named where a title is ambiguous
 FORGOTTEN_DAYS = 1  # a conversation without messages may still get its first for so long
 
 
+class ContinuedError(Exception):
+    """Somebody else has gone on with a conversation meanwhile; nothing was added."""
+
+
 class History:
     """The conversations kept in one file; may be used by several threads and processes at once."""
 
@@ -83,10 +87,13 @@ class History:
         checkpoint: str = "",
         token_ids: Sequence[int] = (),
         finish: str | None = None,
+        last: bool = False,
+        beside: int | None = None,
     ) -> int:
         """Add a message after `parent` (None: as the first) and show it; returns its id.
 
-        A question takes a conversation out of the bin: somebody goes on with it.
+        A question takes a conversation out of the bin: somebody goes on with it. With `last`,
+        raises ContinuedError where something is shown after `parent` already, but for `beside`.
         """
         values = (
             conversation_id, parent, role, storable(model), storable(checkpoint), finish, now(),
@@ -96,6 +103,9 @@ class History:
             queries.check_conversation(connection, conversation_id)
             if parent is not None and queries.owner(connection, parent) != conversation_id:
                 raise ValueError(f"message {parent} is not of conversation {conversation_id}")
+            after = queries.following(connection, conversation_id, parent) if last else []
+            if after not in ([], [beside]):
+                raise ContinuedError
             cursor = connection.execute(
                 "INSERT INTO message(conversation_id, parent, role, model, checkpoint, finish, "
                 "created, parameters, token_ids, content) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

@@ -72,8 +72,8 @@ def _text_so_far(events: Iterator[Event], tab: Tab, progress: Progress) -> Itera
                 break
     finally:
         events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
-    if trouble := tab.conversation.trouble():
-        progress.notices.append(trouble)
+    said = (tab.conversation.news(), tab.conversation.trouble())
+    progress.notices += [each for each in said if each]
     yield text
 
 

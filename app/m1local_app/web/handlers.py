@@ -58,13 +58,13 @@ class Handlers:
         again = before.text if before and before.text != asked.text else ""
 
         def end() -> Shown:
-            if len(tab.conversation.session.turns) > len(turns):
+            if asked.is_answered(tab.conversation.session.turns):
                 return {}
             tab.files = tab.files or asked.files  # nothing was answered: the question comes back
             back = "\n".join(part for part in (again, asked.text) if part)
             return {self._parts.box: back, self._parts.chips: views.attached(tab.files)}
 
-        question = attachments.joined(asked.text, asked.files)
+        question = asked.question
         yield {self._parts.box: again}
         yield from self._answer(
             tab, form, [*turns, _asked(question)], lambda: self._asked_of(tab, question), end

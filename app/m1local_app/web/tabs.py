@@ -6,13 +6,14 @@ conversation itself, or Gradio's state, which would copy it.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from m1local.chat import Turn
 from m1local.errors import M1Error
 from m1local_app.conversation import Conversation
 from m1local_app.language import tr
-from m1local_app.web.attachments import Attachment
+from m1local_app.web.attachments import Attachment, joined
 
 MOST_TABS = 64
 SHOWN_TURNS = 40  # the page draws all that it shows at every update of an answer
@@ -40,6 +41,15 @@ class Asked:
     text: str
     files: list[Attachment]
     turns: int
+
+    @property
+    def question(self) -> str:
+        """What the model is asked."""
+        return joined(self.text, self.files)
+
+    def is_answered(self, turns: Sequence[Turn]) -> bool:
+        """Whether `turns` end with its answer; others may have been taken over before it."""
+        return len(turns) > self.turns and turns[-2].message.content == self.question
 
 
 class Tab:
@@ -107,8 +117,9 @@ class Tab:
         """Interrupt; returns the question under way if it was taken back without an answer."""
         asked = self.asked if self.busy else None
         self.interrupt()
-        answered = asked is not None and len(self.conversation.session.turns) > asked.turns
-        return None if answered else asked
+        if asked is not None and asked.is_answered(self.conversation.session.turns):
+            return None
+        return asked
 
 
 class Tabs:
