@@ -74,24 +74,6 @@ def test_ctrl_c_stops_the_answer_and_the_next_question_is_answered(start: Start)
     assert screen.exit_code() == 0
 
 
-def test_two_terminals_in_one_conversation_follow_each_other(start: Start) -> None:
-    one, two = (start("-n", "20", "--session", "ward 3") for _ in range(2))
-    one.type("first\r")
-    one.wait_for("its limit")
-    two.type("second\r")
-    two.wait_for("went on elsewhere; the answer follows")
-    one.type("/undo\r")
-    one.wait_for("Nothing was changed; do that again")
-    one.type("third\r")
-    one.wait_for("its limit", times=2)
-    assert "elsewhere; the answer" not in one.text()  # it was said already
-    with History.open() as history:
-        (found,) = history.conversations()
-        assert [each.content for each in history.path(found.id)][::2] == [
-            "first", "second", "third",
-        ]  # fmt: skip
-
-
 def test_text_appears_while_it_is_made(start: Start) -> None:
     screen = start("-n", "60")
     screen.type("hello\r")
