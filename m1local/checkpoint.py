@@ -100,7 +100,7 @@ def load_model(
     CheckpointError naming the file or tensor that is wrong.
     """
     device = device or torch.device("cpu")
-    dtype = dtype or compute_dtype(device)
+    parts = parts or [Part("", device, dtype or compute_dtype(device))]
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; give the folder of a checkpoint.")
     config = M1Config.from_file(folder / CONFIG)
@@ -111,12 +111,12 @@ def load_model(
         files, specs = TensorFiles(folder, shards), manifest.linears
     else:
         files, specs = TensorFiles.from_folder(folder), {}
-        check_memory(config, files, dtype, folder)
+        check_memory(config, files, parts, folder)
     with torch.device("meta"):
         model = M1Model(config)
     expected = expected_tensors(config, specs)
     check_tensors(files, expected, tied=config.tie_word_embeddings and not specs)
-    for part in parts or [Part("", device, dtype)]:
+    for part in parts:
         load_modules(
             model, part.prefix, files, specs, dtype=part.dtype, device=part.device, move=move
         )
@@ -250,18 +250,23 @@ def normalize_head_sliced(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return head
 
 
-def check_memory(config: M1Config, files: TensorFiles, dtype: torch.dtype, folder: Path) -> None:
-    """Raise CheckpointError when converting an original checkpoint to `dtype` cannot fit in memory.
+def check_memory(
+    config: M1Config, files: DescribedTensors, parts: Sequence[Part], folder: Path
+) -> None:
+    """Raise CheckpointError when what the CPU computes of an original cannot fit in memory.
 
-    Only where the weights are stored in another type; else they stay mapped and nothing is copied.
+    Only what is stored in another type counts; else weights stay mapped and nothing is copied.
     """
-    if not hasattr(os, "sysconf") or all(files.dtype(name) is dtype for name in files.names):
+    if not hasattr(os, "sysconf"):
         return
-    parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(config).values())
-    needed, memory = (
-        parameters * dtype.itemsize,
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
+    needed, dtype = 0, torch.float32
+    for part in (part for part in parts if part.device.type == "cpu"):
+        for name, shape in parameter_shapes(config).items():
+            ours = name.startswith(part.prefix) and name in files.names
+            if ours and files.dtype(name) is not part.dtype:
+                needed += torch.Size(shape).numel() * part.dtype.itemsize
+                dtype = part.dtype
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.9 * memory:
         raise CheckpointError(
             f"{folder} takes {needed / 2**30:.0f} GiB as {dtype}, the type this processor computes "

@@ -3,6 +3,8 @@
 Without a card the second device is the CPU again, in bfloat16, so that what is moved shows.
 """
 
+import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +15,11 @@ from typer.testing import CliRunner
 
 from m1local import placement as placing
 from m1local.cache import DEFAULT_MAX_CHUNK, KVCache
-from m1local.checkpoint import load_model
+from m1local.checkpoint import Part, check_memory, load_model, parameter_shapes
 from m1local.config import M1Config
 from m1local.cuda.transfer import Shared, Transfer, aligned
 from m1local.engine import Engine
-from m1local.errors import MemoryLimitError
+from m1local.errors import CheckpointError, MemoryLimitError
 from m1local.memory import CARD_CHUNK, Setting
 from m1local.placement import Placement, place, settled
 from m1local_app.cli import cli
@@ -217,3 +219,25 @@ def test_the_engine_keeps_where_it_lies(tiny_checkpoint: Path) -> None:
     engine = Engine.load(tiny_checkpoint, context_tokens=32)
     assert engine.placement == Placement(CPU, 0, Setting(32))
     assert engine.loaded is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "fits"),
+    [
+        ([Part("", CPU, torch.bfloat16)], True),  # stays mapped
+        ([Part("", CPU, torch.float32)], False),
+        # Layers on the CPU beside a card, whose own weights take none of the host's memory.
+        ([Part("model.layers.0.", CPU, torch.float32), Part("", CARD, torch.bfloat16)], True),
+        ([Part("model.", CPU, torch.float32), Part("lm_head", CARD, torch.bfloat16)], False),
+    ],
+)
+def test_what_the_cpu_must_convert_has_to_fit_into_memory(
+    parts: list[Part], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = parameter_shapes(CONFIG)
+    files = SimpleNamespace(names=list(shapes), dtype=lambda name: torch.bfloat16)
+    numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2 * numbers}  # half of what all take
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    with nullcontext() if fits else pytest.raises(CheckpointError, match=r"as torch\.float32"):
+        check_memory(CONFIG, files, parts, Path("m1"))

@@ -4,6 +4,7 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
+import gradio as gr
 import pytest
 
 from m1local.chat import ChatSession, Overflow, Turn
@@ -214,3 +215,20 @@ def test_a_handler_speaks_its_page_s_language_in_every_step() -> None:
     for text in spoken("zh", handler)():
         said += [text, tr("Send")]
     assert said == ["发送", "Send", "停止", "Send"]
+
+
+def test_what_a_handler_has_no_place_for_is_said_as_text() -> None:
+    def handler() -> object:
+        raise M1Error("<b> is still being ended")
+
+    def steps() -> object:
+        yield "so far"
+        handler()
+
+    with pytest.raises(gr.Error, match="&lt;b&gt; is still being ended") as told:
+        spoken("en", handler)()
+    assert not told.value.print_exception
+    made = spoken("en", steps)()
+    assert next(made) == "so far"
+    with pytest.raises(gr.Error, match="still being ended"):
+        next(made)

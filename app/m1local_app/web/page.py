@@ -4,7 +4,9 @@ What it is: wiring. Each language is a page of its own with the same events, at 
 /en. What it is not: what an event does (handlers.py, keeping.py, models.py).
 """
 
+import contextlib
 import functools
+import html
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import gradio as gr
 from gradio.components.navbar import Navbar
 from gradio.events import api
 
+from m1local.errors import M1Error
 from m1local_app.language import LANGUAGES, language, speaking
 from m1local_app.web import parts as layout
 from m1local_app.web.desk import Desk
@@ -49,7 +52,7 @@ def spoken(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
             made = handler(*given, **named)
             try:
                 while True:
-                    with speaking(name):
+                    with speaking(name), _said_on_the_page():
                         try:
                             step = next(made)
                         except StopIteration:
@@ -62,10 +65,20 @@ def spoken(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(handler)
     def whole(*given: Any, **named: Any) -> Any:
-        with speaking(name):
+        with speaking(name), _said_on_the_page():
             return handler(*given, **named)
 
     return whole
+
+
+@contextlib.contextmanager
+def _said_on_the_page() -> Iterator[None]:
+    """An error for which a handler has no place, as that an answer is still being ended."""
+    try:
+        yield
+    except M1Error as error:
+        shown = html.escape(str(error))  # Gradio takes it for HTML
+        raise gr.Error(shown, title="m1local", print_exception=False) from error
 
 
 def _one(desk: Desk, name: str) -> None:
