@@ -38,7 +38,7 @@ def specs(config: M1Config, name: str) -> dict[str, LinearSpec]:
 def random_matrix(
     shape: tuple[int, int], spec: LinearSpec, device: torch.device, room: Shared | None = None
 ) -> QuantizedLinear:
-    """A matrix (N, K) of random codes; its values are of the size 1 / sqrt(K).
+    """A matrix (N, K) of random codes, scales and zeros; its values are of the size 1 / sqrt(K).
 
     Its tensors lie in `room`, as loaded ones do, or else each in memory of its own.
     """
@@ -56,7 +56,11 @@ def random_matrix(
             tensors[name].random_(low, high)
             continue
         levels = {"int8": 73.0, "int4": 4.6}.get(spec.format, 0.6)  # standard deviation of codes
-        tensors[name].fill_(0.0 if name == "zeros" else size / levels)
+        scale = size / levels
+        if name == "zeros":
+            tensors[name].uniform_(-scale, scale)
+        else:  # no two alike, so that what lies in the wrong place shows
+            tensors[name].uniform_(0.5 * scale, 1.5 * scale)
     return chosen.from_tensors(tensors, shape, spec)
 
 

@@ -25,7 +25,7 @@ UNEVEN = (
     "length",
 )  # no multiples of 16
 ONE_ROW = ("vector", "gated", "added")
-THEN = {"then": ("*u8", "*u8", "i32", "i32")}
+THEN = {"then": ((("*u8", "i32", "i32", "i32"),) * 8, "i32")}
 CAPABILITIES = (75, 80, 86, 89, 90, 120)
 
 
@@ -48,7 +48,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _products(card, half)
     yield from _neighbours(half, card.overlaps)
     yield from _rows(half)
-    yield from _attention(card.tiles, half, card.overlaps)
+    yield from _attention(card.tiles, half, card.overlaps, card.has_small_pieces)
 
 
 def _stored() -> Iterator[tuple[str, dict[str, int], dict[str, str]]]:
@@ -58,6 +58,7 @@ def _stored() -> Iterator[tuple[str, dict[str, int], dict[str, str]]]:
     kinds = {
         "int4": (words.INT4, 2, "*i32", "*bf16"),
         "int3": (words.INT3, 2, "*i16", "*bf16"),
+        "int5": (words.INT5, 2, "*i32", "*bf16"),
         "int6": (words.INT6, 2, "*i32", "*bf16"),
         "int8": (words.INT8, 1, "*i64", "*fp32"),
         "nf4": (words.LEVELS, 2, "*i32", "*fp32"),
@@ -65,10 +66,14 @@ def _stored() -> Iterator[tuple[str, dict[str, int], dict[str, str]]]:
     }
     for name, (kind, per_group, codes, scales) in kinds.items():
         stored = {"codes": codes, "scales": scales, "zeros": scales}
-        stored["levels"] = {"int3": "*u8", "int6": "*i16", "int4": scales}.get(name, "*fp32")
+        upper = {"int3": "*u8", "int5": "*u8", "int6": "*i16", "int4": scales}
+        stored["levels"] = upper.get(name, "*fp32")
         stored["outer"] = "*fp32" if name == "nf4-dq" else scales
         fixed = {"KIND": kind.value, "PER_GROUP": per_group}
-        yield name, fixed | {"TILED": name in ("int3", "int4", "int6")}, stored
+        is_tiled = name in ("int3", "int4", "int5", "int6")
+        yield name, fixed | {"TILED": is_tiled}, stored
+        if name == "int4":  # rows or groups that are no whole tiles
+            yield "int4-plain", fixed | {"TILED": False}, stored
 
 
 def _products(chosen: Any, half: str) -> Iterator[Case]:
@@ -100,7 +105,7 @@ def _products(chosen: Any, half: str) -> Iterator[Case]:
                 | {"squares": "*fp32"} | THEN | numbers,
                 fixed | _shape(tiles.added), tiles.added.warps,
             )  # fmt: skip
-        if name in ("int3", "nf4"):  # several rows are decoded like int6 and nf4-dq
+        if name in ("int3", "int5", "nf4"):  # several rows are decoded like int6 and nf4-dq
             continue
         for x_rows in (16, 64) if name == "int4" else (16,):
             if x_rows > tiles.most_rows:
@@ -157,8 +162,7 @@ def _neighbours(half: str, overlap: bool) -> Iterator[Case]:
                 f"stored {name}", embedding.stored_row_kernel,
                 {"token_at": "*i64", "matrix": tuple(stored.values()), "out": "*fp32",
                  "blocks": "i32"},
-                {fixed: of_kind[fixed] for fixed in ("KIND", "PER_GROUP")}
-                | {"WORDS": embedding.COLUMNS // WORD} | fixed, card.WARPS,
+                of_kind | {"TILED": False, "WORDS": embedding.COLUMNS // WORD} | fixed, card.WARPS,
             )  # fmt: skip
 
 
@@ -189,7 +193,7 @@ def _row(half: str) -> dict[str, str]:
     return {"natural": half, "halves": "*i8", "scales": "*fp32"}
 
 
-def _attention(chosen: Any, half: str, overlap: bool) -> Iterator[Case]:
+def _attention(chosen: Any, half: str, overlap: bool, small: bool) -> Iterator[Case]:
     from m1local.cuda import attention, card, prefill
     from m1local.kv_store import BYTES, FLOAT
 
@@ -206,7 +210,8 @@ def _attention(chosen: Any, half: str, overlap: bool) -> Iterator[Case]:
                **THEN, "heads": "i32", "width": "i32",
                "slots": "i32", "window": "i32", "scale": "fp32"},
             {"GROUP": group, "GROUP_ROWS": 16, "WIDTH": width, "KEYS": tiles.keys,
-             "BYTES": kept == BYTES, "WARPS": tiles.key_warps, "OVERLAP": overlap},
+             "BYTES": kept == BYTES, "WARPS": tiles.key_warps, "SMALL": small,
+             "OVERLAP": overlap},
             tiles.key_warps,
         )  # fmt: skip
         yield Case(
@@ -228,9 +233,11 @@ def _attention(chosen: Any, half: str, overlap: bool) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def _places(at: int, kind: object) -> list[tuple[int, ...]]:
+def _places(kind: object, *at: int) -> list[tuple[int, ...]]:
     """Where an argument lies, or each part of one that is a tuple."""
-    return [(at, part) for part in range(len(kind))] if isinstance(kind, tuple) else [(at,)]
+    if not isinstance(kind, tuple):
+        return [at]
+    return [place for part, inner in enumerate(kind) for place in _places(inner, *at, part)]
 
 
 def compiled(case: Case, capability: int) -> dict[str, object]:
@@ -246,7 +253,7 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
         place: [["tt.divisibility", 16]]
         for name, kind in case.types.items()
         if kind != "fp32" and name not in UNEVEN
-        for place in _places(names.index(name), kind)
+        for place in _places(kind, names.index(name))
     }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.fixed, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
@@ -260,7 +267,7 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
         "capability": capability,
         "shared": made.metadata.shared,
         "early_loads": _before_it_waits(sass),
-        "asked_ahead": ptx.count("prefetch.global.L2"),
+        "asked_ahead": len(re.findall(r"@here prefetch\.global\.L2", ptx)),
         "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.b(?:32|64)", ptx)),
         **_longest_loop(sass),
         "spread": _spread(made.asm["ttgir"]),
@@ -284,7 +291,10 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def _longest_loop(sass: str) -> dict[str, int]:
-    """How many instructions lie in the longest loop, and how many of them wait for other warps."""
+    """How many instructions lie in the longest loop, and how many of them wait for other warps.
+
+    And how many before its end ask for what is read next.
+    """
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
     loops = [
         (int(to[1], 16), int(at, 16))
@@ -294,7 +304,8 @@ def _longest_loop(sass: str) -> dict[str, int]:
     begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
     inside = [said for at, said in found if begin <= int(at, 16) <= end]
     waits = sum(bool(re.search(r"\bBAR\b", said)) for said in inside)
-    return {"loop": len(inside), "loop_barriers": waits}
+    asked = sum("CCTL.E.PF2" in said and int(at, 16) <= end for at, said in found)
+    return {"loop": len(inside), "loop_barriers": waits, "asked_early": asked}
 
 
 def _before_it_waits(sass: str) -> int | None:

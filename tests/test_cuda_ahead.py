@@ -1,9 +1,10 @@
-"""What is asked for before its kernel begins: every line once, and no more than there is."""
+"""What is asked for before its kernel begins: every place once, and no more than there is."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from m1local.cuda.matrix import Matrix
 from tests.interpreter import INTERPRETED  # skips without Triton; before its kernels
@@ -19,94 +20,134 @@ if not INTERPRETED:
     pytest.skip("what is asked for shows in the interpreter alone", allow_module_level=True)
 
 CPU = torch.device("cpu")
+LIKE = torch.zeros(4)
+Work = Callable[[tuple[Matrix, ...]], object]
 
 
 @triton.jit
 def _mark(at, here):  # type: ignore[no-untyped-def]
-    """In the place of asking: count in a line's first byte that it was asked for."""
+    """In the place of asking: count in a place's byte that it was asked for."""
     tl.store(at, tl.load(at, mask=here) + 1, mask=here)
 
 
 @triton.jit
 def _sign(at, here):  # type: ignore[no-untyped-def]
     """As `_mark`, but with the program that asked, counted from one."""
-    tl.store(at, tl.program_id(0) + 1, mask=here)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(at, program + 1, mask=here)
 
 
-def marked(monkeypatch: pytest.MonkeyPatch, lines: int, multiprocessors: int = 4) -> None:
-    """Let cards ask for so many lines, and kernels mark them."""
-    chosen = Card((8, 9), multiprocessors, 4 * 128 * lines)
+def card(monkeypatch: pytest.MonkeyPatch, room: int, multiprocessors: int = 4) -> None:
+    """A card that asks for so many bytes, and whose kernels mark them."""
+    chosen = Card((8, 9), multiprocessors, 4 * room)
     monkeypatch.setattr(ahead, "ask", _mark)
     monkeypatch.setattr(ahead, "card", lambda device: chosen)
 
 
-def blank(rows: int, columns: int) -> Matrix:
+def blank(name: str = "int4-64", shape: tuple[int, int] = (100, 320)) -> Matrix:
     """A matrix without a bit, so that marks can be counted."""
-    matrix = quantized("int4-64", (rows, columns)).cuda_matrix()
+    matrix = quantized(name, shape).cuda_matrix()
     assert matrix is not None
-    matrix.codes.zero_()
+    for tensor in (*matrix.planes, *matrix.statistics):
+        tensor.zero_()
     return matrix
 
 
-def marks(matrix: Matrix) -> list[int]:
-    """How often each line was asked for; nothing else may have been touched."""
-    codes = matrix.codes.view(torch.uint8).view(-1)
-    whole = codes[: codes.numel() // 128 * 128].view(-1, 128)
-    assert int(whole[:, 1:].sum()) + int(codes[whole.numel() :].sum()) == 0
-    found: list[int] = whole[:, 0].tolist()
+def marks(tensor: Tensor) -> Tensor:
+    """How often each byte was asked for."""
+    return tensor.view(torch.uint8).view(-1).int()
+
+
+def wanted(tensor: Tensor, rows: int, row_bytes: int, span: int) -> Tensor:
+    """One in the first byte of each sector in the first `span` bytes of so many rows."""
+    found = torch.zeros_like(marks(tensor))
+    for row in range(rows):
+        found[row * row_bytes : row * row_bytes + span : ahead.SECTOR] = 1
     return found
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 2)])
-def test_the_programs_of_a_product_ask_once_for_each_line(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marked(monkeypatch, 96)
+def works(shape: RowShape) -> list[Work]:
+    """All kernels of one row, by what they are told to ask for."""
     matrix = quantized("int4-64", (96, 192)).cuda_matrix()
     assert matrix is not None
     x = Activation.of(activations(1, 192) / 100)
     out = Activation(96, dtype=torch.float32, device=CPU)
-    stream, weight = torch.zeros(96), torch.ones(96)
+    stream, weight = torch.zeros(96), torch.zeros(96)
     added = Activation(96, dtype=torch.float32, device=CPU, eps=1e-6)
-    tried = RowShape(*shape)
-    works: list[Callable[[tuple[Matrix, ...]], object]] = [
-        lambda then: one_row.vector_product(x, matrix, tried, then=then),
-        lambda then: one_row.gated_product(x, matrix, matrix, out, tried, then=then),
-        lambda then: one_row.added_product(x, matrix, stream, weight, added, tried, then=then),
+    return [
+        lambda then: one_row.vector_product(x, matrix, shape, then=then),
+        lambda then: one_row.gated_product(x, matrix, matrix, out, shape, then=then),
+        lambda then: one_row.added_product(x, matrix, stream, weight, added, shape, then=then),
     ]
-    for work in works:
-        alone, gate, up = blank(100, 320), blank(100, 320), blank(100, 320)  # 125 lines
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 2)])
+def test_the_programs_of_a_product_ask_once_for_each_place(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(monkeypatch, 96 * (64 + 20))  # for 64 bytes of codes, and a row's scales and zeros
+    for work in works(RowShape(*shape)):
+        alone, gate, up = blank(), blank(), blank()
         work((alone,))
-        assert marks(alone) == [1] * 96 + [0] * 29
+        assert torch.equal(marks(alone.codes), wanted(alone.codes, 96, 160, 64))
+        for statistics in alone.statistics:  # 96 rows of 10 bytes are 30 sectors
+            assert torch.equal(marks(statistics), wanted(statistics, 16, 32, 32))
+        work((gate, up))  # half of the room each
+        for one in (gate, up):
+            assert int(marks(one.codes).sum()) == 0
+    card(monkeypatch, 2 * 96 * (64 + 20))
+    for work in works(RowShape(*shape))[:1]:
         work((gate, up))
         for one in (gate, up):
-            assert marks(one) == [1] * 48 + [0] * 77
+            assert torch.equal(marks(one.codes), wanted(one.codes, 96, 160, 64))
+
+
+def test_both_planes_of_codes_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, 96 * (72 + 96))
+    matrix = blank("int6-64", (100, 1152))
+    works(RowShape(1, 4))[0]((matrix,))
+    low, upper = matrix.planes
+    assert torch.equal(marks(low), wanted(low, 96, 576, 64))  # two thirds of 96 bytes
+    assert torch.equal(marks(upper), wanted(upper, 96, 288, 32))
 
 
 def test_no_more_is_asked_for_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    marked(monkeypatch, 1 << 20)
-    like = torch.zeros(4)
-    small, large = blank(100, 320), blank(333, 64 * 3)
-    found = ahead.following((small,), like, 8, 4)
-    assert found.lines == 48  # of each half of 125 lines, evenly
-    assert found.more_codes.data_ptr() == found.codes.data_ptr() + 48 * 128
-    assert ahead.following((small, large), like, 8, 4).lines == 112  # of the smaller one
-    assert ahead.following((), like, 8, 4).lines == 0
-    assert ahead.following((blank(16, 64),), like, 8, 4).lines == 0  # less than there is in a piece
+    card(monkeypatch, 1 << 20, multiprocessors=1)
+    small, large = blank(), blank(shape=(333, 192))
+
+    def regions(*matrices: Matrix) -> list[tuple[int, int, int]]:
+        found = ahead.following(matrices, LIKE).regions
+        assert len(found) == ahead.MOST_REGIONS
+        return [region[1:] for region in found if region.rows]
+
+    assert regions(small) == [(96, 160, 160), (16, 32, 32), (16, 32, 32)]
+    # A card with one multiprocessor begins with 28 programs' rows, 7 of 16 rows each.
+    assert regions(large)[0] == (112, 96, 96)
+    assert regions(large, large)[0] == (48, 96, 96)
+    assert regions() == []
+    assert regions(blank(shape=(15, 64))) == []  # less than there is in a piece
+    card(monkeypatch, 100 * 20)
+    assert regions(small) == []  # no room for codes
+    bytewise = quantized("int8", (100, 320)).cuda_matrix()
+    assert bytewise is not None
+    card(monkeypatch, 1 << 20)
+    assert regions(bytewise) == [(96, 320, 320)]
 
 
 def test_only_the_last_programs_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    like = torch.zeros(4)
     for programs, silent in ((28, 0), (44, 16), (50, 16), (61, 32), (2, 0)):
-        marked(monkeypatch, 96)  # a card that runs 28 programs of 4 warps
-        assert ahead.following((), like, programs, 4).silent == silent
-    marked(monkeypatch, 96, multiprocessors=1)
+        assert ahead.following((), LIKE, programs, 28).silent == silent
+    card(monkeypatch, 1 << 20)
+    chosen = Card((8, 9), 1)
     monkeypatch.setattr(ahead, "ask", _sign)
-    matrix, alone = quantized("int4-64", (800, 64)).cuda_matrix(), blank(100, 320)
+    monkeypatch.setattr(one_row, "card", lambda device: chosen)
+    monkeypatch.setattr(Card, "column_parts", lambda *_: 2)
+    matrix, alone = quantized("int4-64", (800, 64)).cuda_matrix(), blank()
     assert matrix is not None
     x = Activation.of(activations(1, 64))
-    one_row.vector_product(x, matrix, RowShape(1, 1), then=(alone,))  # 50 programs
-    assert marks(alone) == 2 * ([17] * 32 + [18] * 16) + [0] * 29
+    one_row.vector_product(x, matrix, RowShape(1, 1), then=(alone,))  # 100 programs, 28 at a time
+    asked = marks(alone.codes)[: 96 * 160 : ahead.SECTOR].tolist()
+    assert asked == [65 + place // 32 for place in range(480)]
 
 
 def test_a_card_asks_for_a_quarter_of_its_second_cache() -> None:

@@ -15,16 +15,21 @@ from tests import interpreter  # noqa: F401  # skips without Triton
 from tests.compile_kernels import CAPABILITIES, ONE_ROW
 from tests.conftest import ROOT
 
+from m1local.cuda.ahead import MOST_REGIONS  # isort: skip
+
 MOST_REGISTERS = 128  # so that four programs of 128 threads fit a multiprocessor
 MOST_STACK = 8  # bytes: on 8.0 the assembler gives up one register's worth in gate and up of int6
 MOST_TILE_REGISTERS = 168  # where tiles are kept in registers
 # So that 20 warps fit; of levels, which are looked up, and of codes in two planes 16.
 MOST_VECTOR_REGISTERS = {"int4": 96, "int8": 72, "nf4": 128, "nf4-dq": 128, "int3": 96, "int6": 128}
+MOST_VECTOR_REGISTERS |= {"int4-plain": 96, "int5": 128}
 # Loads before a kernel waits: of two rows 32 bytes of codes, which are two loads, or four where
 # they lie in two planes; and their scale and zero, if there are.
 EARLY = {"int4": 8, "int8": 4, "nf4": 6, "nf4-dq": 6, "int3": 12, "int6": 12}
+EARLY |= {"int4-plain": 8, "int5": 12}
 # Of a loop that reads two blocks of 32 columns, or of bytes 16, for each thread and row.
 MOST_INSTRUCTIONS = {"int4": 2.1, "int8": 2.1, "nf4": 5.6, "nf4-dq": 6.0, "int3": 4.2, "int6": 3.6}
+MOST_INSTRUCTIONS |= {"int4-plain": 2.1, "int5": 3.6}
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 SHARED_BYTES[120] = 99 << 10
 OF_A_PROMPT = ("tile", "expand", "chunk")
@@ -141,5 +146,9 @@ def test_where_kernels_overlap_each_waits_and_only_weights_are_read_before(
 @pytest.mark.slow
 def test_kernels_that_others_follow_ask_for_what_those_read(kernels: list[Compiled]) -> None:
     for found in kernels:
-        asks = found["kernel"].startswith((*ONE_ROW, "attend"))
-        assert bool(found["asked_ahead"]) == asks, found
+        kind = found["kernel"].partition(" ")[0]
+        asks = kind in (*ONE_ROW, "attend") and found["capability"] >= 80
+        norm = asks and kind == "added"  # whose weight is asked for at once, the rest at the end
+        assert found["asked_ahead"] == asks * MOST_REGIONS + norm, found
+        if kind in ONE_ROW:
+            assert found["asked_early"] == norm, found

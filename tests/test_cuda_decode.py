@@ -91,6 +91,24 @@ def same_books(cache: KVCache, expected: KVCache) -> None:
 
 
 @torch.inference_mode()
+def test_matrices_in_tiles_give_the_same_tokens() -> None:
+    wide = WIDE | {"num_hidden_layers": 2, "sliding_window_layers": [1], "vocab_size": 128}
+    config = M1Config.from_dict(wide | {"intermediate_size": 128})
+    model = quantized(config, stored_as(config, "int4", 32)).to(CARD)
+    expected_cache, cache = new_cache(config), new_cache(config)
+    ordinary(model, expected_cache, PROMPT)
+    wanted = ordinary(model, expected_cache, [3])
+    ordinary(model, cache, PROMPT)
+    matrices = [module for module in model.modules() if isinstance(module, GroupLinear)]
+    for module in matrices[1:]:  # the first is the embedding's table
+        module.tile()
+        assert module.tiled
+    assert len(matrices) == 2 * 5 + 2
+    found = Decoder(model, cache).feed(3)
+    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
+
+
+@torch.inference_mode()
 def test_both_paths_take_turns_on_one_cache() -> None:
     model, expected_cache, cache = model_of("float"), new_cache(), new_cache()
     decoder = Decoder(model, cache)

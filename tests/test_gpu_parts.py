@@ -19,6 +19,7 @@ from m1local.cuda.card import Card, RowShape
 from m1local.cuda.host_embedding import HostEmbedding
 from m1local.errors import DependencyError
 from m1local.formats import LinearSpec
+from m1local.formats.groups import GroupLinear
 from m1local.memory import PROCESS_BYTES, Setting
 from m1local.placement import Placement
 from tests.conftest import CARD, TINY
@@ -91,22 +92,30 @@ def test_a_context_in_bytes_is_measured() -> None:
     assert row["kv_type"] == "q8_0"
 
 
-@pytest.mark.parametrize(("name", "found"), [("serial", (False, 8 << 20)), ("unasked", (True, 0))])
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("serial", (False, 8 << 20, True)),
+        ("unasked", (True, 0, True)),
+        ("untiled", (True, 8 << 20, False)),
+    ],
+)
 @torch.inference_mode()
 def test_a_step_is_measured_without_one_thing_or_the_other(
-    name: str, found: tuple[bool, int], monkeypatch: pytest.MonkeyPatch
+    name: str, found: tuple[bool, int, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    big, begun_early, seen = Card((9, 0), 132, 32 << 20), overlap.begun_early, []
+    big, seen = Card((9, 0), 132, 32 << 20), []
+    begun_early, tile = overlap.begun_early, GroupLinear.tile
 
     def asked(device: torch.device) -> dict[str, object]:
-        seen.append((big.overlaps, big.ahead))
+        seen.append((big.overlaps, big.ahead, GroupLinear.tile is tile))
         return begun_early(device)
 
     monkeypatch.setattr(one_row, "begun_early", asked)
     (row,) = gpu_parts.without(name, subject())["rows"]
     assert (row["format"], row["context"]) == (f"int4 {name}", 5)
     assert set(seen) == {found}
-    assert (big.overlaps, big.ahead) == (True, 8 << 20)
+    assert (big.overlaps, big.ahead, GroupLinear.tile is tile) == (True, 8 << 20, True)
 
 
 @torch.inference_mode()

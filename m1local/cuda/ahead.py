@@ -2,11 +2,12 @@
 
 What it is: between two kernels of a decode step the memory has nothing to do: the last programs of
 one end one by one, the next is launched, and its first weights are on their way. So each of the
-last programs, when it has read all its own, asks for a piece of what will be read next; it comes
-into the second cache, where the next kernel finds it, and whoever asked does not wait. It is a part
-of that cache (card.py), and earlier programs ask for nothing: what the others still read would push
-it out. Nothing is computed from it, so it changes no number. What it is not: measured; `python -m
-bench.gpu` times the step with and without it.
+last programs, when it has read all its own, asks for a piece of what will be read first: the first
+columns of the rows with which the next kernel begins, and their scales and zeros. They come into
+the second cache, and whoever asked does not wait. It is a part of that cache (card.py), and earlier
+programs ask for nothing: what the others still read would push it out. Nothing is computed from it,
+so it changes no number. What it is not: measured; `python -m bench.gpu` times the step with and
+without it.
 Source: PTX ISA, prefetch.
 """
 
@@ -17,60 +18,94 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1local.cuda.card import card
+from m1local.cuda.card import WARPS, card
 from m1local.cuda.matrix import Matrix
-from m1local.cuda.tensor_core import INTERPRETED
+from m1local.cuda.tensor_core import INTERPRETED, WARP_ROWS
 
-LINE = 128  # bytes that come at once
+SECTOR = 32  # bytes that come at least
 EVEN = 16  # so that Triton compiles one kernel for all numbers
-_LINE = tl.constexpr(LINE)
+MOST_REGIONS = 8  # two planes, scales and zeros of two matrices
+_SECTOR, _MOST_REGIONS = tl.constexpr(SECTOR), tl.constexpr(MOST_REGIONS)
+
+
+class Region(NamedTuple):
+    """The first `span` of `row_bytes` bytes of so many `rows`; `span` is a whole sector or none."""
+
+    tensor: Tensor
+    rows: int
+    row_bytes: int
+    span: int
 
 
 class Following(NamedTuple):
-    """What is read next: two places among codes, as bytes, and how many lines from each on.
+    """What is read next; the first `silent` programs do not ask for it."""
 
-    The first `silent` programs do not ask.
-    """
-
-    codes: Tensor
-    more_codes: Tensor
-    lines: int
+    regions: tuple[Region, ...]
     silent: int
 
 
-def following(matrices: tuple[Matrix, ...], like: Tensor, programs: int, warps: int) -> Following:
-    """The first lines of `matrices`, one or two that are read side by side; none without any.
+def following(
+    matrices: tuple[Matrix, ...], like: Tensor, programs: int = 0, running: int = 0
+) -> Following:
+    """The beginning of `matrices`, one or two that are read side by side; nothing without any.
 
-    `like` is any tensor on the card, which stands in where nothing follows; `programs` of `warps`
-    ask, of which a card runs so many at a time, and begins them in their order.
+    `like` is any tensor on the card, which stands in where nothing follows; `programs` may ask, of
+    which the card runs so many at a time, and begins them in their order.
     """
-    silent = max(0, programs - card(like.device).resident(warps)) // EVEN * EVEN
-    codes = [matrix.codes.view(torch.uint8).view(-1) for matrix in matrices]
-    if not codes:
-        nothing = like.view(torch.uint8)
-        return Following(nothing, nothing, 0, silent)
-    held = min(one.numel() for one in codes) if len(codes) > 1 else codes[0].numel() // 2
-    lines = min(card(like.device).ahead // 2, held) // LINE // EVEN * EVEN
-    more = codes[1] if len(codes) > 1 else codes[0][lines * LINE :]
-    return Following(codes[0], more, lines, silent)
+    found: list[Region] = []
+    for matrix in matrices:
+        chosen = card(like.device)
+        rows = min(matrix.rows, chosen.resident(WARPS) * 2 * WARP_ROWS // len(matrices))
+        found += _regions(matrix, rows // EVEN * EVEN, chosen.ahead // len(matrices))
+    nothing = Region(like.view(torch.uint8), 0, 0, 0)
+    silent = max(0, programs - running) // EVEN * EVEN
+    return Following((*found, *[nothing] * (MOST_REGIONS - len(found))), silent)
+
+
+def _regions(matrix: Matrix, rows: int, room: int) -> list[Region]:
+    """Of the first `rows` of a matrix scales and zeros, and as much of the codes as has room."""
+    if rows == 0:
+        return []
+    statistics = [tensor for tensor in matrix.statistics if tensor.numel() > matrix.rows]
+    kept = [_bytes_of(tensor).numel() // matrix.rows for tensor in statistics]
+    planes = [(plane, _bytes_of(plane).numel() // matrix.rows) for plane in matrix.planes]
+    left = room // rows - sum(kept)
+    found = []
+    for plane, row_bytes in planes:
+        span = min(row_bytes, left * row_bytes // sum(width for _, width in planes))
+        if span >= SECTOR:
+            found.append(Region(_bytes_of(plane), rows, row_bytes, span // SECTOR * SECTOR))
+    if found:  # these lie one after another
+        found += [
+            Region(_bytes_of(tensor), rows * row_bytes // SECTOR // EVEN * EVEN, SECTOR, SECTOR)
+            for tensor, row_bytes in zip(statistics, kept, strict=True)
+        ]
+    return found
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8).view(-1)
 
 
 @triton.jit
 def ask_ahead(then, WARPS: tl.constexpr):
-    """This program's piece of what is read next (`Following`), a line for each thread at a time.
+    """This program's piece of what is read next (`Following`), a sector for each thread at a time.
 
     The grid has two axes at most.
     """
     THREADS: tl.constexpr = 32 * WARPS
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    lines, silent = then[2], then[3]
+    silent = then[1]
     at = (program - silent) * THREADS
     if at >= 0:
         together = (tl.num_programs(0) * tl.num_programs(1) - silent) * THREADS
-        for first in range(at, lines, together):
-            line = first + tl.arange(0, THREADS)
-            ask(then[0] + line.to(tl.int64) * _LINE, line < lines)
-            ask(then[1] + line.to(tl.int64) * _LINE, line < lines)
+        for number in tl.static_range(_MOST_REGIONS):
+            region = then[0][number]
+            each = region[3] // _SECTOR
+            for first in range(at, region[1] * each, together):
+                piece = first + tl.arange(0, THREADS)
+                place = (piece // each).to(tl.int64) * region[2] + piece % each * _SECTOR
+                ask(region[0] + place, piece < region[1] * each)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ def attend_kernel(
     packed, packed_parts, k, v, raw, taps, turn, position_at, partial, greatest, sums,
     then, heads, width, slots, window, scale,
     GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    BYTES: tl.constexpr, WARPS: tl.constexpr, OVERLAP: tl.constexpr,
+    BYTES: tl.constexpr, WARPS: tl.constexpr, SMALL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Part `program 1` of the keys of kv head `program 0`, for its GROUP query heads.
 
@@ -73,7 +73,8 @@ def attend_kernel(
         )  # fmt: skip
         # Nobody reads what a part without keys has mixed.
         tl.store(partial + out[:, None] * width + inside[None, :], mixed, mask=here)
-    ask_ahead(then, WARPS)
+    if not SMALL:
+        ask_ahead(then, WARPS)
     tl.store(greatest + out, most, mask=row < GROUP)
     tl.store(sums + out, total, mask=row < GROUP)
 
@@ -169,11 +170,12 @@ def attend(
         packed, packed.shape[0], pointers(layer.k), pointers(layer.v),
         (layer.raw_k, layer.raw_v), taps, tuple(turn), position,
         kept.partial, kept.greatest, kept.sums,
-        following(then, packed, layout.num_kv_heads * parts, tiles.key_warps),
+        following(then, packed),
         layout.num_heads, width, layer.slots, layout.window or EVERYTHING, width**-0.5,
         GROUP=group, GROUP_ROWS=max(LEAST_DOT, triton.next_power_of_2(group)),
         WIDTH=padded, KEYS=tiles.keys, BYTES=in_bytes, WARPS=tiles.key_warps,
-        num_warps=tiles.key_warps, **begun_early(packed.device),
+        num_warps=tiles.key_warps,
+        SMALL=card(packed.device).has_small_pieces, **begun_early(packed.device),
     )  # fmt: skip
     whole = out.whole and width % WORD == 0  # no word lies in two heads
     join_kernel[(layout.num_heads,)](

@@ -42,8 +42,7 @@ class Tiles(NamedTuple):
     `tile_rows`, `tile_words`: of W, in units of eight columns, for several rows of activations, up
     to `most_rows` of them; above, restoring W once costs less than decoding it for each tile.
     `vector`, `gated` and `added`: the programs of these kernels (one_row.py).
-    `resident`: programs of 128 threads that a multiprocessor holds with some 70 registers; one row
-    of activations takes 54 (int8) to 128 (levels).
+    `resident`: programs of 128 threads that a multiprocessor holds with some 70 registers.
     `keys` that one step of attention looks at, with `key_warps`;
     `queries` of a prompt that look together, with `query_warps`. `byte_queries` and
     `byte_query_warps` are the same where keys and values are in bytes.
@@ -136,17 +135,20 @@ class Card:
         """Whether its tensor cores take bytes in quarters of what those from 8.0 on take."""
         return self.capability < (8, 0)
 
-    def column_parts(self, programs: int, steps: int, warps: int = WARPS) -> int:
+    def column_parts(self, programs: int, steps: int, running: int | None = None) -> int:
         """Into how many parts the columns are split so that `programs` times it fill the card.
 
-        `steps` is how many there can be, `warps` a program's. More parts than needed would only add
-        sums.
+        `steps` is how many there can be; the card runs so many programs at a time, by default
+        those of four warps. More parts than needed would only add sums.
         """
-        return _column_parts(self.resident(warps), programs, steps)
+        return _column_parts(running or self.resident(WARPS), programs, steps)
 
-    def resident(self, warps: int) -> int:
-        """How many programs of so many warps the card runs at a time."""
-        return self.multiprocessors * max(1, self.tiles.resident * WARPS // warps)
+    def resident(self, warps: int, of_four: int | None = None) -> int:
+        """How many programs of so many warps the card runs at a time.
+
+        `of_four` is how many of four warps a multiprocessor holds; by default as the table says.
+        """
+        return self.multiprocessors * max(1, (of_four or self.tiles.resident) * WARPS // warps)
 
     def restored_weights(self) -> int:
         """How many weights are restored at a time for a prompt: the product should fill the card.

@@ -36,7 +36,8 @@ def row_kernel(token_at, table, out, columns, COLUMNS: tl.constexpr, OVERLAP: tl
 @triton.jit
 def stored_row_kernel(
     token_at, matrix, out, blocks,
-    KIND: tl.constexpr, PER_GROUP: tl.constexpr, WORDS: tl.constexpr, OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr, WORDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The same of a stored matrix."""
     settled(OVERLAP)
@@ -47,7 +48,7 @@ def stored_row_kernel(
     here = word < blocks * 4
     raw = load_words(codes, levels, token * blocks * 4 + word, here, KIND)
     scale, zero = statistics(
-        scales, zeros, outer, token, word // 4, blocks, here, KIND, PER_GROUP, False
+        scales, zeros, outer, token, word // 4, blocks, here, KIND, PER_GROUP, TILED
     )
     for column in tl.static_range(_WORD):
         found = weight(raw, column, scale, zero, levels, KIND)
@@ -77,6 +78,6 @@ class EmbeddingRows:
         else:
             stored_row_kernel[grid](
                 token_ids, self.matrix.tensors, out, self.matrix.blocks,
-                KIND=self.matrix.kind, PER_GROUP=self.matrix.per_group, WORDS=COLUMNS // WORD,
-                **fixed,
+                KIND=self.matrix.kind, PER_GROUP=self.matrix.per_group,
+                TILED=self.matrix.is_tiled, WORDS=COLUMNS // WORD, **fixed,
             )  # fmt: skip

@@ -66,6 +66,17 @@ class Matrix:
         """In the order in which every kernel takes them."""
         return self.codes, self.scales, self.zeros, self.levels, self.outer
 
+    @property
+    def planes(self) -> tuple[Tensor, ...]:
+        """What holds codes."""
+        return (self.codes, self.levels) if self.kind in (INT3, INT5, INT6) else (self.codes,)
+
+    @property
+    def statistics(self) -> tuple[Tensor, ...]:
+        """Scales, and zeros where there are some."""
+        has_zeros = self.zeros.data_ptr() != self.scales.data_ptr()
+        return (self.scales, self.zeros) if has_zeros else (self.scales,)
+
 
 def fits(shape: tuple[int, int]) -> bool:
     """Whether the kernels take a matrix of `shape` (N, K)."""
@@ -80,8 +91,8 @@ def can_be_tiled(statistics: tuple[int, int]) -> bool:
 def tiled(statistics: Tensor) -> Tensor:
     """Scales or zeros (N, groups), those of a tile of rows and groups one after another.
 
-    A warp reads eight rows at once, four groups of each: so they come from one place in memory, and
-    else from eight. The shape stays, since nothing is added.
+    A warp reads eight rows at once, of groups of 64 four of each: so they come from one place in
+    memory, and else from eight. The shape stays, since nothing is added.
     """
     rows, groups = statistics.shape
     tiles = statistics.reshape(rows // TILE_ROWS, TILE_ROWS, groups // TILE_GROUPS, TILE_GROUPS)

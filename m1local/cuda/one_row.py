@@ -18,6 +18,7 @@ from torch import Tensor
 from m1local.cuda.activation import Activation, store_row
 from m1local.cuda.ahead import ask, ask_ahead, following
 from m1local.cuda.card import RowShape, card
+from m1local.cuda.matrix import INT4 as INT4_KIND
 from m1local.cuda.matrix import INT8 as INT8_KIND
 from m1local.cuda.matrix import Matrix
 from m1local.cuda.overlap import begun_early
@@ -25,6 +26,11 @@ from m1local.cuda.row_sums import LOADS, summed
 from m1local.cuda.tensor_core import PLACES, WARP_ROWS
 
 _WARP_ROWS = tl.constexpr(WARP_ROWS)
+
+# Programs of four warps that a multiprocessor holds: they take 72 to 80 registers, 54 or, of levels
+# and of codes in two planes, 90 to 128 (tests/test_cuda_compile.py).
+RESIDENT = {INT4_KIND: 7, INT8_KIND: 9}
+FEWEST_RESIDENT = 4
 
 Matrices = tuple[Matrix, ...]
 
@@ -39,12 +45,13 @@ def vector_kernel(
     ROWS: tl.constexpr = 2 * GROUPS * _WARP_ROWS
     first = tl.program_id(0) * ROWS
     total, other_total = summed(
-        x, matrix, matrix, first, 2, 1, rows, blocks, tl.program_id(1) * steps, steps, eps,
-        KIND, PER_GROUP, TILED, GROUPS, TURNS, SQUARES, SMALL, OVERLAP,
+        x, matrix, matrix, first, 2 * _WARP_ROWS, rows, blocks, tl.program_id(1) * steps, steps,
+        eps, KIND, PER_GROUP, TILED, GROUPS, TURNS, SQUARES, SMALL, OVERLAP,
     )  # fmt: skip
-    ask_ahead(then, GROUPS * TURNS)
+    if not SMALL:  # where it costs a third more registers
+        ask_ahead(then, GROUPS * TURNS)
     row = first + tl.arange(0, ROWS)
-    value = tl.reshape(tl.join(total, other_total), (ROWS,))
+    value = _in_order(total, other_total, GROUPS)
     tl.store(out + tl.program_id(1) * rows + row, value, mask=row < rows)
 
 
@@ -59,10 +66,11 @@ def gated_kernel(
     ROWS: tl.constexpr = GROUPS * _WARP_ROWS
     first = tl.program_id(0) * ROWS
     opened, total = summed(
-        x, gate, up, first, 1, 0, rows, blocks, 0, steps, eps,
+        x, gate, up, first, _WARP_ROWS, rows, blocks, 0, steps, eps,
         KIND, PER_GROUP, TILED, GROUPS, TURNS, SQUARES, SMALL, OVERLAP,
     )  # fmt: skip
-    ask_ahead(then, GROUPS * TURNS)
+    if not SMALL:
+        ask_ahead(then, GROUPS * TURNS)
     value = opened * tl.sigmoid(opened) * total
     store_row(natural, halves, scales, first, rows, value, rows, ROWS, WHOLE)
 
@@ -79,14 +87,15 @@ def added_kernel(
     first = tl.program_id(0) * ROWS
     row = first + tl.arange(0, ROWS)
     here = row < rows
-    if not SMALL:  # where it would cost a quarter more registers
+    if not SMALL:
         ask(weight + row, here)  # else it would come from memory while all wait for it
     total, other_total = summed(
-        x, matrix, matrix, first, 2, 1, rows, blocks, 0, steps, 0.0,
+        x, matrix, matrix, first, 2 * _WARP_ROWS, rows, blocks, 0, steps, 0.0,
         KIND, PER_GROUP, TILED, GROUPS, TURNS, 0, SMALL, OVERLAP,
     )  # fmt: skip
-    ask_ahead(then, GROUPS * TURNS)
-    grown = tl.reshape(tl.join(total, other_total), (ROWS,))
+    if not SMALL:
+        ask_ahead(then, GROUPS * TURNS)
+    grown = _in_order(total, other_total, GROUPS)
     grown += tl.load(stream + row, mask=here, other=0.0)
     tl.store(stream + row, grown, mask=here)
     piece = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
@@ -94,6 +103,16 @@ def added_kernel(
     tl.store(squares + piece, tl.sum(square, 1), mask=piece * (2 * _WARP_ROWS) < rows)
     value = grown * tl.load(weight + row, mask=here, other=0.0).to(tl.float32)
     store_row(natural, halves, scales, first, rows, value, rows, ROWS, True)
+
+
+@triton.jit
+def _in_order(total, other_total, GROUPS: tl.constexpr):
+    """Sums of each group's first eight rows and of its other eight, (8 * GROUPS,), by rows."""
+    ROWS: tl.constexpr = 2 * GROUPS * _WARP_ROWS
+    both = tl.join(
+        tl.reshape(total, (GROUPS, _WARP_ROWS)), tl.reshape(other_total, (GROUPS, _WARP_ROWS))
+    )
+    return tl.reshape(tl.permute(both, (0, 2, 1)), (ROWS,))
 
 
 def vector_product(
@@ -106,10 +125,11 @@ def vector_product(
     device = x.natural.device
     shape = shape or card(device).tiles.vector
     programs, steps = _programs(matrix, shape, 2), _steps(matrix, shape)
-    parts = card(device).column_parts(programs, steps, shape.warps)
+    running = _running(matrix, shape, device)
+    parts = card(device).column_parts(programs, steps, running)
     out = torch.empty((parts, matrix.rows), dtype=torch.float32, device=device)
     vector_kernel[(programs, parts)](
-        _row(x), _vectors(matrix), out, following(then, x.halves, programs * parts, shape.warps),
+        _row(x), _vectors(matrix), out, following(then, x.halves, programs * parts, running),
         matrix.rows, matrix.blocks, triton.cdiv(steps, parts), x.eps,
         **_fixed(matrix, shape, device), SQUARES=_squares(x),
     )  # fmt: skip
@@ -131,7 +151,7 @@ def gated_product(
     programs = _programs(gate, shape, 1)
     gated_kernel[(programs,)](
         _row(x), _vectors(gate), _vectors(up), *out.tensors,
-        following(then, x.halves, programs, shape.warps), gate.rows, gate.blocks,
+        following(then, x.halves, programs, _running(gate, shape, device)), gate.rows, gate.blocks,
         _steps(gate, shape), x.eps, **_fixed(gate, shape, device), SQUARES=_squares(x),
         WHOLE=out.whole,
     )  # fmt: skip
@@ -155,8 +175,8 @@ def added_product(
     programs = _programs(matrix, shape, 2)
     added_kernel[(programs,)](
         _row(x), _vectors(matrix), stream, weight, *out.tensors, out.squares,
-        following(then, x.halves, programs, shape.warps), matrix.rows, matrix.blocks,
-        _steps(matrix, shape), **_fixed(matrix, shape, stream.device),
+        following(then, x.halves, programs, _running(matrix, shape, stream.device)),
+        matrix.rows, matrix.blocks, _steps(matrix, shape), **_fixed(matrix, shape, stream.device),
     )  # fmt: skip
 
 
@@ -167,6 +187,11 @@ def _fixed(matrix: Matrix, shape: RowShape, device: torch.device) -> dict[str, A
         "GROUPS": shape.groups, "TURNS": shape.turns, "num_warps": shape.warps,
         "SMALL": card(device).has_small_pieces, **begun_early(device),
     }  # fmt: skip
+
+
+def _running(matrix: Matrix, shape: RowShape, device: torch.device) -> int:
+    """How many programs the card runs at a time, by the registers that the kind takes."""
+    return card(device).resident(shape.warps, RESIDENT.get(matrix.kind, FEWEST_RESIDENT))
 
 
 def _programs(matrix: Matrix, shape: RowShape, beside: int) -> int:

@@ -21,24 +21,25 @@ _LOADS, _PLACES, _WARP_ROWS = tl.constexpr(LOADS), tl.constexpr(PLACES), tl.cons
 
 @triton.jit
 def summed(
-    x, one, other, first, APART: tl.constexpr, BESIDE: tl.constexpr, rows, blocks, begin, steps,
-    eps, KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr,
+    x, one, other, first, GROUP_ROWS: tl.constexpr, rows, blocks, begin, steps, eps,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr, TILED: tl.constexpr,
     GROUPS: tl.constexpr, TURNS: tl.constexpr, SQUARES: tl.constexpr, SMALL: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """x times eight rows a group from `first` on, APART from each other, and those BESIDE them.
+    """x times eight rows of `one` and eight of `other` a group: (8 * GROUPS,) each.
 
-    The latter are of `other`; (8 * GROUPS,) each. A group has TURNS warps, which take turns along
-    the columns. The next codes are on their way while a thread multiplies those it has. Every
-    number has the words' place, (threads, words), so that nothing is exchanged until the end; and
-    since threads are one axis, Triton has one way to spread them, that of tensor cores.
+    A group has GROUP_ROWS rows from `first` on: eight, which are those of both, or sixteen, of
+    which the last eight are the other's. It has TURNS warps, which take turns along the columns.
+    The next codes are on their way while a thread multiplies those it has. Every number has the
+    words' place, (threads, words), so that nothing is exchanged until the end; and since threads
+    are one axis, Triton has one way to spread them, that of tensor cores.
     """
     WARPS: tl.constexpr = GROUPS * TURNS
     loads = blocks * 2 if KIND == INT8 else blocks
     place, row = place_and_row(WARPS)
     warp = tl.arange(0, 32 * WARPS)[:, None] // 32
-    row = first + (warp // TURNS * _WARP_ROWS + row) * APART
-    other_row = row + BESIDE
+    row += first + warp // TURNS * GROUP_ROWS
+    other_row = row + GROUP_ROWS - _WARP_ROWS
     TOGETHER: tl.constexpr = TURNS * _PLACES * _LOADS
     stop = tl.minimum(begin + steps, tl.cdiv(loads, TOGETHER))
     load = begin * TOGETHER + (warp % TURNS * _PLACES + place) * _LOADS
@@ -57,16 +58,20 @@ def summed(
             found, other_found, plain = _multiplied(
                 x, kept[0][part], kept[1][part], one, load + part, blocks, KIND, WARPS, SMALL
             )
-            groups, inside = blocks // PER_GROUP, load + part < loads
-            at = row * groups + (load + part) // PER_GROUP, inside & (row < rows)
-            total += _weighed(found, plain, kept[0][part], one, at, KIND)
-            at = other_row * groups + (load + part) // PER_GROUP, inside & (other_row < rows)
-            other_total += _weighed(other_found, plain, kept[1][part], other, at, KIND)
+            block = load + part
+            total += _weighed(
+                found, plain, kept[0][part], one, row, rows, block, blocks, KIND, PER_GROUP
+            )
+            other_total += _weighed(
+                other_found, plain, kept[1][part], other, other_row, rows, block, blocks, KIND,
+                PER_GROUP,
+            )  # fmt: skip
         kept = coming
         load = later
+    behind = first + GROUP_ROWS - _WARP_ROWS
     return (
-        _row_sums(total * factor, one, first, APART, rows, KIND, GROUPS, TURNS),
-        _row_sums(other_total * factor, other, first + BESIDE, APART, rows, KIND, GROUPS, TURNS),
+        _row_sums(total * factor, one, first, rows, GROUP_ROWS, KIND, GROUPS, TURNS),
+        _row_sums(other_total * factor, other, behind, rows, GROUP_ROWS, KIND, GROUPS, TURNS),
     )
 
 
@@ -232,7 +237,10 @@ def _times_levels(word, other, x_first, x_second, table_at, SMALL: tl.constexpr)
 
 
 @triton.jit
-def _weighed(found, plain, kept, matrix, at, KIND: tl.constexpr):
+def _weighed(
+    found, plain, kept, matrix, row, rows, block, blocks,
+    KIND: tl.constexpr, PER_GROUP: tl.constexpr,
+):  # fmt: skip
     """A thread's sum of weights times x: `found` of codes times x, and `plain` of x alone."""
     _, _, scale, zero = kept
     if KIND == INT8:  # whose scale is that of a row, and applied to the sums
@@ -240,7 +248,8 @@ def _weighed(found, plain, kept, matrix, at, KIND: tl.constexpr):
     elif KIND == LEVELS:
         total = found * scale
     elif KIND == NESTED:
-        total = found * nested(scale, matrix[4], at[0], at[1])
+        group = row * (blocks // PER_GROUP) + block // PER_GROUP
+        total = found * nested(scale, matrix[4], group, (block < blocks) & (row < rows))
     else:
         scale = scale.to(tl.float32)
         total = found * scale + plain * (zero.to(tl.float32) - middle(KIND) * scale)
@@ -249,7 +258,7 @@ def _weighed(found, plain, kept, matrix, at, KIND: tl.constexpr):
 
 @triton.jit
 def _row_sums(
-    total, matrix, first, APART: tl.constexpr, rows, KIND: tl.constexpr, GROUPS: tl.constexpr,
+    total, matrix, first, rows, GROUP_ROWS: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr,
     TURNS: tl.constexpr,
 ):  # fmt: skip
     """The sums (8 * GROUPS,) of rows from `first` on, of four threads' numbers in TURNS warps."""
@@ -257,6 +266,7 @@ def _row_sums(
     sums = tl.sum(tl.reshape(total, (GROUPS, TURNS, _WARP_ROWS, _PLACES)), 3)
     sums = tl.reshape(tl.sum(sums, 1), (ROWS,))
     if KIND == INT8:
-        row = first + APART * tl.arange(0, ROWS)
+        place = tl.arange(0, ROWS)
+        row = first + place // _WARP_ROWS * GROUP_ROWS + place % _WARP_ROWS
         sums *= tl.load(matrix[1] + row, mask=row < rows, other=0.0)
     return sums
