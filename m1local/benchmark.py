@@ -13,10 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from m1local.checkpoint import EMBEDDING
-from m1local.config import HeadLayout
 from m1local.engine import Engine
-from m1local.kv_store import KV_BYTES
-from m1local.memory import bandwidth
+from m1local.memory import bandwidth, read_bytes
 
 SEED = 0
 WARMING = 16  # tokens before the first that is measured
@@ -162,11 +160,6 @@ def bytes_by_device(engine: Engine, case: Case) -> dict[torch.device, int]:
     seen = case.depth + case.tokens // 2
     for layer in engine.context.cache.layers:
         raw = layer.raw_k
-        kept = _kept_bytes(layer.layout, layer.kv_type, raw.dtype.itemsize, seen)
+        kept = read_bytes(layer.layout, layer.kv_type, raw.dtype, seen)
         found[raw.device] = found.get(raw.device, 0) + kept
     return found
-
-
-def _kept_bytes(layout: HeadLayout, kv_type: str, itemsize: int, seen: int) -> int:
-    value = KV_BYTES[kv_type] if kv_type != "f16" else itemsize
-    return int(2 * layout.num_kv_heads * layout.head_dim * min(seen, layout.window or seen) * value)

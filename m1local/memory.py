@@ -197,7 +197,13 @@ class Model:
         layers = self.config.num_hidden_layers
         on_card = layers if setting.gpu_layers is None else min(setting.gpu_layers, layers)
         first = layers - on_card
-        seen = [read_bytes(self.config.heads(layer), setting) for layer in range(layers)]
+        seen = [
+            read_bytes(
+                self.config.heads(layer), setting.kv_type,
+                self.host_dtype if layer < first else self.dtype, setting.context_tokens,
+            )
+            for layer in range(layers)
+        ]  # fmt: skip
         host = self._host_parts
         host_layers = sum(host[f"{LAYERS}{layer}"] for layer in range(first))
         host_kept = layer_caches(self.config, setting, self.host_dtype)[:first]
@@ -328,10 +334,14 @@ def layer_caches(config: M1Config, setting: Setting, dtype: torch.dtype) -> Sequ
     return cache.layers
 
 
-def read_bytes(layout: HeadLayout, setting: Setting) -> int:
-    """Bytes of keys and values that one layer reads for a token when the context is full."""
-    seen = min(setting.context_tokens, layout.window or setting.context_tokens)
-    return int(2 * layout.num_kv_heads * layout.head_dim * KV_BYTES[setting.kv_type] * seen)
+def read_bytes(layout: HeadLayout, kv_type: str, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of keys and values that one layer reads for a token behind so many.
+
+    As they are kept, they are of the type `dtype` in which the layer computes.
+    """
+    value = dtype.itemsize if kv_type == FLOAT else KV_BYTES[kv_type]
+    seen = min(tokens, layout.window or tokens)
+    return int(2 * layout.num_kv_heads * layout.head_dim * value * seen)
 
 
 def options(wanted: Setting, layers: int) -> Iterator[Setting]:

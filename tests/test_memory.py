@@ -94,6 +94,7 @@ def test_layers_beside_a_card_take_the_type_that_the_processor_computes_in() -> 
     same, wider = (Model(M1_14B, {}, torch.bfloat16, host) for host in (None, torch.float32))
     narrow, wide = (model.demand(setting, CUDA) for model in (same, wider))
     assert wide.host == 2 * narrow.host  # a checkpoint that is not quantized
+    assert wide.host_read == 2 * narrow.host_read  # keys and values, too
     assert (wide.device, wide.read) == (narrow.device, narrow.read)
     none = wider.demand(replace(setting, gpu_layers=0), CUDA)
     assert none.host > 2 * wider.weights

@@ -52,9 +52,8 @@ def following(
     `like` is any tensor on the card, which stands in where nothing follows; `programs` may ask, of
     which the card runs so many at a time, and begins them in their order.
     """
-    found: list[Region] = []
+    chosen, found = card(like.device), list[Region]()
     for matrix in matrices:
-        chosen = card(like.device)
         rows = min(matrix.rows, chosen.resident(WARPS) * 2 * WARP_ROWS // len(matrices))
         found += _regions(matrix, rows // EVEN * EVEN, chosen.ahead // len(matrices))
     nothing = Region(like.view(torch.uint8), 0, 0, 0)
