@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import save_file
 
 from m1local.config import M1Config
+from m1local.engine import Engine
 from m1local.model import M1Model
 from m1local.native import library
 from m1local.tokenizer import M1Tokenizer
 from m1local_app import language
+from m1local_app.history import History
 
 if not torch.cuda.is_available():  # before Triton is imported: its kernels are then interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -186,6 +188,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny-m1"
     write_checkpoint(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Its answers end only where they are cut off, so there always is one."""
+    folder = tmp_path_factory.mktemp("endless")
+    write_checkpoint(folder, endless=True)
+    return Engine.load(folder)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[History]:
+    """A store of conversations of its own."""
+    with History.open(tmp_path / "history.db") as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import pytest
 
@@ -14,23 +13,8 @@ from m1local_app import conversation as module
 from m1local_app.conversation import CANCELLED, Conversation
 from m1local_app.history import History
 from m1local_app.history.records import storable
-from tests.conftest import write_checkpoint
 
 CHECKPOINT = "c" * 64
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Its answers end only where they are cut off, so there always is one."""
-    folder = tmp_path_factory.mktemp("endless")
-    write_checkpoint(folder, endless=True)
-    return Engine.load(folder)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[History]:
-    with History.open(tmp_path / "history.db") as opened:
-        yield opened
 
 
 def begin(engine: Engine, store: History | None, checkpoint: str = CHECKPOINT) -> Conversation:

@@ -17,20 +17,6 @@ from tests.conftest import lend_library, write_checkpoint
 from tests.test_conversation import answer, begin, said, stored
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Its answers end only where they are cut off, so there always is one."""
-    folder = tmp_path_factory.mktemp("endless")
-    write_checkpoint(folder, endless=True)
-    return Engine.load(folder)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[History]:
-    with History.open(tmp_path / "history.db") as opened:
-        yield opened
-
-
 @pytest.fixture
 def conversation(engine: Engine, store: History) -> Conversation:
     return begin(engine, store)

@@ -12,15 +12,6 @@ from m1local_app import parameters
 from m1local_app.conversation import Conversation
 from m1local_app.history import History
 from m1local_app.slash import COMMANDS, Leave, SlashCommands, command_names
-from tests.conftest import write_checkpoint
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Its answers end only where they are cut off, so there always is one."""
-    folder = tmp_path_factory.mktemp("endless")
-    write_checkpoint(folder, endless=True)
-    return Engine.load(folder)
 
 
 @pytest.fixture
