@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import pytest
 
 from m1local.engine import Engine
 from m1local.errors import M1Error
+from m1local.generate import TextDelta
 from m1local_app import conversation as module
 from m1local_app.conversation import Conversation
 from m1local_app.history import History
+from m1local_app.history.records import storable
 from tests.conftest import lend_library, write_checkpoint
 from tests.test_conversation import answer, begin, said, stored
 
@@ -167,3 +169,52 @@ def test_two_terminals_in_one_conversation_follow_each_other(m1_home: Path, tmp_
         ]  # fmt: skip
     one.close()
     two.close()
+
+
+def test_an_answer_that_was_coming_when_it_was_opened_is_followed_as_a_whole(
+    conversation: Conversation, elsewhere: Conversation
+) -> None:
+    events = conversation.send("one")
+    while not isinstance(next(events), TextDelta):
+        pass
+    assert conversation.id is not None
+    elsewhere.open(conversation.id)
+    beginning = said(elsewhere)[1]
+    whole = answer(events)
+    answer(elsewhere.send("two"))
+    assert said(elsewhere)[1].endswith(storable(whole))
+    assert len(said(elsewhere)[1]) > len(beginning)
+    assert stored(elsewhere) == said(elsewhere)
+
+
+def test_a_long_prompt_is_no_dead_program(
+    conversation: Conversation, store: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0)
+    seen = list[datetime]()
+    touch = store.touch
+
+    def touched(conversation_id: int) -> None:
+        touch(conversation_id)
+        seen.append(store.conversation(conversation_id).changed)
+
+    monkeypatch.setattr(store, "touch", touched)
+    answer(conversation.send("a question " * 20))
+    assert len(seen) > 1
+    assert sorted(set(seen)) == sorted(seen)
+
+
+def test_a_refused_question_leaves_the_system_prompt(
+    conversation: Conversation, elsewhere: Conversation
+) -> None:
+    answer(conversation.send("one"))
+    assert conversation.id is not None
+    elsewhere.open(conversation.id)
+    conversation.set_system("Be brief.")
+    events = conversation.send("two")
+    next(events)
+    before = elsewhere.session.system
+    with pytest.raises(M1Error, match="ask again"):
+        answer(elsewhere.send("three"))
+    assert elsewhere.session.system == before != "Be brief."
+    answer(events)

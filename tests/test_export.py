@@ -116,7 +116,13 @@ def test_markdown_holds_no_html_and_no_pictures_outside_code(
     ("text", "expected"),
     [
         ("a < b, <5 mg, x<y and `<i>` <http://a.b> [c](<d e>)", None),
-        ("    <b>\n\n```\n<script>\n```\n\n![no picture] \\<b>", None),
+        ("    <b>\n\n```\n<script>\n```\n\n\\![no picture] \\<b>", None),
+        # Defined by another text of the file, or by a footnote.
+        ("![x][r] `![y](z)`", "\\![x][r] `![y](z)`"),
+        (
+            "[^1]: <img src=x>\n\n[^2]: ![p](http://t)",
+            "[^1]: \\<img src=x>\n\n[^2]: \\![p](http://t)",
+        ),
         ("- <img src=x>\n- ![p](http://t)", "- \\<img src=x>\n- \\![p](http://t)"),
         ("> 1. <u>\n\n# a <b>b</b> #", "> 1. \\<u>\n\n# a \\<b>b\\</b> #"),
         ("|`<b>`|<b>|\n|-|-|\n|<i>|<b>|", "|`<b>`|\\<b>|\n|-|-|\n|\\<i>|\\<b>|"),

@@ -136,6 +136,13 @@ def test_discarding_an_edit_shows_the_longer_path_again(store: History) -> None:
     assert contents(store.path(conversation)) == ["q", "a", "q2", "a2"]
 
 
+def test_discarding_moves_nobody_from_what_is_shown_by_now(store: History) -> None:
+    conversation, (question,) = asked(store, "q")
+    store.add(conversation, "user", "another program's", parent=None)
+    assert store.discard(question, head=None)
+    assert contents(store.path(conversation)) == ["another program's"]
+
+
 def test_a_conversation_without_messages_is_not_listed(store: History) -> None:
     conversation = store.begin()
     assert store.conversations() == []

@@ -94,6 +94,32 @@ def test_a_store_that_fails_is_a_notice_and_the_answer_is_shown(
         assert any("The disk is full." in notice for notice in progress.notices)
 
 
+def note(name: str) -> Attachment:
+    return Attachment(name, "text", 1)
+
+
+def test_a_question_sent_twice_is_asked_once_with_its_files(tab: Tab) -> None:
+    tab.files = [note("a")]
+    first, _ = tab.ask("summarise")
+    again, back = tab.ask("summarise")  # the key was held, and nothing has begun
+    assert ([file.name for file in first.files], back, tab.files) == (["a"], "", [])
+    assert [file.name for file in again.files] == ["a"]
+    assert tab.asked is again
+    tab.begin()
+    tab.end()
+    third, back = tab.ask("summarise")  # it had ended: asked again, without
+    assert (third.files, back) == ([], "")
+
+
+def test_another_question_sends_the_first_back_with_its_files(tab: Tab) -> None:
+    tab.files = [note("a")]
+    tab.ask("summarise")
+    tab.files = [note("b")]
+    asked, back = tab.ask("and this")
+    assert ([file.name for file in asked.files], back) == (["b"], "summarise")
+    assert [file.name for file in tab.files] == ["a"]
+
+
 def test_the_tab_unused_longest_is_forgotten_but_none_that_is_answering(engine: Engine) -> None:
     tabs = Tabs(lambda: Tab(Conversation(ChatSession(engine), None, label="", checkpoint="")))
     tabs.of("busy")[0].begin()

@@ -47,6 +47,7 @@ class Conversation:
         self._failed = False  # whether the store could not follow, and is left alone since
         self._trouble = self._news = ""
         self._unanswered: int | None = None  # the question at its end when it was opened
+        self._unfinished = False  # whether its last answer may still have been coming then
         self._session = ""  # the name by which other programs may know it before it is stored
 
     @property
@@ -120,7 +121,8 @@ class Conversation:
         """Begin a new conversation with the same model and settings."""
         self.session.clear()
         self.id, self._title, self._ids, self._failed = None, "", [], False
-        self._unanswered, self._session = None, ""
+        self._unanswered, self._session, self._news = None, "", ""
+        self._unfinished = False
 
     def set_system(self, text: str) -> None:
         """Change the system prompt, from the next answer on."""
@@ -152,11 +154,13 @@ class Conversation:
         unanswered = self._take(self.store.path(conversation_id))
         self.session.system = found.system
         self.id, self._title, self._failed = found.id, found.title, False
+        self._news = ""
         return unanswered
 
     def _take(self, messages: "list[StoredMessage]") -> str:
         """Go on after `messages`; returns the last if it is a question, which is left out."""
         self._unanswered, unanswered = None, ""
+        self._unfinished = bool(messages) and messages[-1].finish is None
         if messages and messages[-1].role == "user":  # the program ended before the first word
             *messages, question = messages
             self._unanswered, unanswered = question.id, question.content
@@ -184,11 +188,13 @@ class Conversation:
             return False
         after = shown if last is None else shown[shown.index(last) + 1 :]
         if after in ([], [self._unanswered]):
+            if self._unfinished and path:  # its answer may have gone on since
+                self._take(path)
             return False
-        changed = path[-1].created
+        changed, system = path[-1].created, self.session.system
         with contextlib.suppress(M1Error):  # it is in the bin
             known = store.conversation(self.id)
-            changed, self.session.system = known.changed, known.system
+            changed, system = known.changed, known.system
         if path[-1].finish is None and datetime.now(UTC) - changed < SILENT:
             raise M1Error(
                 tr(
@@ -196,6 +202,7 @@ class Conversation:
                     "ended, or begin a new one."
                 )
             )
+        self.session.system = system
         self._take(path)
         return True
 
@@ -267,7 +274,7 @@ class Conversation:
             events.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
             with self._following() as store:
                 if store is not None and record is not None and record.end():
-                    self._ids = record.ids
+                    self._ids, self._unfinished = record.ids, False
 
     def _begin(self, store: "History", keep: int, question: str | None) -> "_Record":
         if self.id is None:
@@ -315,6 +322,9 @@ class _Record:
     def follow(self, event: Event) -> None:
         """Write what `event` adds, at most every `SAVE_SECONDS`."""
         if not isinstance(event, TextDelta):
+            if time.monotonic() - self._saved_at >= SAVE_SECONDS:  # a long prompt is read
+                self._store.touch(self._conversation_id)
+                self._saved_at = time.monotonic()
             return
         self._text += event.text
         if self._answer is None:

@@ -1,7 +1,8 @@
 """Texts in exported Markdown: what a viewer would run, load or hide becomes the text it was.
 
 What it is: raw HTML and pictures outside code, escaped; the rest stays as it was written, so
-ordinary Markdown shows as before. What it is not: a renderer. Links stay: they wait for a click.
+ordinary Markdown shows as before. Each `![` counts as a picture: whether it is one may be said in
+another text of the file. What it is not: a renderer. Links stay: they wait for a click.
 """
 
 import re
@@ -31,9 +32,9 @@ def quoted(text: str) -> str:
     text = "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
     if "<" not in text and "![" not in text:
         return text
-    from markdown_it.rules_inline import html_inline, image  # loads a Markdown parser
+    from markdown_it.rules_inline import html_inline  # loads a Markdown parser
 
-    parser = _parser(html_inline, image)
+    parser = _parser(html_inline, _picture)
     for _ in range(PASSES):
         changed = _passed(text, parser.parse(text))
         if changed == text:
@@ -45,10 +46,21 @@ def quoted(text: str) -> str:
 def _parser(*rules: Callable[["StateInline", bool], bool]) -> "MarkdownIt":
     from markdown_it import MarkdownIt
 
-    parser = MarkdownIt("commonmark").enable("table").disable("html_block")
+    # What defines a reference for others would define nothing here, and may be a footnote.
+    parser = MarkdownIt("commonmark").enable("table").disable(["html_block", "reference"])
     for name, rule in zip(ACTING, rules, strict=True):
         parser.inline.ruler.at(name, _placed(rule))
     return parser
+
+
+def _picture(state: "StateInline", silent: bool) -> bool:
+    """A rule of the parser: what may begin a picture."""
+    found = state.src.startswith("![", state.pos)
+    if found:
+        if not silent:
+            state.push("image", "", 0)
+        state.pos += 1
+    return found
 
 
 def _placed(rule: Callable[["StateInline", bool], bool]) -> Callable[["StateInline", bool], bool]:

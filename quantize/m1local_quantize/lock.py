@@ -8,7 +8,9 @@ import contextlib
 import os
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+MOST_TRIES = 100  # each was overtaken by one that had the lock and gave it back
 
 
 def locked(path: Path) -> FileLock:
@@ -16,7 +18,7 @@ def locked(path: Path) -> FileLock:
 
     Raises OSError where the file cannot be made.
     """
-    while True:
+    for _ in range(MOST_TRIES):
         # While it is open its number goes to no other file, so that the comparison says: what
         # `path` names now was there before the lock, and is what was locked.
         there = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -29,6 +31,7 @@ def locked(path: Path) -> FileLock:
             lock.release()  # of a file that its last holder has removed meanwhile
         finally:
             os.close(there)
+    raise Timeout(str(path))
 
 
 def unlock(lock: FileLock) -> None:

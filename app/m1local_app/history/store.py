@@ -131,16 +131,23 @@ class History:
     def discard(self, message_id: int, *, head: int | None) -> bool:
         """Delete a message and show what was shown before, up to `head`; False where others follow.
 
-        For a question whose answer never began.
+        For a question whose answer never began. Where something else is shown by now, that stays.
         """
         with self._database.writing() as connection:
             owner = queries.owner(connection, message_id)
             follower = "SELECT 1 FROM message WHERE parent = ?"
             if connection.execute(follower, (message_id,)).fetchone():
                 return False
-            queries.show(connection, owner, head)
+            shown = connection.execute("SELECT head FROM conversation WHERE id = ?", (owner,))
+            if shown.fetchone()[0] == message_id:
+                queries.show(connection, owner, head)
             connection.execute("DELETE FROM message WHERE id = ?", (message_id,))
         return True
+
+    def touch(self, conversation_id: int) -> None:
+        """Note that something goes on in a conversation, as while a long prompt is read."""
+        with self._database.writing() as connection:
+            queries.touch(connection, conversation_id)
 
     def path(self, conversation_id: int) -> list[StoredMessage]:
         """The shown messages, from the first to the head."""

@@ -23,7 +23,7 @@ from m1local_app.web.attachments import Attachment
 from m1local_app.web.desk import Desk
 from m1local_app.web.forms import Form, preset, role
 from m1local_app.web.parts import Parts
-from m1local_app.web.tabs import SHOWN_TURNS, Asked, Progress, Tab
+from m1local_app.web.tabs import SHOWN_TURNS, Progress, Tab
 
 Shown = dict[Any, Any]  # a component, and what it shows from now on
 
@@ -50,22 +50,20 @@ class Handlers:
         tab = self._desk.tab(request.session_hash, current)
         if not attachments.joined(text or "", tab.files).strip():
             return
-        before = tab.take_back()
+        asked, again = tab.ask(text or "")
         turns = list(tab.conversation.session.turns)
-        asked = Asked(text or "", tab.files, len(turns))
-        tab.asked, tab.files = asked, before.files if before else []
-        # An answer under way was this very one, before Enter was held down too long.
-        again = before.text if before and before.text != asked.text else ""
 
         def end() -> Shown:
             if asked.is_answered(tab.conversation.session.turns):
                 return {}
-            tab.files = tab.files or asked.files  # nothing was answered: the question comes back
+            tab.files = [*tab.files, *asked.files]  # nothing was answered: the question comes back
             back = "\n".join(part for part in (again, asked.text) if part)
             return {self._parts.box: back, self._parts.chips: views.attached(tab.files)}
 
         question = asked.question
         yield {self._parts.box: again}
+        if tab.asked is not asked:  # another one was asked meanwhile, and has taken this one back
+            return
         yield from self._answer(
             tab, form, [*turns, _asked(question)], lambda: self._asked_of(tab, question), end
         )

@@ -68,6 +68,8 @@ class Tab:
         self._idle = threading.Event()
         self._idle.set()
         self._lock = threading.Lock()
+        self._asking = threading.Lock()
+        self._waiting = False  # whether what was asked last has not begun yet
         self.silent = False  # what the answer under way would still show is of no interest
 
     def frame(self, turns: int) -> int:
@@ -90,6 +92,7 @@ class Tab:
         with self._lock:
             self.interrupt()
             self._idle.clear()
+            self._waiting = False
             self._stopping.clear()
             self.silent = False
             self.progress = Progress()
@@ -113,9 +116,24 @@ class Tab:
             self.silent = False  # it still says how far it came
             raise M1Error(tr("The answer before is still being ended; try again in a moment."))
 
-    def take_back(self) -> Asked | None:
+    def ask(self, text: str) -> tuple[Asked, str]:
+        """Interrupt, and take `text` and the files as the next question.
+
+        Returns it, and the text of the question under way if that had no answer yet; its files come
+        back. Where it was this very one, because a key was held too long, it is asked once.
+        """
+        with self._asking:
+            before = self._taken_back()
+            again = before is not None and before.text != text
+            files = self.files if again or before is None else [*before.files, *self.files]
+            self.asked = Asked(text, files, len(self.conversation.session.turns))
+            self.files = before.files if before is not None and again else []
+            self._waiting = True
+            return self.asked, before.text if before is not None and again else ""
+
+    def _taken_back(self) -> Asked | None:
         """Interrupt; returns the question under way if it was taken back without an answer."""
-        asked = self.asked if self.busy else None
+        asked = self.asked if self.busy or self._waiting else None
         self.interrupt()
         if asked is not None and asked.is_answered(self.conversation.session.turns):
             return None
