@@ -23,7 +23,6 @@ from m1local.model import M1Model
 from m1local.native import library
 from m1local.tokenizer import M1Tokenizer
 from m1local_app import language
-from m1local_app.history import History
 
 if not torch.cuda.is_available():  # before Triton is imported: its kernels are then interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -196,13 +195,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("endless")
     write_checkpoint(folder, endless=True)
     return Engine.load(folder)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[History]:
-    """A store of conversations of its own."""
-    with History.open(tmp_path / "history.db") as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,12 @@ CHECKPOINT = "c" * 64
 def begin(engine: Engine, store: History | None, checkpoint: str = CHECKPOINT) -> Conversation:
     session = ChatSession(engine, settings=engine.settings(max_new_tokens=12, temperature=2.0))
     return Conversation(session, store, label="tiny", checkpoint=checkpoint)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[History]:
+    with History.open(tmp_path / "history.db") as opened:
+        yield opened
 
 
 @pytest.fixture

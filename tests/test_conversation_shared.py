@@ -25,6 +25,12 @@ def conversation(engine: Engine, store: History) -> Conversation:
 
 
 @pytest.fixture
+def store(tmp_path: Path) -> Iterator[History]:
+    with History.open(tmp_path / "history.db") as opened:
+        yield opened
+
+
+@pytest.fixture
 def elsewhere(engine: Engine, store: History, tmp_path: Path) -> Iterator[Conversation]:
     """Another program's, which opens the file for itself."""
     with History.open(tmp_path / "history.db") as opened:
