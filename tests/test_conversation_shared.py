@@ -37,12 +37,17 @@ def elsewhere(engine: Engine, store: History, tmp_path: Path) -> Iterator[Conver
         yield begin(engine, opened)
 
 
-def test_two_programs_in_one_conversation_follow_each_other(
-    conversation: Conversation, elsewhere: Conversation
-) -> None:
+def meet(conversation: Conversation, elsewhere: Conversation) -> None:
+    """Begin a conversation that the other program goes on with."""
     answer(conversation.send("one"))
     assert conversation.id is not None
     elsewhere.open(conversation.id)
+
+
+def test_two_programs_in_one_conversation_follow_each_other(
+    conversation: Conversation, elsewhere: Conversation
+) -> None:
+    meet(conversation, elsewhere)
     for number, one in enumerate([elsewhere, conversation, conversation, elsewhere]):
         answer(one.send(f"more {number}"))
         assert stored(one) == said(one)
@@ -76,9 +81,7 @@ def test_what_was_said_elsewhere_is_not_gone_back_behind_unseen(
 def test_a_question_waits_until_another_program_s_is_answered(
     conversation: Conversation, elsewhere: Conversation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer(conversation.send("one"))
-    assert conversation.id is not None
-    elsewhere.open(conversation.id)
+    meet(conversation, elsewhere)
     events = conversation.send("two")
     for _ in range(8):  # its question is stored, and then a beginning of its answer
         next(events)
@@ -101,9 +104,7 @@ def test_a_question_asked_in_the_same_moment_follows_too(
     conversation: Conversation, elsewhere: Conversation, store: History,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    answer(conversation.send("one"))
-    assert conversation.id is not None
-    elsewhere.open(conversation.id)
+    meet(conversation, elsewhere)
     add, late = store.add, list[str]()
 
     def just_after(*given: Any, **named: Any) -> int:
@@ -137,9 +138,7 @@ def test_two_programs_that_begin_a_conversation_by_one_name_share_it(
 def test_where_another_program_went_another_way_both_are_kept(
     conversation: Conversation, elsewhere: Conversation
 ) -> None:
-    answer(conversation.send("one"))
-    assert conversation.id is not None
-    elsewhere.open(conversation.id)
+    meet(conversation, elsewhere)
     answer(elsewhere.retry())
     seen = said(conversation)
     answer(conversation.send("two"))
@@ -213,9 +212,7 @@ def test_a_long_prompt_is_no_dead_program(
 def test_a_refused_question_leaves_the_system_prompt(
     conversation: Conversation, elsewhere: Conversation
 ) -> None:
-    answer(conversation.send("one"))
-    assert conversation.id is not None
-    elsewhere.open(conversation.id)
+    meet(conversation, elsewhere)
     conversation.set_system("Be brief.")
     events = conversation.send("two")
     next(events)
@@ -224,3 +221,5 @@ def test_a_refused_question_leaves_the_system_prompt(
         answer(elsewhere.send("three"))
     assert elsewhere.session.system == before != "Be brief."
     answer(events)
+    answer(elsewhere.send("three"))
+    assert elsewhere.session.system == "Be brief."

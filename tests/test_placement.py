@@ -227,7 +227,7 @@ def test_the_engine_keeps_where_it_lies(tiny_checkpoint: Path) -> None:
         ([Part("", CPU, torch.bfloat16)], True),  # stays mapped
         ([Part("", CPU, torch.float32)], False),
         # Layers on the CPU beside a card, whose own weights take none of the host's memory.
-        ([Part("model.layers.0.", CPU, torch.float32), Part("", CARD, torch.bfloat16)], True),
+        ([Part("model.layers.0.", CPU, torch.float32), Part("", CARD, torch.float16)], True),
         ([Part("model.", CPU, torch.float32), Part("lm_head", CARD, torch.bfloat16)], False),
     ],
 )
