@@ -22,7 +22,7 @@ from m1local_app.history import History
 from m1local_app.kept import size_text
 from m1local_quantize.pipeline import Planned
 from tests.conftest import write_checkpoint
-from tests.web_page import MARKS
+from tests.web_page import MARKS, Request
 
 pytestmark = MARKS
 
@@ -41,12 +41,6 @@ def panel(m1_home: Path, tmp_path: Path) -> Iterator[Any]:
         with gradio.Blocks(analytics_enabled=False):
             parts = layout.build(desk)
         yield Models(desk, parts)
-
-
-class Request:
-    """What a handler needs of a browser's request."""
-
-    session_hash = "one"
 
 
 def said(steps: Iterator[Any], panel: Any) -> list[str]:

@@ -104,7 +104,7 @@ def test_a_question_sent_twice_is_asked_once_with_its_files(tab: Tab) -> None:
     again, back = tab.ask("summarise")  # the key was held, and nothing has begun
     assert ([file.name for file in first.files], back, tab.files) == (["a"], "", [])
     assert [file.name for file in again.files] == ["a"]
-    assert tab.asked is again
+    assert tab.latest is again
     tab.begin()
     tab.end()
     third, back = tab.ask("summarise")  # it had ended: asked again, without

@@ -13,12 +13,13 @@ from m1local_app.conversing import _given
 from m1local_app.history import History
 from m1local_app.web import remembered
 from m1local_app.web.desk import Desk
-from m1local_app.web.forms import Form
+from m1local_app.web.forms import OWN, PRESETS, Form
 from tests.web_page import MARKS, Served, SlowEngine, Window
 
 pytestmark = MARKS
 CONTEXT_TOKENS, ANSWER_TOKENS = 1024, 12
 SYSTEM = "return document.querySelector('#system textarea').value"
+ROLE = "return document.querySelector('#preset input').value"
 LENGTH = "return document.querySelector('#length input').value"
 
 
@@ -165,3 +166,15 @@ def test_where_nothing_is_kept_settings_are_not_either(
     desk = Desk(engine, tiny_checkpoint, "tiny", engine.defaults, None)
     desk.choose(replace(desk.form, system="a patient's words"))
     assert not home.settings().exists()
+
+
+def test_the_role_of_one_s_own_text_leaves_what_is_written(page: Served, window: Window) -> None:
+    window.click("[data-do=drawer]")
+    window.type("#system textarea", "Be kind.")
+    window.until(lambda: page.desk.form.system == "Be kind.", "the prompt was not kept")
+    for role in (PRESETS[1][0], OWN):
+        window.type("#preset input", f"\ue009a\ue000{role}\n")
+        window.until(lambda role=role: window.js(ROLE) == role, "no role was chosen")
+        window.until(lambda: window.js(SYSTEM) == PRESETS[1][1], "another prompt is there")
+    window.browser.refresh()
+    window.until(lambda: window.js(SYSTEM) == PRESETS[1][1], "the reload forgot it")

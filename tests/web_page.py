@@ -244,6 +244,12 @@ def keep(store: History, question: str, answer: str) -> int:
     return identifier
 
 
+class Request:
+    """What a handler needs of a browser's request."""
+
+    session_hash = "one"
+
+
 def accept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the home know that the notices were accepted."""
     monkeypatch.setenv("M1_HOME", str(home))

@@ -27,13 +27,16 @@ WAIT_SECONDS = 0.25
 DRAWING_SHARE = 3  # of the time an update took to be taken, so much is left to the model
 
 
-def follow(desk: Desk, tab: Tab, start: Callable[[], Iterator[Event]]) -> Iterator[str]:
+def follow(
+    desk: Desk, tab: Tab, start: Callable[[], Iterator[Event]], claim: object = None
+) -> Iterator[str]:
     """The answer so far, again and again, of the events that `start` makes when it is one's turn.
 
-    Closing it, or `tab.stop()`, ends the work before the next token.
+    Closing it, or `tab.stop()`, ends the work before the next token. Raises OvertakenError where
+    `claim` is not the tab's latest any more.
     """
     desk.check_accepted()
-    progress = tab.begin()
+    progress = tab.begin(claim)
     try:
         with desk.turnstile.ticket() as ticket:
             while (ahead := ticket.ahead()) and not tab.stopping:

@@ -23,7 +23,7 @@ from m1local_app.web.attachments import Attachment
 from m1local_app.web.desk import Desk
 from m1local_app.web.forms import Form, preset, role
 from m1local_app.web.parts import Parts
-from m1local_app.web.tabs import SHOWN_TURNS, Progress, Tab
+from m1local_app.web.tabs import SHOWN_TURNS, OvertakenError, Progress, Tab
 
 Shown = dict[Any, Any]  # a component, and what it shows from now on
 
@@ -62,51 +62,49 @@ class Handlers:
 
         question = asked.question
         yield {self._parts.box: again}
-        if tab.asked is not asked:  # another one was asked meanwhile, and has taken this one back
-            return
-        yield from self._answer(
-            tab, form, [*turns, _asked(question)], lambda: self._asked_of(tab, question), end
-        )
+        turns.append(_asked(question))
+        yield from self._answer(tab, asked, form, turns, lambda: self._asked_of(tab, question), end)
 
     def retry(self, current: str, request: gr.Request, *form: Any) -> Iterator[Shown]:
         """Answer the last question again."""
         tab = self._desk.tab(request.session_hash, current)
-        tab.interrupt()
-        tab.asked, turns = None, list(tab.conversation.session.turns)
+        claim, back = tab.calm(answered_next=True)
+        turns = list(tab.conversation.session.turns)
         while turns and turns[-1].message.role != "user":
             turns.pop()
-        yield from self._answer(tab, form, turns, lambda: tab.conversation.retry())
+        yield self._taken_back(back)
+        yield from self._answer(tab, claim, form, turns, lambda: tab.conversation.retry())
 
     def edit(
         self, current: str, request: gr.Request, edited: gr.EditData, *form: Any
     ) -> Iterator[Shown]:
         """Ask another question in place of an earlier one."""
         tab = self._desk.tab(request.session_hash, current)
-        tab.interrupt()
-        tab.asked = None
+        claim, back = tab.calm(answered_next=True)
         at = edited.index if isinstance(edited.index, int) else edited.index[0]
         index = tab.first + at
         text = views.typed(str(edited.value))
         turns = [*tab.conversation.session.turns[:index], _asked(text)]
-        yield from self._answer(tab, form, turns, lambda: tab.conversation.edit(index, text))
+        yield self._taken_back(back)
+        yield from self._answer(tab, claim, form, turns, lambda: tab.conversation.edit(index, text))
 
     def undo(self, current: str, request: gr.Request) -> Shown:
         """Take the last question back into the box."""
-        tab = self._calm(request, current)
+        tab, back = self._calm(request, current)
         try:
-            text = tab.conversation.undo()
+            text = back or {self._parts.box: tab.conversation.undo()}
         except M1Error as error:
-            return self._failed(tab, error)
-        return self._whole(tab) | {self._parts.box: text}
+            return self._refused(tab, back, error)
+        return self._whole(tab) | text
 
     def flip(self, current: str, request: gr.Request, clicked: gr.EventData) -> Shown:
         """Show another version of a message, and what followed it."""
-        tab = self._calm(request, current)
+        tab, back = self._calm(request, current)
         try:
             unanswered = tab.conversation.flip(tab.first + int(clicked.index), int(clicked.step))
         except M1Error as error:
-            return self._failed(tab, error)
-        return self._whole(tab) | ({self._parts.box: unanswered} if unanswered else {})
+            return self._refused(tab, back, error)
+        return self._whole(tab) | (back or self._taken_back(unanswered))
 
     def earlier(self, current: str, request: gr.Request) -> Shown:
         """Show more of a long conversation."""
@@ -220,6 +218,7 @@ class Handlers:
     def _answer(
         self,
         tab: Tab,
+        claim: object,
         form: tuple[Any, ...],
         turns: list[Turn],
         start: Callable[[], Iterator[Event]],
@@ -240,16 +239,20 @@ class Handlers:
                 parts.chat: waiting, parts.chips: views.attached(tab.files),
                 parts.send: gr.update(visible=False), parts.stop: gr.update(visible=True),
             }  # fmt: skip
-            for text in answers.follow(self._desk, tab, begin):
+            for text in answers.follow(self._desk, tab, begin, claim):
                 if tab.silent:
                     return
                 shown = [*before, views.answer(asked, text)] if text else waiting
                 yield {parts.chat: shown, parts.status: self._status(tab)}
+        except OvertakenError:
+            if not tab.awaited:  # nothing else will show how it stands
+                yield self._whole(tab)
+            return
         except ContextLengthError:
             tab.progress.error = self._too_long()
         except M1Error as error:
             tab.progress.error = str(error)
-        if not tab.silent:
+        if not tab.silent and claim is tab.latest:
             if urgent is not None and tab.progress.error:
                 tab.progress.notices.append(urgent)
             yield self._whole(tab) | end()
@@ -276,12 +279,19 @@ class Handlers:
             capacity=self._desk.engine.contexts.capacity,
         )
 
-    def _calm(self, request: gr.Request, current: str) -> Tab:
-        """The tab, its answer stopped if one was under way, and the last error forgotten."""
+    def _calm(self, request: gr.Request, current: str) -> tuple[Tab, Shown]:
+        """The tab, its answer stopped if one was under way, and the last error forgotten.
+
+        And what shows the question that was under way again if it had no answer yet.
+        """
         tab = self._desk.tab(request.session_hash, current)
-        tab.interrupt()
+        _, text = tab.calm()
         tab.progress.error = ""
-        return tab
+        return tab, self._taken_back(text)
+
+    def _taken_back(self, question: str) -> Shown:
+        """The box with a question that has no answer; as it is where there is none."""
+        return {self._parts.box: question} if question else {}
 
     def _whole(self, tab: Tab) -> Shown:
         """Everything about the conversation, idle."""
@@ -347,6 +357,10 @@ class Handlers:
 
     def _status(self, tab: Tab) -> str:
         return views.status(tab, capacity=self._desk.engine.contexts.capacity)
+
+    def _refused(self, tab: Tab, back: Shown, error: M1Error) -> Shown:
+        """All as it stands, for an answer may have been stopped, and why no more was done."""
+        return self._whole(tab) | back | self._failed(tab, error)
 
     def _failed(self, tab: Tab, error: M1Error) -> Shown:
         tab.progress.error = str(error)

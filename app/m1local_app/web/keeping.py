@@ -24,22 +24,18 @@ class Keeping(Handlers):
 
     def new(self, current: str, request: gr.Request) -> Shown:
         """Begin a new conversation."""
-        tab = self._calm(request, current)
-        return self._anew(tab) | {self._parts.deleted: "", self._parts.box: ""}
+        tab, back = self._calm(request, current)
+        return self._anew(tab) | {self._parts.deleted: "", self._parts.box: ""} | back
 
     def open(self, current: str, request: gr.Request, clicked: gr.EventData) -> Shown:
         """Open the conversation that was clicked."""
-        tab = self._calm(request, current)
+        tab, back = self._calm(request, current)
         try:
             unanswered = tab.conversation.open(int(clicked.open))
         except M1Error as error:
-            return self._whole(tab) | self._failed(tab, error)
+            return self._refused(tab, back, error)
         tab.progress, tab.shown_turns = Progress(), SHOWN_TURNS
-        return (
-            self._whole(tab)
-            | self._system(tab)
-            | ({self._parts.box: unanswered} if unanswered else {})
-        )
+        return self._whole(tab) | self._system(tab) | (back or self._taken_back(unanswered))
 
     def search(self, wanted: str, current: str) -> Shown:
         """List the conversations in which all words are said; all where none is given."""
@@ -60,41 +56,42 @@ class Keeping(Handlers):
 
     def delete(self, current: str, request: gr.Request) -> Shown:
         """Put the open conversation into the bin, and begin another."""
-        tab = self._calm(request, current)
+        tab, back = self._calm(request, current)
         store, identifier = self._desk.store, tab.conversation.id
         if store is None or identifier is None:
-            return {}
+            return self._whole(tab) | back
         try:
             store.delete(identifier)
         except M1Error as error:
-            return self._failed(tab, error)
+            return self._refused(tab, back, error)
         return self._anew(tab) | self._binned(identifier)
 
     def restore(self, current: str, request: gr.Request, clicked: gr.EventData) -> Shown:
         """Take a conversation out of the bin, and open it."""
-        tab = self._calm(request, current)
+        tab, back = self._calm(request, current)
         try:
             if self._desk.store is not None:
                 self._desk.store.restore(int(clicked.restore))
                 tab.conversation.open(int(clicked.restore))
         except M1Error as error:
-            return self._failed(tab, error)
-        return self._whole(tab) | self._system(tab) | self._binned(None)
+            return self._refused(tab, back, error)
+        return self._whole(tab) | self._system(tab) | self._binned(None) | back
 
     def purge(self, sure: bool, current: str, request: gr.Request) -> Shown:
         """Delete all conversations for good, once that was confirmed."""
-        tab = self._calm(request, current)
         store = self._desk.store
         if store is None:
             return {}
         if not sure:
+            tab = self._desk.tab(request.session_hash, current)
             return self._failed(tab, M1Error(tr("Tick the box above the button first.")))
+        tab, back = self._calm(request, current)
         try:
             for one in store.conversations():
                 store.delete(one.id)
             store.purge()
         except M1Error as error:
-            return self._whole(tab) | self._failed(tab, error)
+            return self._refused(tab, back, error)
         return self._anew(tab) | self._binned(None) | {self._parts.purge_sure: False}
 
     def exporter(self, name: str) -> Callable[..., Shown]:

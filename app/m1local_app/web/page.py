@@ -57,7 +57,7 @@ def spoken(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
                             step = next(made)
                         except StopIteration:
                             return
-                    yield step
+                    yield _or_nothing(step)
             finally:
                 made.close()
 
@@ -66,9 +66,14 @@ def spoken(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(handler)
     def whole(*given: Any, **named: Any) -> Any:
         with speaking(name), _said_on_the_page():
-            return handler(*given, **named)
+            return _or_nothing(handler(*given, **named))
 
     return whole
+
+
+def _or_nothing(shown: Any) -> Any:
+    """`shown`; where nothing changes, what says so: Gradio takes an empty dict for a value."""
+    return gr.skip() if shown == {} else shown
 
 
 @contextlib.contextmanager

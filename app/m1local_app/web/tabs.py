@@ -34,7 +34,7 @@ class Progress:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Asked:
     """A question as it was typed, with its files, after so many turns."""
 
@@ -52,6 +52,10 @@ class Asked:
         return len(turns) > self.turns and turns[-2].message.content == self.question
 
 
+class OvertakenError(Exception):
+    """Something else was asked or done in the tab before the answer began; no one is told."""
+
+
 class Tab:
     """One tab: its conversation, the files attached to the next question, the answer under way."""
 
@@ -59,7 +63,7 @@ class Tab:
         """Begin with `conversation`, idle."""
         self.conversation = conversation
         self.files: list[Attachment] = []
-        self.asked: Asked | None = None  # last, where that was no edit or retry
+        self.latest: object = None  # what was asked last, or else a mark of what was pressed
         self.progress = Progress()
         self.shown_turns = SHOWN_TURNS
         self.first = 0  # the turn that the page shows first
@@ -68,7 +72,6 @@ class Tab:
         self._idle = threading.Event()
         self._idle.set()
         self._lock = threading.Lock()
-        self._asking = threading.Lock()
         self._waiting = False  # whether what was asked last has not begun yet
         self.silent = False  # what the answer under way would still show is of no interest
 
@@ -87,9 +90,19 @@ class Tab:
         """Whether an answer is under way."""
         return not self._idle.is_set()
 
-    def begin(self) -> Progress:
-        """Begin an answer; one that is under way is stopped first."""
+    @property
+    def awaited(self) -> bool:
+        """Whether an answer is under way or about to begin."""
+        return self.busy or self._waiting
+
+    def begin(self, claim: object = None) -> Progress:
+        """Begin an answer; one that is under way is stopped first.
+
+        Raises OvertakenError where `claim`, as `ask` or `calm` gave it, is not the latest any more.
+        """
         with self._lock:
+            if claim is not None and claim is not self.latest:
+                raise OvertakenError
             self.interrupt()
             self._idle.clear()
             self._waiting = False
@@ -122,20 +135,33 @@ class Tab:
         Returns it, and the text of the question under way if that had no answer yet; its files come
         back. Where it was this very one, because a key was held too long, it is asked once.
         """
-        with self._asking:
+        with self._lock:
             before = self._taken_back()
             again = before is not None and before.text != text
             files = self.files if again or before is None else [*before.files, *self.files]
-            self.asked = Asked(text, files, len(self.conversation.session.turns))
+            asked = Asked(text, files, len(self.conversation.session.turns))
             self.files = before.files if before is not None and again else []
-            self._waiting = True
-            return self.asked, before.text if before is not None and again else ""
+            self.latest, self._waiting = asked, True
+            return asked, before.text if before is not None and again else ""
+
+    def calm(self, *, answered_next: bool = False) -> tuple[object, str]:
+        """Interrupt, and let nothing begin that was asked before.
+
+        Returns a claim to the answer that comes next, if one does, and the text of the question
+        under way if that had no answer yet; its files come back.
+        """
+        with self._lock:
+            before = self._taken_back()
+            if before is not None:
+                self.files = [*before.files, *self.files]
+            self.latest, self._waiting = object(), answered_next
+            return self.latest, "" if before is None else before.text
 
     def _taken_back(self) -> Asked | None:
         """Interrupt; returns the question under way if it was taken back without an answer."""
-        asked = self.asked if self.busy or self._waiting else None
+        asked = self.latest if self.awaited else None
         self.interrupt()
-        if asked is not None and asked.is_answered(self.conversation.session.turns):
+        if not isinstance(asked, Asked) or asked.is_answered(self.conversation.session.turns):
             return None
         return asked
 

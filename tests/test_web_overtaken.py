@@ -1,0 +1,179 @@
+"""What is pressed in the moment between a question and its answer, without a browser.
+
+The handlers' steps are taken one by one here, in the order in which they might meet.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from m1local.engine import Engine
+from m1local_app.history import History
+from tests.conftest import write_checkpoint
+from tests.web_page import MARKS, Request, accept
+
+pytestmark = MARKS
+
+
+class Pressed:
+    """The handlers of a page with one answered question, and what its box and buttons show."""
+
+    def __init__(self, handlers: Any) -> None:
+        self.handlers = handlers
+        self.parts = handlers._parts
+        self.tab = handlers._desk.tab("one")
+        self.form = handlers._desk.form.values
+        self.shown: dict[Any, Any] = {}
+
+    def take(self, step: dict[Any, Any]) -> None:
+        self.shown |= step
+
+    def finish(self, steps: Iterator[Any]) -> None:
+        for step in steps:
+            self.take(step)
+
+    def sent(self, text: str, *, steps: int) -> Iterator[Any]:
+        """`text` was sent, and the page got so many of its updates yet."""
+        made = self.handlers.send(text, "", Request(), *self.form)
+        for _ in range(steps):
+            self.take(next(made))
+        return iter(made)
+
+    @property
+    def box(self) -> str:
+        return str(self.shown[self.parts.box])
+
+    @property
+    def questions(self) -> list[str]:
+        messages = self.tab.conversation.session.messages
+        return [message.content for message in messages if message.role == "user"]
+
+    @property
+    def is_idle(self) -> bool:
+        stop, send = self.shown[self.parts.stop], self.shown[self.parts.send]
+        return send["visible"] is True and stop["visible"] is False
+
+
+@pytest.fixture
+def pressed(m1_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pressed]:
+    gradio = pytest.importorskip("gradio", reason="the page needs gradio")
+    from m1local_app import notices
+    from m1local_app.web import parts as layout
+    from m1local_app.web.desk import Desk
+    from m1local_app.web.models import Models
+
+    accept(m1_home, monkeypatch)
+    write_checkpoint(tmp_path / "tiny")
+    engine = Engine.load(tmp_path / "tiny")
+    with History.open() as store:
+        settings = engine.settings(temperature=0.0, max_new_tokens=4)
+        desk = Desk(engine, tmp_path / "tiny", "tiny", settings, store)
+        notices.accept(desk.checkpoint)
+        with gradio.Blocks(analytics_enabled=False):
+            parts = layout.build(desk)
+        page = Pressed(Models(desk, parts))
+        page.finish(page.sent("first", steps=0))
+        assert page.questions == ["first"]
+        yield page
+
+
+UPDATES = [1, 2]  # the box was emptied; the question is shown; the next one begins its answer
+
+
+@pytest.mark.parametrize("steps", UPDATES)
+def test_a_retry_brings_a_question_that_has_not_begun_back(pressed: Pressed, steps: int) -> None:
+    from m1local_app.web.attachments import Attachment
+
+    pressed.tab.files = [Attachment("a", "text", 1)]
+    second = pressed.sent("second", steps=steps)
+    retried = pressed.handlers.retry("", Request(), *pressed.form)
+    for _ in range(2):
+        pressed.take(next(retried))
+    pressed.finish(second)  # it finds that it came too late
+    pressed.finish(retried)
+    assert pressed.box == "second"
+    assert [file.name for file in pressed.tab.files] == ["a"]
+    assert pressed.questions == ["first"]
+    assert pressed.tab.conversation.versions() == {1: (2, 2)}
+    assert pressed.is_idle
+
+
+@pytest.mark.parametrize("steps", UPDATES)
+def test_an_edit_does_too(pressed: Pressed, steps: int) -> None:
+    second = pressed.sent("second", steps=steps)
+    edited = SimpleNamespace(index=0, value="other")
+    pressed.finish(pressed.handlers.edit("", Request(), edited, *pressed.form))
+    pressed.finish(second)
+    assert pressed.box == "second"
+    assert pressed.questions == ["other"]
+    assert pressed.is_idle
+
+
+@pytest.mark.parametrize("steps", UPDATES)
+def test_a_question_after_a_retry_that_has_not_begun_is_answered(
+    pressed: Pressed, steps: int
+) -> None:
+    retried = pressed.handlers.retry("", Request(), *pressed.form)
+    for _ in range(steps):
+        pressed.take(next(retried))
+    second = pressed.sent("second", steps=2)
+    pressed.finish(retried)
+    pressed.finish(second)
+    assert pressed.questions == ["first", "second"]
+    assert pressed.tab.conversation.versions() == {}
+    assert pressed.is_idle
+
+
+def press(name: str, *given: Any) -> Callable[[Pressed], dict[Any, Any]]:
+    def pressing(page: Pressed) -> dict[Any, Any]:
+        shown: dict[Any, Any] = getattr(page.handlers, name)(*given[:-1], Request(), *given[-1])
+        return shown
+
+    return pressing
+
+
+@pytest.mark.parametrize("steps", UPDATES)
+@pytest.mark.parametrize(
+    ("button", "left"),
+    [
+        (press("undo", "", []), ["first"]),  # the last question is the one under way
+        (press("flip", "", [SimpleNamespace(index=1, step=1)]), ["first"]),
+        (press("new", "", []), []),
+        (press("open", "", [SimpleNamespace(open=1)]), ["first"]),
+        (press("open", "", [SimpleNamespace(open=99)]), ["first"]),  # there is none
+    ],
+    ids=["undo", "flip", "new", "open", "open in vain"],
+)
+def test_every_button_brings_it_back_and_leaves_the_page_idle(
+    pressed: Pressed, button: Callable[[Pressed], dict[Any, Any]], left: list[str], steps: int
+) -> None:
+    second = pressed.sent("second", steps=steps)
+    after = button(pressed)
+    pressed.take(after)
+    pressed.finish(second)  # its updates may come after those of the button
+    assert pressed.box == "second"
+    assert pressed.questions == left
+    assert pressed.is_idle
+
+
+@pytest.mark.parametrize("name", ["undo", "delete"])
+def test_a_button_that_can_do_nothing_leaves_no_stopped_answer_on_the_page(
+    pressed: Pressed, name: str
+) -> None:
+    pressed.take(pressed.handlers.new("", Request()))
+    second = pressed.sent("second", steps=2)
+    pressed.take(getattr(pressed.handlers, name)("", Request()))
+    assert pressed.is_idle
+    assert pressed.box == "second"
+    pressed.finish(second)
+    assert pressed.questions == []
+
+
+def test_a_purge_without_the_tick_stops_nothing(pressed: Pressed) -> None:
+    second = pressed.sent("second", steps=2)
+    pressed.take(pressed.handlers.purge(False, "", Request()))
+    pressed.finish(second)
+    assert pressed.questions == ["first", "second"]
