@@ -37,6 +37,7 @@ RUNTIME_ORDER = (
     ("native.quantize", "native.matmul", "native.attention", "native.neighbours", "native.stream"),
     ("native.sha256",),
     ("config", "rope", "cuda", "cuda.card", "cuda.matrix", "cuda.transfer", "cuda.replay"),
+    ("cuda.driver",),
     ("cuda.words", "cuda.support", "cuda.int4pack", "cuda.kept", "cuda.overlap"),
     ("cuda.tensor_core",),
     ("cuda.code_bytes", "cuda.activation", "cuda.ahead"),

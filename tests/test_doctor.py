@@ -36,14 +36,6 @@ def test_json_has_the_same_in_groups() -> None:
     assert chinese.keys() == found.keys()
 
 
-def test_a_card_that_torch_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor, "used_device", lambda: torch.device("cpu"))
-    used = next(fact for fact in doctor.of_machine(()) if fact.name == "used")
-    assert used.value == "cpu"
-    assert "no code for the card" in used.advice
-
-
 def test_a_hub_that_cannot_be_reached_is_an_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     found = json.loads(m1("doctor", "--json").stdout)

@@ -1,6 +1,7 @@
 """Settings of the page that outlive it: in the browser, across a restart, in the file."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,7 @@ from tests.web_page import MARKS, Served, SlowEngine, Window
 
 pytestmark = MARKS
 CONTEXT_TOKENS, ANSWER_TOKENS = 1024, 12
-SYSTEM = "return document.querySelector('#system textarea').value"
-ROLE = "return document.querySelector('#preset input').value"
+SYSTEM = "return document.querySelector('#system textarea')?.value"
 LENGTH = "return document.querySelector('#length input').value"
 
 
@@ -168,13 +168,17 @@ def test_where_nothing_is_kept_settings_are_not_either(
     assert not home.settings().exists()
 
 
+def has_role(window: Window, role: str) -> bool:
+    return bool(window.js("return document.querySelector('#preset input').value") == role)
+
+
 def test_the_role_of_one_s_own_text_leaves_what_is_written(page: Served, window: Window) -> None:
     window.click("[data-do=drawer]")
     window.type("#system textarea", "Be kind.")
     window.until(lambda: page.desk.form.system == "Be kind.", "the prompt was not kept")
     for role in (PRESETS[1][0], OWN):
         window.type("#preset input", f"\ue009a\ue000{role}\n")
-        window.until(lambda role=role: window.js(ROLE) == role, "no role was chosen")
+        window.until(partial(has_role, window, role), "no role was chosen")
         window.until(lambda: window.js(SYSTEM) == PRESETS[1][1], "another prompt is there")
     window.browser.refresh()
     window.until(lambda: window.js(SYSTEM) == PRESETS[1][1], "the reload forgot it")

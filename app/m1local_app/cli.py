@@ -174,11 +174,14 @@ def _prepared(
 
     On a card what `wanted`, `recipe_name` and `size` leave open follows from the free memory.
     """
+    from m1local_app import idle_card
     from m1local_app.fetching import fetched
     from m1local_quantize.recipe import Recipe
 
     recipe = Recipe.find(recipe_name or DEFAULT_RECIPE)
     # Before gigabytes are fetched.
+    if model is not None and wanted.gpu_layers == "auto":
+        idle_card.tell()
     if size is None or not (recipe.candidates or size.budget or size.device):
         recipe.check_closed()
         size = None

@@ -144,8 +144,10 @@ def plan(
     Examples:  m1 plan ./Baichuan-M1-14B-Instruct  ·
     m1 plan ./m1-int4 --memory 8GB --bandwidth 360GB/s
     """
-    from m1local_app import planning
+    from m1local_app import idle_card, planning
 
+    if memory is None:
+        idle_card.tell()
     machine = planning.Machine.found(memory, speed)
     rows = planning.plan(library.find(model).folder, machine, ctx_size)
     show_rows = planning.as_json if as_json else planning.as_text

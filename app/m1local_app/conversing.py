@@ -247,10 +247,13 @@ def load(chosen: Chosen, wanted: EngineOptions, timings: Timings) -> "Engine":
     """The model, with the threads and the context that were asked for."""
     from m1local.engine import Engine
     from m1local.native import library
+    from m1local_app import idle_card
 
     use_threads(wanted.threads)
     library.status()  # compiled now, if it never was
     timings.done("library")
+    if wanted.gpu_layers == "auto":
+        idle_card.tell()
     engine = Engine.load(
         chosen.folder,
         context_tokens=wanted.context_tokens,

@@ -27,6 +27,7 @@ from m1local.memory import free_bytes, used_device
 from m1local.native import library
 from m1local.placement import decoding
 from m1local_app.columns import padded, width
+from m1local_app.idle_card import idle_card
 from m1local_app.kept import checkpoints, size_text
 from m1local_app.language import language, marked, tr
 
@@ -39,7 +40,8 @@ HUB_SECONDS = 5
 # Names that are words; those of packages, devices and formats are the same in every language.
 LABELS = (
     marked("versions"), marked("system"), marked("language"),
-    marked("device"), marked("processor"), marked("cores"), marked("instructions"), marked("used"),
+    marked("device"), marked("processor"), marked("cores"), marked("instructions"),
+    marked("card"), marked("used"),
     marked("kernels"), marked("memory"), marked("total"), marked("free"),
     marked("storage"), marked("writable"), marked("models"),
     marked("hub"), marked("address"), marked("reachable"),
@@ -103,7 +105,9 @@ def _versions() -> Iterator[Fact]:
     yield Fact("versions", "system", f"{platform.system()} {platform.release()}")
     for name in PACKAGES:
         try:
-            yield Fact("versions", name, importlib.metadata.version(name))
+            version = importlib.metadata.version(name)
+            # torch's own names its build, as +cpu or +cu128; that of its files need not.
+            yield Fact("versions", name, torch.__version__ if name == "torch" else version)
         except importlib.metadata.PackageNotFoundError:
             if name in EXTRAS:
                 yield Fact("versions", name, tr("not installed; extra [{name}]", name=EXTRAS[name]))
@@ -123,15 +127,15 @@ def _device() -> Iterator[Fact]:
         card = torch.cuda.get_device_properties(index)
         memory = size_text(card.total_memory)
         yield Fact("device", f"cuda:{index}", f"{card.name}, {memory}, {card.major}.{card.minor}")
-    if torch.cuda.is_available():
-        used = used_device()
-        advice = tr("this build of torch has no code for the card; one for an older CUDA may")
-        yield Fact("device", "used", str(used), advice if used.type == "cpu" else "")
-    else:
+    idle = idle_card()
+    if not torch.cuda.is_available():
+        if idle is not None:
+            yield Fact("device", "card", idle.name)
         built = torch.version.cuda
         found = tr("torch finds no card") if built else tr("torch was built without CUDA")
-        yield Fact("device", "cuda", found)
-        yield Fact("device", "used", "cpu")
+        yield Fact("device", "cuda", idle.reason if idle else found)
+    advice = f"{idle.reason}: {idle.advice}" if idle else ""
+    yield Fact("device", "used", str(used_device()), advice)
 
 
 def _kernels(formats: Collection[str]) -> Iterator[Fact]:

@@ -1,0 +1,151 @@
+"""A card that torch does not use is named, with the reason and what helps; otherwise nothing is."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from m1local.cuda import driver
+from m1local_app import doctor, idle_card
+from m1local_app.cli import cli
+from m1local_app.language import speaking
+from tests.conftest import ROOT
+
+NAME = "NVIDIA GeForce RTX 4060"
+DRIVER = """
+int cuInit(unsigned flags) {{ return {init}; }}
+int cuDeviceGetCount(int *count) {{ *count = {count}; return 0; }}
+int cuDeviceGet(int *device, int ordinal) {{ *device = 41; return ordinal; }}
+int cuDeviceGetName(char *name, int length, int device) {{
+    const char *from = "{name}";
+    if (device != 41) return 1;
+    while (--length && (*name++ = *from++)) {{}}
+    *name = 0;
+    return 0;
+}}
+"""
+
+
+def built(folder: Path, *, init: int = 0, count: int = 1, name: str = NAME) -> str:
+    """A library that answers as NVIDIA's driver does."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    source, library = folder / "driver.c", folder / "libcuda.so.1"
+    source.write_text(DRIVER.format(init=init, count=count, name=name), encoding="utf-8")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    return str(library)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="builds a shared library as Unix does")
+def test_the_driver_is_asked_for_its_first_card(tmp_path: Path) -> None:
+    assert driver.first_card(built(tmp_path)) == NAME
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="builds a shared library as Unix does")
+def test_a_long_name_is_cut(tmp_path: Path) -> None:
+    assert driver.first_card(built(tmp_path, name="x" * 300)) == "x" * 255
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="builds a shared library as Unix does")
+@pytest.mark.parametrize(("init", "count"), [(100, 1), (0, 0)], ids=["no device", "hidden"])
+def test_a_driver_without_cards(tmp_path: Path, init: int, count: int) -> None:
+    assert driver.first_card(built(tmp_path, init=init, count=count)) == ""
+
+
+def test_no_driver_or_another_library_of_its_name(tmp_path: Path) -> None:
+    assert driver.first_card("no-such-library") == ""
+    (tmp_path / "text").write_text("nothing", encoding="utf-8")
+    assert driver.first_card(str(tmp_path / "text")) == ""
+
+
+@pytest.fixture
+def present(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that the driver knows; torch finds none."""
+    monkeypatch.setattr(idle_card, "used_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(driver, "first_card", lambda: NAME)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    idle_card.tell.cache_clear()
+
+
+@pytest.mark.usefixtures("present")
+def test_a_torch_without_cuda() -> None:
+    found = idle_card.idle_card()
+    assert found is not None
+    assert (found.name, found.advice) == (NAME, idle_card.INSTALL)
+    assert "without CUDA" in found.reason
+
+
+@pytest.mark.usefixtures("present")
+def test_a_driver_that_torch_refuses_is_said_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("The driver is too old (found version 12010). Update it from the URL")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    found = idle_card.idle_card()
+    assert found is not None
+    assert found.reason == "The driver is too old (found version 12010)"
+    assert "driver" in found.advice
+
+
+@pytest.mark.usefixtures("present")
+def test_a_card_that_torch_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GTX 1060")
+    found = idle_card.idle_card()
+    assert found is not None
+    assert found.name == "NVIDIA GeForce GTX 1060"
+    assert "no code for the card" in found.reason
+
+
+@pytest.mark.usefixtures("present")
+def test_a_card_in_use_or_none_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "first_card", lambda: "")
+    assert idle_card.idle_card() is None
+    monkeypatch.setattr(driver, "first_card", lambda: NAME)
+    monkeypatch.setattr(idle_card, "used_device", lambda: torch.device("cuda"))
+    assert idle_card.idle_card() is None
+
+
+@pytest.mark.usefixtures("present")
+def test_the_doctor_names_it_with_the_advice() -> None:
+    facts = {fact.name: fact for fact in doctor.of_machine(())}
+    assert facts["card"].value == NAME
+    assert "without CUDA" in facts["cuda"].value
+    assert facts["used"].value == "cpu"
+    assert idle_card.INSTALL in facts["used"].advice
+
+
+@pytest.mark.usefixtures("present")
+def test_it_is_said_once_where_a_model_is_to_run(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, m1_home: Path
+) -> None:
+    def run(*options: str) -> str:
+        idle_card.tell.cache_clear()
+        asked = ("-p", "hello", "-n", "2", *options)
+        return CliRunner().invoke(cli, ["chat", str(tiny_checkpoint), *asked]).stderr
+
+    assert run().count(NAME) == 1
+    assert NAME not in run("--gpu-layers", "0")
+    planned = CliRunner().invoke(cli, ["plan", str(tiny_checkpoint), "--memory", "8GB"])
+    assert NAME not in planned.stderr
+    planned = CliRunner().invoke(cli, ["plan", str(tiny_checkpoint)])
+    assert NAME in planned.stderr
+    idle_card.tell.cache_clear()
+    with speaking("zh"):
+        idle_card.tell()
+        idle_card.tell()
+    assert capsys.readouterr().err.count(f"未使用 {NAME}") == 1
+
+
+def test_what_is_to_be_installed_is_in_the_declared_range() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = next(each for each in project["dependencies"] if each.startswith("torch"))
+    assert f'"{declared}"' in idle_card.INSTALL
