@@ -82,6 +82,15 @@ class Screen:
             assert time.monotonic() < until, f"{pattern!r} never came; the screen:\n{self.text()}"
             self._read(0.2)
 
+    def shown_until(self, wanted: str) -> set[str]:
+        """Wait until `wanted` is on the screen; all that stood there one after another."""
+        until, shown = time.monotonic() + PATIENCE_SECONDS, {self.text()}
+        while not any(wanted in text for text in shown):
+            assert time.monotonic() < until, f"{wanted!r} never came; the screen:\n{self.text()}"
+            self._read(0.05)
+            shown.add(self.text())
+        return shown
+
     def wait_for_answer(self) -> None:
         """Wait until something stands below the message that was sent."""
         until = time.monotonic() + PATIENCE_SECONDS

@@ -77,11 +77,7 @@ def test_ctrl_c_stops_the_answer_and_the_next_question_is_answered(start: Start)
 def test_text_appears_while_it_is_made(start: Start) -> None:
     screen = start("-n", "60")
     screen.type("hello\r")
-    seen = set()
-    while "its limit" not in screen.text():
-        screen._read(0.05)
-        seen.add(screen.text())
-    assert len(seen) > 10
+    assert len(screen.shown_until("its limit")) > 10
 
 
 def test_ctrl_c_twice_at_the_empty_prompt_leaves_with_130(start: Start) -> None:
