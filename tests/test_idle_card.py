@@ -103,6 +103,10 @@ def test_a_card_that_torch_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert found is not None
     assert found.name == "NVIDIA GeForce GTX 1060"
     assert "no code for the card" in found.reason
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(doctor, "used_device", lambda: torch.device("cpu"))
+    used = next(fact for fact in doctor.of_machine(()) if fact.name == "used")
+    assert used.advice == f"{found.reason}: {found.advice}"
 
 
 @pytest.mark.usefixtures("present")
@@ -119,8 +123,8 @@ def test_the_doctor_names_it_with_the_advice() -> None:
     facts = {fact.name: fact for fact in doctor.of_machine(())}
     assert facts["card"].value == NAME
     assert "without CUDA" in facts["cuda"].value
+    assert facts["cuda"].advice == idle_card.INSTALL
     assert facts["used"].value == "cpu"
-    assert idle_card.INSTALL in facts["used"].advice
 
 
 @pytest.mark.usefixtures("present")

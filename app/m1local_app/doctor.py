@@ -127,15 +127,18 @@ def _device() -> Iterator[Fact]:
         card = torch.cuda.get_device_properties(index)
         memory = size_text(card.total_memory)
         yield Fact("device", f"cuda:{index}", f"{card.name}, {memory}, {card.major}.{card.minor}")
-    idle = idle_card()
-    if not torch.cuda.is_available():
-        if idle is not None:
-            yield Fact("device", "card", idle.name)
+    idle, used = idle_card(), str(used_device())
+    if torch.cuda.is_available():
+        yield Fact("device", "used", used, f"{idle.reason}: {idle.advice}" if idle else "")
+        return
+    if idle is not None:
+        yield Fact("device", "card", idle.name)
+        yield Fact("device", "cuda", idle.reason, idle.advice)
+    else:
         built = torch.version.cuda
         found = tr("torch finds no card") if built else tr("torch was built without CUDA")
-        yield Fact("device", "cuda", idle.reason if idle else found)
-    advice = f"{idle.reason}: {idle.advice}" if idle else ""
-    yield Fact("device", "used", str(used_device()), advice)
+        yield Fact("device", "cuda", found)
+    yield Fact("device", "used", used)
 
 
 def _kernels(formats: Collection[str]) -> Iterator[Fact]:
