@@ -58,6 +58,11 @@ def test_a_driver_without_cards(tmp_path: Path, init: int, count: int) -> None:
     assert driver.first_card(built(tmp_path, init=init, count=count)) == ""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="builds a shared library as Unix does")
+def test_a_driver_that_does_not_begin_is_no_silence(tmp_path: Path) -> None:
+    assert "803" in driver.first_card(built(tmp_path, init=803))
+
+
 def test_no_driver_or_another_library_of_its_name(tmp_path: Path) -> None:
     assert driver.first_card("no-such-library") == ""
     (tmp_path / "text").write_text("nothing", encoding="utf-8")
@@ -83,16 +88,36 @@ def test_a_torch_without_cuda() -> None:
 
 
 @pytest.mark.usefixtures("present")
-def test_a_driver_that_torch_refuses_is_said_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("said", "reason", "helps"),
+    [
+        (
+            "The driver is too old (found version 12010). Update it from the URL",
+            "The driver is too old (found version 12010)",
+            "update NVIDIA's driver",
+        ),
+        ("CUDA unknown error\n - perhaps", "CUDA unknown error", "restart"),
+    ],
+)
+def test_a_driver_that_torch_refuses_is_said_in_its_words(
+    monkeypatch: pytest.MonkeyPatch, said: str, reason: str, helps: str
+) -> None:
     def init() -> None:
-        raise RuntimeError("The driver is too old (found version 12010). Update it from the URL")
+        raise Exception(said)  # torch has a class of its own for some
+
+    def properties(device: int) -> None:
+        raise AssertionError("torch would begin to use the card")
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", init)
     found = idle_card.idle_card()
     assert found is not None
-    assert found.reason == "The driver is too old (found version 12010)"
-    assert "driver" in found.advice
+    assert found.reason == reason
+    assert found.advice.startswith(helps)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # by NVML
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    facts = {fact.name: fact for fact in doctor.of_machine(())}
+    assert (facts["cuda"].value, facts["cuda"].advice) == (reason, found.advice)
 
 
 @pytest.mark.usefixtures("present")
@@ -140,8 +165,15 @@ def test_it_is_said_once_where_a_model_is_to_run(
     assert NAME not in run("--gpu-layers", "0")
     planned = CliRunner().invoke(cli, ["plan", str(tiny_checkpoint), "--memory", "8GB"])
     assert NAME not in planned.stderr
-    planned = CliRunner().invoke(cli, ["plan", str(tiny_checkpoint)])
-    assert NAME in planned.stderr
+    for command in (["plan"], ["bench", "-p", "4", "-n", "2", "-r", "1"]):
+        idle_card.tell.cache_clear()
+        asked = CliRunner().invoke(cli, [command[0], str(tiny_checkpoint), *command[1:]])
+        assert asked.exit_code == 0
+        assert NAME in asked.stderr
+    idle_card.tell.cache_clear()
+    ran = CliRunner().invoke(cli, ["run", str(tiny_checkpoint), "-p", "hello", "-n", "2"])
+    assert ran.stderr.count(NAME) == 1
+    assert ran.stderr.startswith(NAME)  # before anything is made
     idle_card.tell.cache_clear()
     with speaking("zh"):
         idle_card.tell()

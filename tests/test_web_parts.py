@@ -100,24 +100,28 @@ def note(name: str) -> Attachment:
 
 def test_a_question_sent_twice_is_asked_once_with_its_files(tab: Tab) -> None:
     tab.files = [note("a")]
-    first, _ = tab.ask("summarise")
-    again, back = tab.ask("summarise")  # the key was held, and nothing has begun
-    assert ([file.name for file in first.files], back, tab.files) == (["a"], "", [])
+    first = tab.ask("summarise")
+    again = tab.ask("summarise")  # the key was held, and nothing has begun
+    assert ([file.name for file in first.files], again.before, tab.files) == (["a"], "", [])
     assert [file.name for file in again.files] == ["a"]
     assert tab.latest is again
     tab.begin()
     tab.end()
-    third, back = tab.ask("summarise")  # it had ended: asked again, without
-    assert (third.files, back) == ([], "")
+    third = tab.ask("summarise")  # it had ended: asked again, without
+    assert (third.files, third.before) == ([], "")
 
 
 def test_another_question_sends_the_first_back_with_its_files(tab: Tab) -> None:
     tab.files = [note("a")]
     tab.ask("summarise")
     tab.files = [note("b")]
-    asked, back = tab.ask("and this")
-    assert ([file.name for file in asked.files], back) == (["b"], "summarise")
+    asked = tab.ask("and this")
+    assert ([file.name for file in asked.files], asked.before) == (["b"], "summarise")
     assert [file.name for file in tab.files] == ["a"]
+    third = tab.ask("and that")
+    assert third.before == "summarise\nand this"
+    assert tab.calm() == "summarise\nand this\nand that"
+    assert {file.name for file in tab.files} == {"a", "b"}
 
 
 def test_the_tab_unused_longest_is_forgotten_but_none_that_is_answering(engine: Engine) -> None:

@@ -59,6 +59,7 @@ def run(
     from m1local.checkpoint import CONFIG
     from m1local.config import M1Config
     from m1local.engine import Engine
+    from m1local_app import idle_card
     from m1local_app.conversing import gpu_layers as parsed_layers
 
     layers = parsed_layers(gpu_layers)
@@ -79,12 +80,9 @@ def run(
             longest=longest,
         )
         raise usage_error(said)
-    engine = Engine.load(
-        folder,
-        context_tokens=room,
-        gpu_layers=layers,
-        kv_type=kv_type,
-    )
+    if layers == "auto":
+        idle_card.tell()
+    engine = Engine.load(folder, context_tokens=room, gpu_layers=layers, kv_type=kv_type)
     found = []
     for measured in benchmark.measure(engine, wanted, repetitions):
         found.append(measured)

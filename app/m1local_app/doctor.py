@@ -123,12 +123,12 @@ def _device() -> Iterator[Fact]:
     yield Fact("device", "processor", processor())
     yield Fact("device", "cores", tr("{cores}, {threads} threads", cores=cores, threads=threads))
     yield Fact("device", "instructions", torch.backends.cpu.get_cpu_capability())
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        memory = size_text(card.total_memory)
-        yield Fact("device", f"cuda:{index}", f"{card.name}, {memory}, {card.major}.{card.minor}")
     idle, used = idle_card(), str(used_device())
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # NVML counts cards that torch cannot use as well
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            said = f"{card.name}, {size_text(card.total_memory)}, {card.major}.{card.minor}"
+            yield Fact("device", f"cuda:{index}", said)
         yield Fact("device", "used", used, f"{idle.reason}: {idle.advice}" if idle else "")
         return
     if idle is not None:

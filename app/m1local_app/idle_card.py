@@ -47,14 +47,19 @@ def idle_card() -> IdleCard | None:
         return None
     if torch.version.cuda is None:
         return IdleCard(name, tr("torch was built without CUDA"), INSTALL)
-    return IdleCard(name, _refusal(), tr("update NVIDIA's driver"))
+    refusal = _refusal()
+    if "too old" in refusal:
+        return IdleCard(name, refusal, tr("update NVIDIA's driver"))
+    return IdleCard(
+        name, refusal, tr("restart the machine; if that does not help, update NVIDIA's driver")
+    )
 
 
 def _refusal() -> str:
     """Why torch does not begin to use a card, in its own words."""
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # of torch or the driver; it is only to be said
         return str(error).partition(". ")[0].partition("\n")[0][:SAID]
     return tr("torch finds no card")
 

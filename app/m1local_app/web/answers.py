@@ -115,4 +115,5 @@ def continued(tab: Tab, desk: Desk, text: str) -> Iterator[Event]:
                 answer += event.text
             yield event
     finally:
-        session.turns += [Turn(Message("user", text)), Turn(Message("assistant", answer))]
+        if answer:
+            session.turns += [Turn(Message("user", text)), Turn(Message("assistant", answer))]

@@ -23,7 +23,7 @@ from m1local_app.web.attachments import Attachment
 from m1local_app.web.desk import Desk
 from m1local_app.web.forms import Form, preset, role
 from m1local_app.web.parts import Parts
-from m1local_app.web.tabs import SHOWN_TURNS, OvertakenError, Progress, Tab
+from m1local_app.web.tabs import SHOWN_TURNS, Asked, OvertakenError, Progress, Tab
 
 Shown = dict[Any, Any]  # a component, and what it shows from now on
 
@@ -50,43 +50,34 @@ class Handlers:
         tab = self._desk.tab(request.session_hash, current)
         if not attachments.joined(text or "", tab.files).strip():
             return
-        asked, again = tab.ask(text or "")
-        turns = list(tab.conversation.session.turns)
-
-        def end() -> Shown:
-            if asked.is_answered(tab.conversation.session.turns):
-                return {}
-            tab.files = [*tab.files, *asked.files]  # nothing was answered: the question comes back
-            back = "\n".join(part for part in (again, asked.text) if part)
-            return {self._parts.box: back, self._parts.chips: views.attached(tab.files)}
-
-        question = asked.question
-        yield {self._parts.box: again}
-        turns.append(_asked(question))
-        yield from self._answer(tab, asked, form, turns, lambda: self._asked_of(tab, question), end)
+        asked = tab.ask(text or "")
+        turns = [*tab.conversation.session.turns, _asked(asked.question)]
+        yield from self._answer(
+            tab, asked, form, turns, lambda: self._asked_of(tab, asked.question),
+            {self._parts.box: asked.before},
+        )  # fmt: skip
 
     def retry(self, current: str, request: gr.Request, *form: Any) -> Iterator[Shown]:
         """Answer the last question again."""
-        tab = self._desk.tab(request.session_hash, current)
-        claim, back = tab.calm(answered_next=True)
+        tab, claim = self._desk.tab(request.session_hash, current), object()
+        back = self._taken_back(tab.calm(claim))
         turns = list(tab.conversation.session.turns)
         while turns and turns[-1].message.role != "user":
             turns.pop()
-        yield self._taken_back(back)
-        yield from self._answer(tab, claim, form, turns, lambda: tab.conversation.retry())
+        yield from self._answer(tab, claim, form, turns, lambda: tab.conversation.retry(), back)
 
     def edit(
         self, current: str, request: gr.Request, edited: gr.EditData, *form: Any
     ) -> Iterator[Shown]:
         """Ask another question in place of an earlier one."""
         tab = self._desk.tab(request.session_hash, current)
-        claim, back = tab.calm(answered_next=True)
         at = edited.index if isinstance(edited.index, int) else edited.index[0]
-        index = tab.first + at
-        text = views.typed(str(edited.value))
-        turns = [*tab.conversation.session.turns[:index], _asked(text)]
-        yield self._taken_back(back)
-        yield from self._answer(tab, claim, form, turns, lambda: tab.conversation.edit(index, text))
+        asked = Asked(views.typed(str(edited.value)), [], tab.first + at)
+        back = self._taken_back(tab.calm(asked))
+        turns = [*tab.conversation.session.turns[: asked.turns], _asked(asked.text)]
+        yield from self._answer(
+            tab, asked, form, turns, lambda: tab.conversation.edit(asked.turns, asked.text), back
+        )
 
     def undo(self, current: str, request: gr.Request) -> Shown:
         """Take the last question back into the box."""
@@ -109,7 +100,7 @@ class Handlers:
     def earlier(self, current: str, request: gr.Request) -> Shown:
         """Show more of a long conversation."""
         tab = self._desk.tab(request.session_hash, current)
-        if tab.busy:
+        if tab.awaited:
             return {}
         tab.shown_turns += SHOWN_TURNS
         return self._whole(tab)
@@ -222,8 +213,9 @@ class Handlers:
         form: tuple[Any, ...],
         turns: list[Turn],
         start: Callable[[], Iterator[Event]],
-        end: Callable[[], Shown] = dict,
+        box: Shown,
     ) -> Iterator[Shown]:
+        """Show `turns`, `box`, and the answer of `start`, if `claim` is still the latest then."""
         parts, asked = self._parts, turns[-1].message.content if turns else ""
         before = views.messages(turns[tab.frame(len(turns)) :])
         urgent = advice(asked)
@@ -238,7 +230,7 @@ class Handlers:
             yield {
                 parts.chat: waiting, parts.chips: views.attached(tab.files),
                 parts.send: gr.update(visible=False), parts.stop: gr.update(visible=True),
-            }  # fmt: skip
+            } | box  # fmt: skip
             for text in answers.follow(self._desk, tab, begin, claim):
                 if tab.silent:
                     return
@@ -252,10 +244,19 @@ class Handlers:
             tab.progress.error = self._too_long()
         except M1Error as error:
             tab.progress.error = str(error)
+        finally:
+            tab.release(claim)
         if not tab.silent and claim is tab.latest:
             if urgent is not None and tab.progress.error:
                 tab.progress.notices.append(urgent)
-            yield self._whole(tab) | end()
+            yield self._unanswered(tab, claim)
+
+    def _unanswered(self, tab: Tab, claim: object) -> Shown:
+        """Everything, idle; the question of `claim` and its files come back if it has no answer."""
+        if not isinstance(claim, Asked) or claim.is_answered(tab.conversation.session.turns):
+            return self._whole(tab)
+        tab.files = [*tab.files, *claim.files]
+        return self._whole(tab) | {self._parts.box: claim.returned}
 
     def _asked_of(self, tab: Tab, text: str) -> Iterator[Event]:
         """The events of an answer to `text`, or of its continuation by a Base model."""
@@ -285,7 +286,7 @@ class Handlers:
         And what shows the question that was under way again if it had no answer yet.
         """
         tab = self._desk.tab(request.session_hash, current)
-        _, text = tab.calm()
+        text = tab.calm()
         tab.progress.error = ""
         return tab, self._taken_back(text)
 
@@ -294,8 +295,8 @@ class Handlers:
         return {self._parts.box: question} if question else {}
 
     def _whole(self, tab: Tab) -> Shown:
-        """Everything about the conversation, idle."""
-        parts, conversation = self._parts, tab.conversation
+        """Everything about the conversation; idle, unless something was asked meanwhile."""
+        parts, conversation, idle = self._parts, tab.conversation, not tab.awaited
         tab.progress.used = conversation.session.used_tokens
         first = tab.frame(len(conversation.session.turns))
         versions = {at - first: one for at, one in conversation.versions().items() if at >= first}
@@ -310,8 +311,8 @@ class Handlers:
             parts.list: views.conversations(known, current),
             parts.title: conversation.title,
             parts.chips: views.attached(tab.files),
-            parts.send: gr.update(visible=True),
-            parts.stop: gr.update(visible=False),
+            parts.send: gr.update(visible=idle),
+            parts.stop: gr.update(visible=not idle),
         } | self._bar()
 
     def _bar(self) -> Shown:

@@ -64,7 +64,7 @@ class Keeping(Handlers):
             store.delete(identifier)
         except M1Error as error:
             return self._refused(tab, back, error)
-        return self._anew(tab) | self._binned(identifier)
+        return self._anew(tab) | self._binned(identifier) | back
 
     def restore(self, current: str, request: gr.Request, clicked: gr.EventData) -> Shown:
         """Take a conversation out of the bin, and open it."""
@@ -92,6 +92,7 @@ class Keeping(Handlers):
             store.purge()
         except M1Error as error:
             return self._refused(tab, back, error)
+        tab.files = []
         return self._anew(tab) | self._binned(None) | {self._parts.purge_sure: False}
 
     def exporter(self, name: str) -> Callable[..., Shown]:

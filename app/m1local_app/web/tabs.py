@@ -36,16 +36,25 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """A question as it was typed, with its files, after so many turns."""
+    """A question as it was typed, with its files, after so many turns.
+
+    `before` is the text of those before it that came back into the box without an answer.
+    """
 
     text: str
     files: list[Attachment]
     turns: int
+    before: str = ""
 
     @property
     def question(self) -> str:
         """What the model is asked."""
         return joined(self.text, self.files)
+
+    @property
+    def returned(self) -> str:
+        """What the box holds once this one comes back, too."""
+        return "\n".join(part for part in (self.before, self.text) if part)
 
     def is_answered(self, turns: Sequence[Turn]) -> bool:
         """Whether `turns` end with its answer; others may have been taken over before it."""
@@ -73,6 +82,7 @@ class Tab:
         self._idle.set()
         self._lock = threading.Lock()
         self._waiting = False  # whether what was asked last has not begun yet
+        self._stopped: object = None  # a claim for which Stop was pressed before its answer began
         self.silent = False  # what the answer under way would still show is of no interest
 
     def frame(self, turns: int) -> int:
@@ -107,6 +117,8 @@ class Tab:
             self._idle.clear()
             self._waiting = False
             self._stopping.clear()
+            if claim is not None and claim is self._stopped:
+                self._stopping.set()
             self.silent = False
             self.progress = Progress()
         return self.progress
@@ -115,8 +127,15 @@ class Tab:
         """Note that the answer has ended."""
         self._idle.set()
 
+    def release(self, claim: object) -> None:
+        """Note that the answer of `claim` will not begin any more, if it has not."""
+        with self._lock:
+            self._waiting = self._waiting and claim is not self.latest
+
     def stop(self) -> None:
-        """Let the answer under way end before its next token."""
+        """Let the answer under way, or about to begin, end before its next token."""
+        if self._waiting:
+            self._stopped = self.latest
         self._stopping.set()
 
     def interrupt(self) -> None:
@@ -129,33 +148,35 @@ class Tab:
             self.silent = False  # it still says how far it came
             raise M1Error(tr("The answer before is still being ended; try again in a moment."))
 
-    def ask(self, text: str) -> tuple[Asked, str]:
+    def ask(self, text: str) -> Asked:
         """Interrupt, and take `text` and the files as the next question.
 
-        Returns it, and the text of the question under way if that had no answer yet; its files come
-        back. Where it was this very one, because a key was held too long, it is asked once.
+        The question under way is `before` it if that had no answer yet; its files come back.
+        Where it was this very one, because a key was held too long, it is asked once.
         """
         with self._lock:
             before = self._taken_back()
-            again = before is not None and before.text != text
-            files = self.files if again or before is None else [*before.files, *self.files]
-            asked = Asked(text, files, len(self.conversation.session.turns))
-            self.files = before.files if before is not None and again else []
+            again = "" if before is None else before.returned
+            if before is not None and before.text == text:
+                again = before.before
+                files, self.files = [*before.files, *self.files], []
+            else:
+                files, self.files = self.files, [] if before is None else before.files
+            asked = Asked(text, files, len(self.conversation.session.turns), again)
             self.latest, self._waiting = asked, True
-            return asked, before.text if before is not None and again else ""
+            return asked
 
-    def calm(self, *, answered_next: bool = False) -> tuple[object, str]:
-        """Interrupt, and let nothing begin that was asked before.
+    def calm(self, following: object = None) -> str:
+        """Interrupt, and let nothing begin that was asked before; `following`, if given, may.
 
-        Returns a claim to the answer that comes next, if one does, and the text of the question
-        under way if that had no answer yet; its files come back.
+        Returns the text of the question under way if that had no answer yet; its files come back.
         """
         with self._lock:
             before = self._taken_back()
             if before is not None:
                 self.files = [*before.files, *self.files]
-            self.latest, self._waiting = object(), answered_next
-            return self.latest, "" if before is None else before.text
+            self.latest, self._waiting = following or object(), following is not None
+            return "" if before is None else before.returned
 
     def _taken_back(self) -> Asked | None:
         """Interrupt; returns the question under way if it was taken back without an answer."""
@@ -183,7 +204,7 @@ class Tabs:
             tab = tab or self._make()
             self._tabs[session] = tab
             forgotten = [
-                name for name, each in self._tabs.items() if not each.busy and each is not tab
+                name for name, each in self._tabs.items() if not each.awaited and each is not tab
             ][: max(0, len(self._tabs) - MOST_TABS)]
             for name in forgotten:
                 del self._tabs[name]
