@@ -24,8 +24,9 @@ def locked(path: Path) -> FileLock:
         there = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             lock = FileLock(path)
-            lock.acquire(timeout=0)
+            # Its last holder may remove it now, before filelock opens it or after.
             with contextlib.suppress(FileNotFoundError):
+                lock.acquire(timeout=0)
                 if os.path.samestat(os.fstat(there), path.stat()):
                     return lock
             lock.release()  # of a file that its last holder has removed meanwhile
