@@ -1,5 +1,6 @@
 """A card that torch does not use is named, with the reason and what helps; otherwise nothing is."""
 
+import io
 import shutil
 import subprocess
 import sys
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from m1local.cuda import driver
-from m1local_app import doctor, idle_card
+from m1local_app import answer_view, doctor, idle_card
 from m1local_app.cli import cli
 from m1local_app.language import speaking
 from tests.conftest import ROOT
@@ -179,6 +181,16 @@ def test_it_is_said_once_where_a_model_is_to_run(
         idle_card.tell()
         idle_card.tell()
     assert capsys.readouterr().err.count(f"未使用 {NAME}") == 1
+
+
+@pytest.mark.usefixtures("present")
+def test_the_command_is_one_line_that_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = Console(file=io.StringIO(), width=40, force_terminal=True, highlight=False)
+    monkeypatch.setattr(answer_view, "stderr_console", lambda: narrow)
+    idle_card.tell()
+    said = narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert idle_card.INSTALL in said
+    assert len(said.splitlines()[0]) < 60  # the rest is wrapped by words
 
 
 def test_what_is_to_be_installed_is_in_the_declared_range() -> None:

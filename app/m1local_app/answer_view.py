@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 LONG_PROMPT_TOKENS = 512
 
 
-def note(text: str) -> None:
-    """Say something that is not an answer: on stderr, dimmed, at a terminal wrapped by words."""
-    stderr_console().print(text, style=None if os.environ.get("NO_COLOR") else "dim")
+def note(text: str, *, copied: bool = False) -> None:
+    """Say something that is not an answer: on stderr, dimmed, at a terminal wrapped by words.
+
+    Unless it is to be `copied`, as a command is, which is one line however long.
+    """
+    style = None if os.environ.get("NO_COLOR") else "dim"
+    stderr_console().print(text, style=style, soft_wrap=copied or None)
 
 
 def note_advice(question: str) -> None:

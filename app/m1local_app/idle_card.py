@@ -67,12 +67,10 @@ def _refusal() -> str:
 @cache
 def tell() -> None:
     """Say once that a card is idle, if one is."""
-    if (found := idle_card()) is not None:
-        note(
-            tr(
-                "{card} is not used, the CPU computes: {reason} ({advice}).",
-                card=found.name,
-                reason=found.reason,
-                advice=found.advice,
-            )
-        )
+    found = idle_card()
+    if found is None:
+        return
+    note(
+        tr("{card} is not used, the CPU computes: {reason}.", card=found.name, reason=found.reason)
+    )
+    note(f"-> {found.advice}", copied=True)
