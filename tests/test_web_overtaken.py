@@ -3,6 +3,7 @@
 The handlers' steps are taken one by one here, in the order in which they might meet.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,3 +256,52 @@ def test_deleting_brings_question_and_files_back_and_purging_neither(pressed: Pr
 
 def purge(pressed: Pressed) -> Callable[..., dict[Any, Any]]:
     return lambda *given: dict(pressed.handlers.purge(True, *given))
+
+
+def test_an_answer_that_has_just_ended_shows_nothing_over_the_next_question(
+    pressed: Pressed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, asked = pressed.tab.end, list[Iterator[Any]]()
+
+    def end() -> None:
+        ended()
+        if not asked:
+            asked.append(pressed.sent("second", steps=1))
+
+    monkeypatch.setattr(pressed.tab, "end", end)
+    pressed.finish(pressed.handlers.retry("", Request(), *pressed.form))
+    assert "second" in str(pressed.shown[pressed.parts.chat][-1])
+    assert not pressed.is_idle
+    pressed.finish(asked[0])
+    assert pressed.questions == ["first", "second"]
+    assert pressed.is_idle
+
+
+def test_presses_from_many_threads_ask_every_question_once_or_bring_it_back(
+    pressed: Pressed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [f"question {number}" for number in range(24)]
+    asked, take = list[Any](), pressed.tab.ask
+
+    def noted(text: str) -> Any:
+        asked.append(take(text))
+        return asked[-1]
+
+    monkeypatch.setattr(pressed.tab, "ask", noted)
+
+    def ask(text: str) -> None:
+        pressed.finish(pressed.handlers.send(text, "", Request(), *pressed.form))
+
+    threads = [threading.Thread(target=ask, args=(text,)) for text in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    answered = [text for text in pressed.questions if text in wanted]
+    back = {text for each in asked for text in each.before.splitlines()}
+    back |= set() if pressed.tab.latest.text in answered else {pressed.tab.latest.text}
+    assert set(answered) | back == set(wanted)
+    assert not set(answered) & back
+    assert len(answered) == len(set(answered))
+    assert not pressed.tab.awaited
