@@ -13,6 +13,7 @@ import pytest
 
 from m1local.engine import Engine
 from m1local.errors import M1Error
+from m1local.generate import TextDelta
 from m1local_app.history import History
 from tests.conftest import write_checkpoint
 from tests.web_page import MARKS, Request, accept
@@ -221,6 +222,20 @@ def test_an_answer_that_is_refused_before_it_begins_leaves_nothing_waiting(
     assert pressed.is_idle
     pressed.take(pressed.handlers.undo("", Request()))
     assert [file.name for file in pressed.tab.files] == ["a"]
+
+
+def test_a_text_of_a_base_model_that_has_no_word_yet_stands_nowhere(pressed: Pressed) -> None:
+    from m1local_app.web import answers
+
+    steps: Any = answers.continued(pressed.tab, pressed.handlers._desk, "once upon a time")
+    assert not isinstance(next(steps), TextDelta)
+    steps.close()
+    assert pressed.questions == ["first"]
+    steps = answers.continued(pressed.tab, pressed.handlers._desk, "once upon a time")
+    while not isinstance(next(steps), TextDelta):
+        pass
+    steps.close()
+    assert pressed.questions == ["first", "once upon a time"]
 
 
 def test_a_page_that_is_left_leaves_nothing_waiting(pressed: Pressed) -> None:
