@@ -26,6 +26,12 @@ def test_it_says_what_this_machine_has(m1_home: Path) -> None:
     assert {path.name for path in m1_home.glob("*")} <= {"native"}
 
 
+def test_torch_is_named_with_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    facts = {fact.name: fact.value for fact in doctor.examine(offline=True)}
+    assert facts["torch"] == "2.13.0+cu130"
+
+
 def test_json_has_the_same_in_groups() -> None:
     found = json.loads(m1("doctor", "--offline", "--json").stdout)
     assert found["versions"]["m1local"] == __version__

@@ -73,6 +73,26 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(
     unlock(lock)
 
 
+def test_a_file_that_is_gone_when_filelock_opens_it_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overtaken = list[Path]()
+
+    class Old(FileLock):
+        """As filelock was: it does not make the file that it has seen before."""
+
+        def acquire(self, *args: object, **options: object) -> object:  # type: ignore[override]
+            if not overtaken:
+                overtaken.append(tmp_path)
+                raise FileNotFoundError
+            return super().acquire(timeout=0)
+
+    monkeypatch.setattr(module, "FileLock", Old)
+    unlock(locked(tmp_path / "lock"))
+    assert overtaken
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_processes_never_hold_it_together(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     holders = [

@@ -127,10 +127,12 @@ def test_another_question_sends_the_first_back_with_its_files(tab: Tab) -> None:
 def test_the_tab_unused_longest_is_forgotten_but_none_that_is_answering(engine: Engine) -> None:
     tabs = Tabs(lambda: Tab(Conversation(ChatSession(engine), None, label="", checkpoint="")))
     tabs.of("busy")[0].begin()
+    tabs.of("asked")[0].ask("a question that has not begun")
     for number in range(MOST_TABS + 5):
         _, new = tabs.of(str(number))
         assert new
     assert tabs.known("busy") is not None
+    assert tabs.known("asked") is not None
     assert tabs.known("0") is None
     assert tabs.known(str(MOST_TABS + 4)) is not None
     tabs.drop("busy")

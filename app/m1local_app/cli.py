@@ -180,7 +180,7 @@ def _prepared(
 
     recipe = Recipe.find(recipe_name or DEFAULT_RECIPE)
     # Before gigabytes are fetched.
-    if model is not None and wanted.gpu_layers == "auto":
+    if wanted.gpu_layers == "auto":
         idle_card.tell()
     if size is None or not (recipe.candidates or size.budget or size.device):
         recipe.check_closed()

@@ -108,7 +108,7 @@ class Tab:
     def begin(self, claim: object = None) -> Progress:
         """Begin an answer; one that is under way is stopped first.
 
-        Raises OvertakenError where `claim`, as `ask` or `calm` gave it, is not the latest any more.
+        Raises OvertakenError where `claim`, what `ask` gave or `calm` was given, is not the latest.
         """
         with self._lock:
             if claim is not None and claim is not self.latest:
